@@ -1,0 +1,65 @@
+# The only list of commands. `make help` prints it.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Where the torch wheel comes from; empty: pip's own configuration. On Linux the default index holds the CUDA build.
+LEMIX_TORCH_INDEX_URL ?=
+PIP_INDEX := $(if $(LEMIX_TORCH_INDEX_URL),--extra-index-url $(LEMIX_TORCH_INDEX_URL),)
+REPEAT ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo up test nightly check fmt lint types imports protos protos-lint protos-check bench compose-config clean
+
+help:  ## Show the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed  ## Create .venv with everything pinned (every other target does it by itself)
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a minute or two) ..."
+	@$(BIN)/python -m pip install -q 'pip==26.3'
+	@$(BIN)/python -m pip install -q $(PIP_INDEX) -c constraints.txt 'torch==2.13.0'
+	@$(BIN)/python -m pip install -q $(PIP_INDEX) -c constraints.txt --group dev -e .
+	@touch $@
+
+demo: install  ## Train and serve one model at once under four policies, with figures (about 6 minutes; REPEAT=3 for spreads)
+	@$(BIN)/python -m bench.demo --repeat $(REPEAT) $(DEMO_ARGS)
+
+up: install  ## Run the local cluster in the foreground (Ctrl-C stops it)
+	@$(BIN)/python -m deploy.local $(UP_ARGS)
+
+test: install  ## Run the tests (under 10 minutes)
+	@$(BIN)/python -m pytest -q -m "not slow" $(TEST_ARGS)
+
+nightly: install  ## Run everything, slow tests too
+	@$(BIN)/python -m pytest -q $(TEST_ARGS)
+
+check: lint types imports protos-lint protos-check compose-config  ## Run every static check
+
+fmt: install  ## Format the code
+	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
+
+lint: install
+	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
+
+types: install
+	@$(BIN)/mypy
+
+imports: install
+	@PYTHONPATH=.:sdk $(BIN)/lint-imports --no-cache >/dev/null || PYTHONPATH=.:sdk $(BIN)/lint-imports --no-cache
+
+protos: install  ## Generate the protobuf stubs again
+	@deploy/generate_protos.sh $(BIN)/python sdk
+
+protos-lint: install
+	@$(BIN)/buf lint
+
+protos-check: install
+	@tmp=$$(mktemp -d) && deploy/generate_protos.sh $(BIN)/python $$tmp && \
+	  for d in v1 internal/v1; do diff -r -x __init__.py -x __pycache__ $$tmp/lemix/$$d sdk/lemix/$$d || { echo "stubs are stale: run make protos"; rm -rf $$tmp; exit 1; }; done; rm -rf $$tmp
+
+bench: install  ## Run the benchmarks behind the published figures
+	@$(BIN)/python -m bench.decision
+
+clean:  ## Remove what the commands made
+	@rm -rf out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

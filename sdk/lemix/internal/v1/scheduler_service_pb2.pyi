@@ -1,0 +1,337 @@
+from lemix.internal.v1 import profile_pb2 as _profile_pb2
+from lemix.internal.v1 import work_pb2 as _work_pb2
+from lemix.v1 import cluster_service_pb2 as _cluster_service_pb2
+from lemix.v1 import errors_pb2 as _errors_pb2
+from lemix.v1 import training_service_pb2 as _training_service_pb2
+from lemix.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SyncMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SYNC_MODE_UNSPECIFIED: _ClassVar[SyncMode]
+    SYNC_MODE_REPLACE: _ClassVar[SyncMode]
+    SYNC_MODE_AVERAGE: _ClassVar[SyncMode]
+SYNC_MODE_UNSPECIFIED: SyncMode
+SYNC_MODE_REPLACE: SyncMode
+SYNC_MODE_AVERAGE: SyncMode
+
+class GatewaySessionRequest(_message.Message):
+    __slots__ = ("hello", "submit", "cancel")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    hello: GatewayHello
+    submit: SubmitInference
+    cancel: CancelInference
+    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., submit: _Optional[_Union[SubmitInference, _Mapping]] = ..., cancel: _Optional[_Union[CancelInference, _Mapping]] = ...) -> None: ...
+
+class GatewayHello(_message.Message):
+    __slots__ = ("gateway_id",)
+    GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
+    gateway_id: str
+    def __init__(self, gateway_id: _Optional[str] = ...) -> None: ...
+
+class SubmitInference(_message.Message):
+    __slots__ = ("request_id", "work")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    work: _work_pb2.InferenceWork
+    def __init__(self, request_id: _Optional[str] = ..., work: _Optional[_Union[_work_pb2.InferenceWork, _Mapping]] = ...) -> None: ...
+
+class CancelInference(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class GatewaySessionResponse(_message.Message):
+    __slots__ = ("request_id", "welcome", "accepted", "assigned", "rejected", "finished")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNED_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    welcome: GatewayWelcome
+    accepted: InferenceAccepted
+    assigned: InferenceAssigned
+    rejected: _errors_pb2.ErrorDetail
+    finished: _work_pb2.InferenceOutcome
+    def __init__(self, request_id: _Optional[str] = ..., welcome: _Optional[_Union[GatewayWelcome, _Mapping]] = ..., accepted: _Optional[_Union[InferenceAccepted, _Mapping]] = ..., assigned: _Optional[_Union[InferenceAssigned, _Mapping]] = ..., rejected: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., finished: _Optional[_Union[_work_pb2.InferenceOutcome, _Mapping]] = ...) -> None: ...
+
+class GatewayWelcome(_message.Message):
+    __slots__ = ("default_slo",)
+    DEFAULT_SLO_FIELD_NUMBER: _ClassVar[int]
+    default_slo: _types_pb2.Slo
+    def __init__(self, default_slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ...) -> None: ...
+
+class InferenceAccepted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class InferenceAssigned(_message.Message):
+    __slots__ = ("node_id", "node_address")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    node_address: str
+    def __init__(self, node_id: _Optional[str] = ..., node_address: _Optional[str] = ...) -> None: ...
+
+class NodeSessionRequest(_message.Message):
+    __slots__ = ("hello", "heartbeat", "traces", "outcome", "sync_finished")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    TRACES_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    SYNC_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    hello: NodeHello
+    heartbeat: NodeHeartbeat
+    traces: TraceBatch
+    outcome: _work_pb2.WorkOutcome
+    sync_finished: SyncFinished
+    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ...) -> None: ...
+
+class NodeHello(_message.Message):
+    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MAX_INFLIGHT_INFERENCE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SENT_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    address: str
+    num_stages: int
+    model: str
+    max_inflight_inference: int
+    incarnation: int
+    profile_fingerprint: str
+    sent_monotonic_s: float
+    max_context_tokens: int
+    kv_capacity_tokens: int
+    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ...) -> None: ...
+
+class NodeHeartbeat(_message.Message):
+    __slots__ = ("sent_monotonic_s", "weight_step", "kv_used_tokens")
+    SENT_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_STEP_FIELD_NUMBER: _ClassVar[int]
+    KV_USED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    sent_monotonic_s: float
+    weight_step: int
+    kv_used_tokens: int
+    def __init__(self, sent_monotonic_s: _Optional[float] = ..., weight_step: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ...) -> None: ...
+
+class OpTrace(_message.Message):
+    __slots__ = ("stage", "op", "begin_monotonic_s", "duration_s", "task_ids", "num_tokens", "weight_step", "first_token", "context_tokens")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    OP_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    TASK_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_STEP_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    op: _profile_pb2.OpKind
+    begin_monotonic_s: float
+    duration_s: float
+    task_ids: _containers.RepeatedScalarFieldContainer[str]
+    num_tokens: int
+    weight_step: int
+    first_token: bool
+    context_tokens: int
+    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[_profile_pb2.OpKind, str]] = ..., begin_monotonic_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., task_ids: _Optional[_Iterable[str]] = ..., num_tokens: _Optional[int] = ..., weight_step: _Optional[int] = ..., first_token: _Optional[bool] = ..., context_tokens: _Optional[int] = ...) -> None: ...
+
+class TraceBatch(_message.Message):
+    __slots__ = ("ops",)
+    OPS_FIELD_NUMBER: _ClassVar[int]
+    ops: _containers.RepeatedCompositeFieldContainer[OpTrace]
+    def __init__(self, ops: _Optional[_Iterable[_Union[OpTrace, _Mapping]]] = ...) -> None: ...
+
+class SyncFinished(_message.Message):
+    __slots__ = ("sync_id", "weight_step", "error", "snapshot_only")
+    SYNC_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_STEP_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_ONLY_FIELD_NUMBER: _ClassVar[int]
+    sync_id: str
+    weight_step: int
+    error: _errors_pb2.ErrorDetail
+    snapshot_only: bool
+    def __init__(self, sync_id: _Optional[str] = ..., weight_step: _Optional[int] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., snapshot_only: _Optional[bool] = ...) -> None: ...
+
+class NodeSessionResponse(_message.Message):
+    __slots__ = ("welcome", "cancel", "take_snapshot", "apply_weights")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    TAKE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    APPLY_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    welcome: NodeWelcome
+    cancel: CancelWork
+    take_snapshot: TakeSnapshot
+    apply_weights: ApplyWeights
+    def __init__(self, welcome: _Optional[_Union[NodeWelcome, _Mapping]] = ..., cancel: _Optional[_Union[CancelWork, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ..., apply_weights: _Optional[_Union[ApplyWeights, _Mapping]] = ...) -> None: ...
+
+class NodeWelcome(_message.Message):
+    __slots__ = ("fencing_token", "queue_order", "lease_s")
+    FENCING_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_ORDER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    fencing_token: int
+    queue_order: str
+    lease_s: float
+    def __init__(self, fencing_token: _Optional[int] = ..., queue_order: _Optional[str] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class CancelWork(_message.Message):
+    __slots__ = ("task_id",)
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    def __init__(self, task_id: _Optional[str] = ...) -> None: ...
+
+class TakeSnapshot(_message.Message):
+    __slots__ = ("sync_id",)
+    SYNC_ID_FIELD_NUMBER: _ClassVar[int]
+    sync_id: str
+    def __init__(self, sync_id: _Optional[str] = ...) -> None: ...
+
+class ApplyWeights(_message.Message):
+    __slots__ = ("sync_id", "mode", "source_addresses")
+    SYNC_ID_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    sync_id: str
+    mode: SyncMode
+    source_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sync_id: _Optional[str] = ..., mode: _Optional[_Union[SyncMode, str]] = ..., source_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class StoreFileRequest(_message.Message):
+    __slots__ = ("file", "examples")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    file: _work_pb2.FileRecord
+    examples: _containers.RepeatedCompositeFieldContainer[_work_pb2.TrainingExample]
+    def __init__(self, file: _Optional[_Union[_work_pb2.FileRecord, _Mapping]] = ..., examples: _Optional[_Iterable[_Union[_work_pb2.TrainingExample, _Mapping]]] = ...) -> None: ...
+
+class StoreFileResponse(_message.Message):
+    __slots__ = ("file",)
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    file: _work_pb2.FileRecord
+    def __init__(self, file: _Optional[_Union[_work_pb2.FileRecord, _Mapping]] = ...) -> None: ...
+
+class GetFileRequest(_message.Message):
+    __slots__ = ("file_id",)
+    FILE_ID_FIELD_NUMBER: _ClassVar[int]
+    file_id: str
+    def __init__(self, file_id: _Optional[str] = ...) -> None: ...
+
+class GetFileResponse(_message.Message):
+    __slots__ = ("file",)
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    file: _work_pb2.FileRecord
+    def __init__(self, file: _Optional[_Union[_work_pb2.FileRecord, _Mapping]] = ...) -> None: ...
+
+class CreateJobRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: _training_service_pb2.CreateJobRequest
+    def __init__(self, request: _Optional[_Union[_training_service_pb2.CreateJobRequest, _Mapping]] = ...) -> None: ...
+
+class CreateJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: _types_pb2.TrainingJob
+    def __init__(self, job: _Optional[_Union[_types_pb2.TrainingJob, _Mapping]] = ...) -> None: ...
+
+class GetJobRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class GetJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: _types_pb2.TrainingJob
+    def __init__(self, job: _Optional[_Union[_types_pb2.TrainingJob, _Mapping]] = ...) -> None: ...
+
+class ListJobsRequest(_message.Message):
+    __slots__ = ("limit",)
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    limit: int
+    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+
+class ListJobsResponse(_message.Message):
+    __slots__ = ("jobs",)
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    jobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TrainingJob]
+    def __init__(self, jobs: _Optional[_Iterable[_Union[_types_pb2.TrainingJob, _Mapping]]] = ...) -> None: ...
+
+class CancelJobRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class CancelJobResponse(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: _types_pb2.TrainingJob
+    def __init__(self, job: _Optional[_Union[_types_pb2.TrainingJob, _Mapping]] = ...) -> None: ...
+
+class WatchJobRequest(_message.Message):
+    __slots__ = ("job_id", "after_sequence")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    AFTER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    after_sequence: int
+    def __init__(self, job_id: _Optional[str] = ..., after_sequence: _Optional[int] = ...) -> None: ...
+
+class WatchJobResponse(_message.Message):
+    __slots__ = ("event", "job")
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    event: _types_pb2.JobEvent
+    job: _types_pb2.TrainingJob
+    def __init__(self, event: _Optional[_Union[_types_pb2.JobEvent, _Mapping]] = ..., job: _Optional[_Union[_types_pb2.TrainingJob, _Mapping]] = ...) -> None: ...
+
+class SubmitFeedbackRequest(_message.Message):
+    __slots__ = ("example", "request_id", "model")
+    EXAMPLE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    example: _work_pb2.TrainingExample
+    request_id: str
+    model: str
+    def __init__(self, example: _Optional[_Union[_work_pb2.TrainingExample, _Mapping]] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+
+class SubmitFeedbackResponse(_message.Message):
+    __slots__ = ("job_id", "sequence")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    sequence: int
+    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class GetClusterStateRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetClusterStateResponse(_message.Message):
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: _cluster_service_pb2.GetStatusResponse
+    def __init__(self, status: _Optional[_Union[_cluster_service_pb2.GetStatusResponse, _Mapping]] = ...) -> None: ...

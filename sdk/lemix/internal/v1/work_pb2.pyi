@@ -1,0 +1,151 @@
+from lemix.v1 import errors_pb2 as _errors_pb2
+from lemix.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ResolvedSampling(_message.Message):
+    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    ignore_eos: bool
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+
+class InferenceWork(_message.Message):
+    __slots__ = ("prompt_token_ids", "sampling", "slo", "session_id", "reference_token_ids", "gateway_id", "arrival_unix_s", "deadline_unix_s")
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SLO_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    sampling: ResolvedSampling
+    slo: _types_pb2.Slo
+    session_id: str
+    reference_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    gateway_id: str
+    arrival_unix_s: float
+    deadline_unix_s: float
+    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ..., session_id: _Optional[str] = ..., reference_token_ids: _Optional[_Iterable[int]] = ..., gateway_id: _Optional[str] = ..., arrival_unix_s: _Optional[float] = ..., deadline_unix_s: _Optional[float] = ...) -> None: ...
+
+class TrainingExample(_message.Message):
+    __slots__ = ("token_ids", "num_context_tokens")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_context_tokens: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
+
+class TrainingWork(_message.Message):
+    __slots__ = ("job_id", "sequence", "examples", "hyperparameters", "total_steps")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    sequence: int
+    examples: _containers.RepeatedCompositeFieldContainer[TrainingExample]
+    hyperparameters: _types_pb2.Hyperparameters
+    total_steps: int
+    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., examples: _Optional[_Iterable[_Union[TrainingExample, _Mapping]]] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., total_steps: _Optional[int] = ...) -> None: ...
+
+class WorkItem(_message.Message):
+    __slots__ = ("task_id", "inference", "training", "fencing_token")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    INFERENCE_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    FENCING_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    inference: InferenceWork
+    training: TrainingWork
+    fencing_token: int
+    def __init__(self, task_id: _Optional[str] = ..., inference: _Optional[_Union[InferenceWork, _Mapping]] = ..., training: _Optional[_Union[TrainingWork, _Mapping]] = ..., fencing_token: _Optional[int] = ...) -> None: ...
+
+class InferenceOutcome(_message.Message):
+    __slots__ = ("finish_reason", "token_ids", "prompt_tokens", "report", "error", "node_ttft_s", "node_response_s")
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    NODE_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    NODE_RESPONSE_S_FIELD_NUMBER: _ClassVar[int]
+    finish_reason: _types_pb2.FinishReason
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    prompt_tokens: int
+    report: _types_pb2.ServingReport
+    error: _errors_pb2.ErrorDetail
+    node_ttft_s: float
+    node_response_s: float
+    def __init__(self, finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., report: _Optional[_Union[_types_pb2.ServingReport, _Mapping]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., node_ttft_s: _Optional[float] = ..., node_response_s: _Optional[float] = ...) -> None: ...
+
+class TrainingOutcome(_message.Message):
+    __slots__ = ("job_id", "sequence", "loss", "label_tokens", "weight_step", "error")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_STEP_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    sequence: int
+    loss: float
+    label_tokens: int
+    weight_step: int
+    error: _errors_pb2.ErrorDetail
+    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., loss: _Optional[float] = ..., label_tokens: _Optional[int] = ..., weight_step: _Optional[int] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+
+class WorkOutcome(_message.Message):
+    __slots__ = ("task_id", "node_id", "inference", "training")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    INFERENCE_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    node_id: str
+    inference: InferenceOutcome
+    training: TrainingOutcome
+    def __init__(self, task_id: _Optional[str] = ..., node_id: _Optional[str] = ..., inference: _Optional[_Union[InferenceOutcome, _Mapping]] = ..., training: _Optional[_Union[TrainingOutcome, _Mapping]] = ...) -> None: ...
+
+class FileRecord(_message.Message):
+    __slots__ = ("file_id", "filename", "size_bytes", "num_examples", "created_unix_s", "max_tokens")
+    FILE_ID_FIELD_NUMBER: _ClassVar[int]
+    FILENAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    file_id: str
+    filename: str
+    size_bytes: int
+    num_examples: int
+    created_unix_s: float
+    max_tokens: int
+    def __init__(self, file_id: _Optional[str] = ..., filename: _Optional[str] = ..., size_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+
+class JobRecord(_message.Message):
+    __slots__ = ("job", "next_sequence", "request_id")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    job: _types_pb2.TrainingJob
+    next_sequence: int
+    request_id: str
+    def __init__(self, job: _Optional[_Union[_types_pb2.TrainingJob, _Mapping]] = ..., next_sequence: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,65 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("id", "max_context_tokens", "created_unix_s")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    max_context_tokens: int
+    created_unix_s: float
+    def __init__(self, id: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., created_unix_s: _Optional[float] = ...) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class NodeStatus(_message.Message):
+    __slots__ = ("node_id", "ready", "num_stages", "inflight_inference", "inflight_training", "weight_step", "role")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
+    INFLIGHT_INFERENCE_FIELD_NUMBER: _ClassVar[int]
+    INFLIGHT_TRAINING_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_STEP_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    ready: bool
+    num_stages: int
+    inflight_inference: int
+    inflight_training: int
+    weight_step: int
+    role: str
+    def __init__(self, node_id: _Optional[str] = ..., ready: _Optional[bool] = ..., num_stages: _Optional[int] = ..., inflight_inference: _Optional[int] = ..., inflight_training: _Optional[int] = ..., weight_step: _Optional[int] = ..., role: _Optional[str] = ...) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("policy", "ready", "not_ready_reason", "nodes", "waiting_inference", "waiting_training")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    NOT_READY_REASON_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_INFERENCE_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TRAINING_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    ready: bool
+    not_ready_reason: str
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeStatus]
+    waiting_inference: int
+    waiting_training: int
+    def __init__(self, policy: _Optional[str] = ..., ready: _Optional[bool] = ..., not_ready_reason: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., waiting_inference: _Optional[int] = ..., waiting_training: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""The durable ledger of accepted work, files and jobs, in memory or in Redis."""

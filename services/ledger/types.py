@@ -1,0 +1,174 @@
+"""The durable ledger of accepted work: what it promises, whatever stores it.
+
+The ledger holds work, not its order: slack order lives in the scheduler core. Delivery is at least once, so execution
+is idempotent by task id. Only the scheduler calls the "scheduler side"; only node agents call the "node side".
+All methods are coroutines, bounded by the ledger's operation timeout, and raise `LedgerUnavailable` when the store
+cannot be reached within it (after bounded retries).
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from lemix.internal.v1 import work_pb2
+
+
+class LedgerUnavailable(RuntimeError):
+    """The store cannot be reached. The message names its URL without credentials."""
+
+
+class StaleToken(RuntimeError):
+    """A newer scheduler has taken over; the caller's fencing token is too old."""
+
+
+class TaskState(StrEnum):
+    """Where a task is."""
+
+    WAITING = "waiting"
+    ASSIGNED = "assigned"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A task read from a stream.
+
+    `entry_id` names it for acknowledgement; `redelivered`: read before, not acknowledged.
+    """
+
+    entry_id: str
+    item: work_pb2.WorkItem
+    redelivered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """State of one task. `outcome` is set when it is done and its result has not expired."""
+
+    state: TaskState
+    node_id: str = ""
+    outcome: work_pb2.WorkOutcome | None = None
+
+
+class Ledger(Protocol):
+    """Accepted work, files and jobs."""
+
+    # ------------------------------------------------------------- life cycle
+
+    async def ping(self) -> None:
+        """Return when the store answers."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections; idempotent."""
+        ...
+
+    # ------------------------------------------------------------- scheduler side: work
+
+    async def acquire_leadership(self) -> int:
+        """Take over as the scheduler. Atomically raises and returns the fencing token, > 0."""
+        ...
+
+    async def submit(self, item: work_pb2.WorkItem) -> TaskRecord | None:
+        """Accept a task: atomically add it to the global stream and set its state to WAITING.
+
+        Returns None when accepted now; the existing record when the task id is known already (nothing is added).
+        """
+        ...
+
+    async def read_global(self, *, count: int, block_s: float) -> list[Delivery]:
+        """Read accepted tasks, first those delivered before and never moved, then new ones; blocks up to `block_s`.
+
+        An empty list is not a promise that `block_s` has passed.
+        """
+        ...
+
+    async def assign(self, item: work_pb2.WorkItem, node_id: str, *, entry_id: str | None, token: int) -> bool:
+        """Move a task to a node.
+
+        Atomically: add it to the node's stream, acknowledge and remove the global entry (if `entry_id`), set state
+        ASSIGNED. False, and nothing changes, when the task is DONE. Raises StaleToken when a newer token exists.
+        """
+        ...
+
+    async def close_task(self, outcome: work_pb2.WorkOutcome, *, entry_id: str | None) -> None:
+        """End a task no node holds (rejected, cancelled while waiting): state DONE, global entry removed.
+
+        Idempotent.
+        """
+        ...
+
+    async def unfinished(self, node_id: str) -> list[work_pb2.WorkItem]:
+        """Tasks assigned to a node and not done, in the order assigned. Does not change anything."""
+        ...
+
+    async def take_back(self, node_id: str, *, token: int) -> list[work_pb2.WorkItem]:
+        """Empty a lost node's stream: atomically return its unfinished tasks to the global stream as WAITING.
+
+        Returns them; they will be read by `read_global`. Raises StaleToken.
+        """
+        ...
+
+    async def record(self, task_id: str) -> TaskRecord | None:
+        """State of a task; None when unknown or expired."""
+        ...
+
+    async def node_ids(self) -> list[str]:
+        """Nodes that have a stream."""
+        ...
+
+    # ------------------------------------------------------------- node side
+
+    async def read_node(self, node_id: str, *, count: int, block_s: float) -> list[Delivery]:
+        """Read the node's tasks: at the first call those delivered before and unfinished, then new ones."""
+        ...
+
+    async def finish(self, node_id: str, entry_id: str, outcome: work_pb2.WorkOutcome) -> bool:
+        """Atomically: state DONE with the outcome (kept `result_ttl_s`), acknowledge and remove the entry.
+
+        False when the task was done already or is no longer this node's (the outcome is then dropped).
+        """
+        ...
+
+    async def newest_token(self) -> int:
+        """Newest fencing token, 0 before the first scheduler."""
+        ...
+
+    # ------------------------------------------------------------- files and jobs
+
+    async def put_file(self, record: work_pb2.FileRecord, examples: list[work_pb2.TrainingExample]) -> None:
+        """Append examples to a file and store its record; called once per batch of an upload, last call wins
+
+        the record.
+        """
+        ...
+
+    async def get_file(self, file_id: str) -> work_pb2.FileRecord | None:
+        """The record; None when unknown."""
+        ...
+
+    async def read_examples(self, file_id: str, start: int, count: int) -> list[work_pb2.TrainingExample]:
+        """Examples start .. start+count-1, fewer at the end."""
+        ...
+
+    async def append_feedback(self, file_id: str, example: work_pb2.TrainingExample, request_id: str) -> int:
+        """Append one example to a file that has no end; returns its position from 1.
+
+        Idempotent by a non-empty request_id.
+        """
+        ...
+
+    async def put_job(self, record: work_pb2.JobRecord) -> work_pb2.JobRecord:
+        """Create or overwrite a job.
+
+        With a request_id that made another job before, that job is returned and nothing changes.
+        """
+        ...
+
+    async def get_job(self, job_id: str) -> work_pb2.JobRecord | None:
+        """The job; None when unknown."""
+        ...
+
+    async def list_jobs(self) -> list[work_pb2.JobRecord]:
+        """Every stored job, oldest first (bounded by the retention of jobs)."""
+        ...

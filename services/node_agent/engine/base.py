@@ -1,0 +1,290 @@
+"""What a node agent asks of an engine: stage workers that run one op at a time.
+
+A stage worker owns one device, the parameters of its layers, the KV cache of its layers and the optimizer state of
+its parameters. The node core decides the order; the worker never reorders. Large tensors (activations, gradients)
+travel from worker to worker through handles, never through the agent.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """Opaque name of a tensor another stage worker produced. `token` is for the transport alone."""
+
+    token: object
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the last stage picks tokens. temperature 0: greedy; top_k 0: no limit."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSequence:
+    """A prompt to run. `reference_ids`: continuation whose loss is measured; it leaves no trace in the KV cache."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int
+    reference_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSequence:
+    """One running request; its newest token is at `position` (0-based)."""
+
+    request_id: str
+    token_id: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training example; labels are tokens at index >= max(1, num_context_tokens)."""
+
+    token_ids: tuple[int, ...]
+    num_context_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """AdamW and its schedule (a name of `transformers.get_scheduler`)."""
+
+    learning_rate: float = 1e-4
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    total_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Run prompts. `hidden` is None on stage 0."""
+
+    op_id: int
+    version: int
+    sequences: tuple[PrefillSequence, ...]
+    hidden: Handle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One token for each request."""
+
+    op_id: int
+    version: int
+    sequences: tuple[DecodeSequence, ...]
+    hidden: Handle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainForward:
+    """Forward of a micro-batch; keeps what its backward needs. On the last stage the loss is computed.
+
+    `loss_scale` multiplies the loss before backward (1 / accumulation).
+    """
+
+    op_id: int
+    version: int
+    task_id: str
+    examples: tuple[Example, ...]
+    loss_scale: float = 1.0
+    hidden: Handle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBackward:
+    """Backward of a micro-batch; `gradient` is None on the last stage. Gradients accumulate."""
+
+    op_id: int
+    task_id: str
+    gradient: Handle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerStep:
+    """Apply the accumulated gradients; the stage's version rises by one.
+
+    grad_norm_sq_total: squared norm of the whole model's gradient, the sum of what the stages' last backwards reported;
+    clipping uses it so that S stages clip like one. None: this stage's own norm.
+    """
+
+    op_id: int
+    version: int
+    job_id: str
+    optimizer: OptimizerSpec
+    grad_norm_sq_total: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Copy this stage's weights aside under a name; peers read them through `StageResult.weights`."""
+
+    op_id: int
+    version: int
+    sync_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWeights:
+    """Change this stage's weights; the version rises by one.
+
+    path: safetensors file with full-model parameter names. mode "replace": take them over. mode "average": the file
+    holds the mean of all snapshots; weights += mean - own snapshot of `sync_id`, so that steps made meanwhile are kept.
+    """
+
+    op_id: int
+    version: int
+    sync_id: str
+    path: str
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Free a request's KV cache and a micro-batch's saved activations. Runs between ops; unknown ids are ignored."""
+
+    op_id: int
+    task_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Time one op on this stage with made-up data; weights, KV cache and optimizer state are left as they were.
+
+    kind: an `OpKind` value; train_forward returns forward and backward durations.
+    """
+
+    op_id: int
+    kind: str
+    batch: int
+    length: int
+    repetitions: int
+    warmup: int
+
+
+StageOp = Prefill | Decode | TrainForward | TrainBackward | OptimizerStep | Snapshot | LoadWeights | Forget | Measure
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A new token of a request. `is_end`: it is an end-of-sequence token and the request did not ignore it."""
+
+    request_id: str
+    token_id: int
+    is_end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What an op produced.
+
+    Times are on the machine's monotonic clock, seconds; `version` is the stage's version after it.
+    """
+
+    op_id: int
+    begin_s: float
+    end_s: float
+    version: int
+    #: Output for the next stage (forward) or the previous one (backward). None at the ends.
+    output: Handle | None = None
+    #: Last stage, prefill and decode.
+    tokens: tuple[SampledToken, ...] = ()
+    #: Last stage, prefill: mean reference loss by request id.
+    reference_losses: tuple[tuple[str, float], ...] = ()
+    #: Last stage, train forward: mean loss over the labels, unscaled, and their number.
+    loss: float | None = None
+    label_tokens: int = 0
+    #: Backward: squared norm of this stage's accumulated gradient. Optimizer step: norm used for clipping.
+    grad_norm_sq: float | None = None
+    #: Snapshot: path of a safetensors file with this stage's parameters under full-model names.
+    weights_path: str = ""
+    #: Measure: durations per repetition by op kind.
+    durations_s: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    #: Resident memory of the worker, bytes (Measure only).
+    resident_bytes: int = 0
+    #: Set when the op raised: "<ExceptionType>: message". The worker stays usable.
+    error: str = ""
+
+
+class StageWorker(Protocol):
+    """One stage. `run` is called for one op at a time per stage; it returns when the op ended, also when it failed
+    (`StageResult.error`). It raises `WorkerDied` when the process is gone."""
+
+    @property
+    def pid(self) -> int:
+        """Process id that computes."""
+        ...
+
+    async def run(self, op: StageOp) -> StageResult:
+        """Run one op to its end."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the worker; bounded by a few seconds, then it is killed."""
+        ...
+
+
+class WorkerDied(RuntimeError):
+    """A stage worker's process ended; the message holds stage, exit code and the end of its stderr."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How to load a model and cut it into stages."""
+
+    model_path: str
+    num_stages: int = 1
+    #: One device per stage, or one for all: "cpu", "cuda:0", ...
+    devices: tuple[str, ...] = ("cpu",)
+    dtype: str = "float32"
+    threads_per_stage: int = 1
+    #: Added to the niceness of every worker process (0: unchanged).
+    nice: int = 0
+    #: CPU cores to pin the workers to, one per stage; empty: not pinned.
+    cpus: tuple[int, ...] = ()
+    kv_capacity_tokens: int = 65536
+    max_context_tokens: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What the engine found in the model directory."""
+
+    architecture: str
+    num_layers: int
+    vocab_size: int
+    max_context_tokens: int
+    num_parameters: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """A loaded model: its stage workers in pipeline order."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model."""
+        ...
+
+    @property
+    def workers(self) -> tuple[StageWorker, ...]:
+        """Stage 0 first."""
+        ...
+
+    async def close(self) -> None:
+        """Stop every worker."""
+        ...

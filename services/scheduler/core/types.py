@@ -1,0 +1,293 @@
+"""Events and commands of the scheduler core, and the plain data they carry.
+
+Every time is in seconds on the scheduler's one monotonic clock; lengths are in tokens. The driver converts node
+clocks, protobuf and wall time before an event reaches the core.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from services.latency import NodeLatency, OpKind
+
+# --------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True, slots=True)
+class SloTarget:
+    """Response-time promise; None: that part is not checked."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceTask:
+    """A request to serve. `max_tokens` bounds the output, whose real length nobody knows yet."""
+
+    task_id: str
+    arrival_s: float
+    prompt_tokens: int
+    max_tokens: int
+    slo: SloTarget = SloTarget()
+    session_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingTask:
+    """One micro-batch of a job: `batch` examples padded to `length` tokens."""
+
+    task_id: str
+    arrival_s: float
+    job_id: str
+    batch: int
+    length: int
+
+
+Task = InferenceTask | TrainingTask
+
+
+class NodeRole(StrEnum):
+    """What a policy lets a node do."""
+
+    SERVE = "serve"
+    TRAIN = "train"
+    BOTH = "both"
+
+
+class QueueOrder(StrEnum):
+    """Order of a node's stage queues; see `services.node_agent.core`."""
+
+    FIFO = "fifo"
+    INFERENCE_FIRST = "inference_first"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """What a node told when it joined."""
+
+    node_id: str
+    num_stages: int
+    latency: NodeLatency
+    max_inflight_inference: int = 64
+    max_context_tokens: int = 1 << 30
+    kv_capacity_tokens: int = 1 << 30
+
+
+# --------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    """A node may get work from now on."""
+
+    node: NodeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """A node is gone; its unfinished work is assigned again."""
+
+    node_id: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskArrived:
+    """Accepted work, durable in the ledger."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCancelled:
+    """Nobody wants this task any more."""
+
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobCancelled:
+    """All micro-batches of this job are unwanted."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpFinished:
+    """A real trace: one operation ended on a stage. Corrects the forecast."""
+
+    node_id: str
+    stage: int
+    op: OpKind
+    begin_s: float
+    end_s: float
+    task_ids: tuple[str, ...] = ()
+    num_tokens: int = 0
+    context_tokens: int = 0
+    first_token: bool = False
+    weight_step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEnded:
+    """The node reported the end of a task. `ok` is False for failed or cancelled work."""
+
+    task_id: str
+    node_id: str
+    ok: bool
+    output_tokens: int = 0
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReady:
+    """Phase one of a synchronisation is done on a node."""
+
+    sync_id: str
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SyncEnded:
+    """Phase two is done on a node, or the synchronisation failed there."""
+
+    sync_id: str
+    node_id: str
+    ok: bool
+    weight_step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed; nothing else happened. The driver sends one at the core's `next_wakeup_s`."""
+
+
+Event = (
+    NodeJoined
+    | NodeLost
+    | TaskArrived
+    | TaskCancelled
+    | JobCancelled
+    | OpFinished
+    | TaskEnded
+    | SnapshotReady
+    | SyncEnded
+    | Tick
+)
+
+# --------------------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True, slots=True)
+class NodeTerms:
+    """Terms behind a decision for one candidate node, kept for `explain`.
+
+    idleness_s: II, response_s: R, idleness_profit: IP, length_consistency: LC, score: what the policy compared.
+    """
+
+    node_id: str
+    idleness_s: float
+    response_s: float
+    idleness_profit: float
+    length_consistency: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Move a task to a node's queue."""
+
+    task_id: str
+    node_id: str
+    terms: tuple[NodeTerms, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Defer:
+    """The task waits (no node, in-flight bound, or held back); it stays accepted. Sent once per reason."""
+
+    task_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The task will not run. `code` is a name of `lemix.errors.ErrorCode`."""
+
+    task_id: str
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelOnNode:
+    """Tell a node to drop a task."""
+
+    task_id: str
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A cancelled task that no node holds is to be closed in the ledger."""
+
+    task_id: str
+
+
+class SyncMode(StrEnum):
+    """How a synchronisation changes weights."""
+
+    REPLACE = "replace"
+    AVERAGE = "average"
+
+
+@dataclass(frozen=True, slots=True)
+class TakeSnapshot:
+    """Phase one: the node copies its weights so that peers may fetch them."""
+
+    sync_id: str
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyWeights:
+    """Phase two: the node fetches the sources' snapshots and changes its weights."""
+
+    sync_id: str
+    node_id: str
+    mode: SyncMode
+    source_node_ids: tuple[str, ...]
+
+
+Command = Assign | Defer | Reject | CancelOnNode | Drop | TakeSnapshot | ApplyWeights
+
+# --------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreConfig:
+    """Knobs of the core. Units are in the names; see `docs/scheduler.md` for the trade-offs."""
+
+    policy: str = "lemix"
+    #: Options of the policy by name (for example lambda_1, lambda_2, tau_s, sync_every_steps).
+    policy_options: dict[str, float | int | str | bool] = field(default_factory=dict)
+    default_slo: SloTarget = SloTarget()
+    #: Response-time unit of the paper: mean forward time per stage * stages. 0: derived from the profile.
+    slo_unit_s: float = 0.0
+    #: Most inference requests without a node; more are rejected with OVERLOADED.
+    max_waiting_inference: int = 4096
+    #: Most micro-batches offered to the core at once (the job's backlog stays in the ledger).
+    max_waiting_training: int = 64
+    #: Micro-batches assigned and unfinished per node.
+    max_inflight_training: int = 4
+    #: Longest time training may be held back while inference keeps arriving, seconds (starvation bound).
+    max_hold_back_s: float = 5.0
+    #: Output length assumed until enough requests of the cluster have ended, tokens.
+    initial_output_tokens: int = 64
+    #: Seconds without activity after which a node no longer counts as held.
+    hold_s: float = 10.0
+    #: Average replicas, or copy weights, every so many optimizer steps of a node; 0: never.
+    sync_every_steps: int = 0
+    #: Give up on a synchronisation after this long, seconds.
+    sync_timeout_s: float = 30.0

@@ -58,6 +58,12 @@ protos-check: install
 	@tmp=$$(mktemp -d) && deploy/generate_protos.sh $(BIN)/python $$tmp && \
 	  for d in v1 internal/v1; do diff -r -x __init__.py -x __pycache__ $$tmp/lemix/$$d sdk/lemix/$$d || { echo "stubs are stale: run make protos"; rm -rf $$tmp; exit 1; }; done; rm -rf $$tmp
 
+compose-config: install
+	@$(BIN)/python -m deploy.compose_check deploy/docker-compose.yml
+	@if command -v docker-compose >/dev/null; then docker-compose -f deploy/docker-compose.yml config -q; \
+	  elif docker compose version >/dev/null 2>&1; then docker compose -f deploy/docker-compose.yml config -q; \
+	  else echo "no compose binary here: the compose file was checked by deploy/compose_check.py only"; fi
+
 bench: install  ## Run the benchmarks behind the published figures
 	@$(BIN)/python -m bench.decision
 

@@ -1,0 +1,1 @@
+"""A whole LeMix cluster of child processes on this machine."""

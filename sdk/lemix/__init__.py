@@ -1,1 +1,52 @@
-"""Client SDK of LeMix."""
+"""Client SDK of LeMix: generate, chat, train and watch over gRPC.
+
+`Client` blocks, `lemix.aio.Client` is for asyncio, `lemix.testing` replaces the server in tests. Every failure is a
+`LemixError` with a stable `ErrorCode`.
+"""
+
+from lemix.client import Client
+from lemix.errors import ErrorCode, LemixError
+from lemix.types import (
+    ClusterStatus,
+    FeedbackReceipt,
+    FinishReason,
+    Generation,
+    GenerationChunk,
+    GenerationOptions,
+    Hyperparameters,
+    JobEvent,
+    JobStatus,
+    Message,
+    Model,
+    NodeStatus,
+    ServingReport,
+    Slo,
+    TrainingFile,
+    TrainingJob,
+    Usage,
+    WeightVersion,
+)
+
+__all__ = [
+    "Client",
+    "ClusterStatus",
+    "ErrorCode",
+    "FeedbackReceipt",
+    "FinishReason",
+    "Generation",
+    "GenerationChunk",
+    "GenerationOptions",
+    "Hyperparameters",
+    "JobEvent",
+    "JobStatus",
+    "LemixError",
+    "Message",
+    "Model",
+    "NodeStatus",
+    "ServingReport",
+    "Slo",
+    "TrainingFile",
+    "TrainingJob",
+    "Usage",
+    "WeightVersion",
+]

@@ -6,11 +6,16 @@ All methods are coroutines, bounded by the ledger's operation timeout, and raise
 cannot be reached within it (after bounded retries).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from lemix.internal.v1 import work_pb2
+from lemix.v1 import types_pb2
+
+#: Events of a job that are kept, the newest.
+MAX_JOB_EVENTS = 1000
 
 
 class LedgerUnavailable(RuntimeError):
@@ -86,15 +91,18 @@ class Ledger(Protocol):
     async def assign(self, item: work_pb2.WorkItem, node_id: str, *, entry_id: str | None, token: int) -> bool:
         """Move a task to a node.
 
-        Atomically: add it to the node's stream, acknowledge and remove the global entry (if `entry_id`), set state
-        ASSIGNED. False, and nothing changes, when the task is DONE. Raises StaleToken when a newer token exists.
+        Atomically: add it to the node's stream, remove the task's entry from the global stream (found by the task's
+        own state; `entry_id` is removed too), set state ASSIGNED. A task without a state (a micro-batch) is accepted
+        by its assignment. True also when this node holds it already. False, and nothing changes, when the task is
+        DONE or another node holds it (take it back first). Raises StaleToken when a newer token exists.
         """
         ...
 
-    async def close_task(self, outcome: work_pb2.WorkOutcome, *, entry_id: str | None) -> None:
+    async def close_task(self, outcome: work_pb2.WorkOutcome, *, entry_id: str | None, forget: bool = False) -> None:
         """End a task no node holds (rejected, cancelled while waiting): state DONE, global entry removed.
 
-        Idempotent.
+        `forget`: leave no state, so that the same id may be submitted again (refused for now, not for good).
+        Idempotent. Nothing changes when the task is DONE already or a node holds it.
         """
         ...
 
@@ -105,7 +113,7 @@ class Ledger(Protocol):
     async def take_back(self, node_id: str, *, token: int) -> list[work_pb2.WorkItem]:
         """Empty a lost node's stream: atomically return its unfinished tasks to the global stream as WAITING.
 
-        Returns them; they will be read by `read_global`. Raises StaleToken.
+        Returns them in the order they were assigned; they will be read by `read_global`. Raises StaleToken.
         """
         ...
 
@@ -114,13 +122,17 @@ class Ledger(Protocol):
         ...
 
     async def node_ids(self) -> list[str]:
-        """Nodes that have a stream."""
+        """Nodes that got work since they were last taken back, sorted."""
         ...
 
     # ------------------------------------------------------------- node side
 
     async def read_node(self, node_id: str, *, count: int, block_s: float) -> list[Delivery]:
-        """Read the node's tasks: at the first call those delivered before and unfinished, then new ones."""
+        """Read the node's tasks: at the first call those delivered before and unfinished, then new ones.
+
+        After a failed or cancelled read, what it may have delivered comes again. A task that comes twice is run once;
+        the newer `entry_id` is the one to finish with. Blocks up to `block_s`; an empty list promises nothing.
+        """
         ...
 
     async def finish(self, node_id: str, entry_id: str, outcome: work_pb2.WorkOutcome) -> bool:
@@ -137,18 +149,18 @@ class Ledger(Protocol):
     # ------------------------------------------------------------- files and jobs
 
     async def put_file(self, record: work_pb2.FileRecord, examples: list[work_pb2.TrainingExample]) -> None:
-        """Append examples to a file and store its record; called once per batch of an upload, last call wins
+        """Append examples to a file and store its record.
 
-        the record.
+        Called once per batch of an upload; the last record stays.
         """
         ...
 
     async def get_file(self, file_id: str) -> work_pb2.FileRecord | None:
-        """The record; None when unknown."""
+        """The record, its `num_examples` being what is stored now; None when unknown."""
         ...
 
-    async def read_examples(self, file_id: str, start: int, count: int) -> list[work_pb2.TrainingExample]:
-        """Examples start .. start+count-1, fewer at the end."""
+    async def read_examples(self, file_id: str, positions: Sequence[int]) -> list[work_pb2.TrainingExample]:
+        """Examples at these positions (from 0), in the order asked; positions past the end are left out."""
         ...
 
     async def append_feedback(self, file_id: str, example: work_pb2.TrainingExample, request_id: str) -> int:
@@ -171,4 +183,12 @@ class Ledger(Protocol):
 
     async def list_jobs(self) -> list[work_pb2.JobRecord]:
         """Every stored job, oldest first (bounded by the retention of jobs)."""
+        ...
+
+    async def append_job_events(self, job_id: str, events: Sequence[types_pb2.JobEvent]) -> None:
+        """Append to a job's history; the newest MAX_JOB_EVENTS are kept. A retry may store an event twice."""
+        ...
+
+    async def read_job_events(self, job_id: str) -> list[types_pb2.JobEvent]:
+        """The kept history, oldest first."""
         ...

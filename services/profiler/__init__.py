@@ -1,0 +1,1 @@
+"""The offline profiler: times the operations of a node, fits latency models and keeps versioned profiles."""

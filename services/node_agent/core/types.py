@@ -1,4 +1,7 @@
-"""Events and commands of the node core. Times are seconds on the node's monotonic clock, lengths tokens."""
+"""Events, commands and configuration of the node core.
+
+Times are seconds on the node's monotonic clock, lengths tokens.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,7 +22,11 @@ class QueueOrder(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """A request as the core sees it. `deadline_s` is when its first token is due (arrival + TTFT promise)."""
+    """A request as the core sees it.
+
+    deadline_s: when its first token is due (arrival + TTFT promise). tpot_s: time promised per further token.
+    None: the node's default promise is used for ordering, so that no request can wait for ever.
+    """
 
     task_id: str
     arrival_s: float
@@ -28,6 +35,7 @@ class InferenceRequest:
     deadline_s: float | None = None
     #: Extra tokens computed during prefill only (the reference continuation whose loss is measured).
     reference_tokens: int = 0
+    tpot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,8 @@ class TrainingMicrobatch:
     length: int
     #: Micro-batches per optimizer step of its job.
     accumulation: int = 1
+    #: No further micro-batch of this job comes to this node: its optimizer step need not wait for a full group.
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +59,9 @@ class Op:
     """One operation that travels over the stages: upwards for forwards and steps, downwards for backwards.
 
     `version` is the weights step it was stamped with when it entered its first stage: every stage runs it at
-    exactly that version.
+    exactly that version. An op with `changes_weights` (optimizer step, applied synchronisation) starts at `version`
+    and leaves the stage at `version` + 1. A backward carries the version of its forward; with "stash" the stage may be
+    newer by then.
     """
 
     op_id: int
@@ -60,8 +72,12 @@ class Op:
     num_tokens: int = 0
     #: Context tokens in the batch (decode).
     context_tokens: int = 0
-    #: Names the synchronisation for WEIGHT_SYNC, the job for OPTIMIZER_STEP.
+    #: Names the synchronisation for WEIGHT_SYNC, the job for training ops.
     subject: str = ""
+    #: Sequences in the op: requests, or examples of the micro-batch.
+    batch: int = 0
+    #: The stage's version rises by one when this op ends on it, also when it failed there.
+    changes_weights: bool = False
 
 
 # --------------------------------------------------------------------------- events
@@ -103,7 +119,8 @@ class SyncRequested:
 class OpDone:
     """A stage finished an op. `stopped` holds the requests that produced their end-of-sequence token.
 
-    failed: the op raised; its tasks end with an error and the op does not travel further.
+    failed: the op raised; its tasks end with an error and the op does not travel further. An op that changes weights
+    travels on all the same: its failed part was skipped and the version rises on every stage, so that stages agree.
     """
 
     stage: int
@@ -112,7 +129,12 @@ class OpDone:
     failed: bool = False
 
 
-Event = RequestArrived | MicrobatchArrived | Cancelled | SyncRequested | OpDone
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed; nothing else happened. Due at the core's `next_wakeup_s`."""
+
+
+Event = RequestArrived | MicrobatchArrived | Cancelled | SyncRequested | OpDone | Tick
 
 # --------------------------------------------------------------------------- commands
 
@@ -134,22 +156,47 @@ class FreeKv:
 
 @dataclass(frozen=True, slots=True)
 class TaskDone:
-    """A task ended. reason: "stop", "length", "cancelled", "error" or "trained"."""
+    """A task ended; sent exactly once per task.
+
+    reason: "stop", "length", "cancelled", "error" or "trained". detail: why, in numbers, when the core itself refused
+    the task (it can never fit the KV cache); empty when an op failed.
+    """
 
     task_id: str
     reason: str
+    detail: str = ""
 
 
 Command = RunOp | FreeKv | TaskDone
 
 
+@dataclass(frozen=True, slots=True)
+class NodeSnapshot:
+    """What a node is doing, for heartbeats. Per-stage tuples start with stage 0."""
+
+    waiting_requests: int
+    running_requests: int
+    #: Training tasks not started, between forward and backward, and waiting for their optimizer step.
+    waiting_microbatches: int
+    inflight_microbatches: int
+    accumulated_microbatches: int
+    pending_syncs: int
+    kv_used_tokens: int
+    kv_capacity_tokens: int
+    versions: tuple[int, ...]
+    #: Ops ready on a stage and not started.
+    queue_lengths: tuple[int, ...]
+    #: Op running on a stage.
+    running_ops: tuple[Op | None, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeCoreConfig:
-    """Bounds of one node."""
+    """Bounds of one node. Raises ValueError naming the field when a value makes no sense."""
 
     num_stages: int
     queue_order: QueueOrder = QueueOrder.INFERENCE_FIRST
-    #: Most requests decoded together.
+    #: Most requests decoded together. At most num_stages * max_batch requests run at once.
     max_batch: int = 16
     #: Most new tokens of one prefill op (a longer prompt runs alone).
     max_prefill_tokens: int = 2048
@@ -157,6 +204,30 @@ class NodeCoreConfig:
     kv_capacity_tokens: int = 1 << 30
     #: Micro-batches whose forward ran and whose backward has not (A-PP window).
     max_inflight_training: int = 2
-    #: "drain": finish in-flight backwards before an optimizer step. "stash": step at once; in-flight micro-batches
-    #: keep the weights they ran with, so their gradient is applied late (PipeDream-like delay).
+    #: "drain": finish in-flight backwards before the weights change. "stash": change them at once; in-flight
+    #: micro-batches keep the weights they ran with, so their gradient is applied late (PipeDream-like delay).
     weight_handling: str = "drain"
+    #: inference_first: a stage with a training op ready gives training a turn at least this often.
+    max_training_wait_s: float = 1.0
+    #: An accumulation group that got no new micro-batch for this long takes its step with what it has.
+    group_timeout_s: float = 1.0
+    #: Requests that may overtake one that does not fit the KV cache yet; then it is next.
+    max_bypass: int = 8
+    #: inference_first: requests past their first-token deadline let those pass that can still keep theirs, this long.
+    max_demotion_s: float = 10.0
+    #: Promises used for ordering when a request has none.
+    default_ttft_s: float = 1.0
+    default_tpot_s: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("num_stages", "max_batch", "max_prefill_tokens", "kv_capacity_tokens", "max_inflight_training"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_training_wait_s", "group_timeout_s", "max_bypass", "max_demotion_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("default_ttft_s", "default_tpot_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.weight_handling not in ("drain", "stash"):
+            raise ValueError(f'weight_handling must be "drain" or "stash", got {self.weight_handling!r}')

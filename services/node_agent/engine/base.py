@@ -106,19 +106,27 @@ class TrainForward:
 
 @dataclass(frozen=True, slots=True)
 class TrainBackward:
-    """Backward of a micro-batch; `gradient` is None on the last stage. Gradients accumulate."""
+    """Backward of a micro-batch; `gradient` is None on the last stage. Gradients accumulate.
+
+    tied_gradient: for stage 0 of a model with tied embeddings cut into several stages, what the last stage returned in
+    `StageResult.tied_gradient` for this micro-batch; stage 0 owns the embedding.
+    """
 
     op_id: int
     task_id: str
     gradient: Handle | None = None
+    tied_gradient: Handle | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """Apply the accumulated gradients; the stage's version rises by one.
+    """Apply the accumulated gradients; the stage's version rises by one, also when the result has an error.
 
     grad_norm_sq_total: squared norm of the whole model's gradient, the sum of what the stages' last backwards reported;
-    clipping uses it so that S stages clip like one. None: this stage's own norm.
+    clipping uses it so that S stages clip like one. None: this stage's own norm. When it is not finite every stage
+    drops its gradient, keeps its weights and reports an error.
+    tied_weight: for the last stage of a model with tied embeddings cut into several stages, stage 0's `output` of this
+    step.
     """
 
     op_id: int
@@ -126,6 +134,7 @@ class OptimizerStep:
     job_id: str
     optimizer: OptimizerSpec
     grad_norm_sq_total: float | None = None
+    tied_weight: Handle | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +148,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class LoadWeights:
-    """Change this stage's weights; the version rises by one.
+    """Change this stage's weights; the version rises by one, also when the result has an error (weights unchanged).
 
     path: safetensors file with full-model parameter names. mode "replace": take them over. mode "average": the file
     holds the mean of all snapshots; weights += mean - own snapshot of `sync_id`, so that steps made meanwhile are kept.
@@ -154,7 +163,10 @@ class LoadWeights:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Free a request's KV cache and a micro-batch's saved activations. Runs between ops; unknown ids are ignored."""
+    """Free a request's KV cache, a micro-batch's saved activations and, by job id, a job's optimizer state.
+
+    Runs between ops; unknown ids are ignored. Outputs of these tasks that nobody read yet are released.
+    """
 
     op_id: int
     task_ids: tuple[str, ...]
@@ -198,8 +210,11 @@ class StageResult:
     begin_s: float
     end_s: float
     version: int
-    #: Output for the next stage (forward) or the previous one (backward). None at the ends.
+    #: Output for the next stage (forward) or the previous one (backward). None at the ends. Optimizer step: stage 0's
+    #: new embedding for the last stage, when they are tied. A handle can be read once.
     output: Handle | None = None
+    #: Backward on the last stage: its part of the tied embedding's gradient, for stage 0's backward.
+    tied_gradient: Handle | None = None
     #: Last stage, prefill and decode.
     tokens: tuple[SampledToken, ...] = ()
     #: Last stage, prefill: mean reference loss by request id.

@@ -69,6 +69,8 @@ class NodeSpec:
     num_stages: int
     latency: NodeLatency
     max_inflight_inference: int = 64
+    #: Most requests it decodes together.
+    max_batch: int = 16
     max_context_tokens: int = 1 << 30
     kv_capacity_tokens: int = 1 << 30
 
@@ -96,6 +98,17 @@ class TaskArrived:
     """Accepted work, durable in the ledger."""
 
     task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecovered:
+    """After a restart of the scheduler: the ledger says that this node holds the task, unfinished.
+
+    Nothing is assigned again. Is the node not known (not joined yet), the task waits like a new one.
+    """
+
+    task: Task
+    node_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +171,16 @@ class SyncEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class SyncIntervalSet:
+    """From now on replicas are synchronised every `steps` optimizer steps of a node; 0: never.
+
+    Overrides `CoreConfig.sync_every_steps`; sent when the interval is derived from the newest job.
+    """
+
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed; nothing else happened. The driver sends one at the core's `next_wakeup_s`."""
 
@@ -166,12 +189,14 @@ Event = (
     NodeJoined
     | NodeLost
     | TaskArrived
+    | TaskRecovered
     | TaskCancelled
     | JobCancelled
     | OpFinished
     | TaskEnded
     | SnapshotReady
     | SyncEnded
+    | SyncIntervalSet
     | Tick
 )
 
@@ -182,7 +207,8 @@ Event = (
 class NodeTerms:
     """Terms behind a decision for one candidate node, kept for `explain`.
 
-    idleness_s: II, response_s: R, idleness_profit: IP, length_consistency: LC, score: what the policy compared.
+    idleness_s: II, response_s: R, idleness_profit: IP, length_consistency: LC, score: what the policy compared (the
+    largest wins). A term the policy does not look at is 0. `docs/scheduler.md` tells what R and score are per policy.
     """
 
     node_id: str
@@ -267,10 +293,13 @@ Command = Assign | Defer | Reject | CancelOnNode | Drop | TakeSnapshot | ApplyWe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreConfig:
-    """Knobs of the core. Units are in the names; see `docs/scheduler.md` for the trade-offs."""
+    """Knobs of the core. Raises ValueError naming the field when a value makes no sense.
+
+    Units are in the names; see `docs/scheduler.md` for the trade-offs.
+    """
 
     policy: str = "lemix"
-    #: Options of the policy by name (for example lambda_1, lambda_2, tau_s, sync_every_steps).
+    #: Options of the policy by name (for example lambda_1, lambda_2, tau_s); an unknown name is a ValueError.
     policy_options: dict[str, float | int | str | bool] = field(default_factory=dict)
     default_slo: SloTarget = SloTarget()
     #: Response-time unit of the paper: mean forward time per stage * stages. 0: derived from the profile.
@@ -279,7 +308,8 @@ class CoreConfig:
     max_waiting_inference: int = 4096
     #: Most micro-batches offered to the core at once (the job's backlog stays in the ledger).
     max_waiting_training: int = 64
-    #: Micro-batches assigned and unfinished per node.
+    #: A-PP window: micro-batches per node whose backward is not over. Those that wait for the optimizer step of their
+    #: accumulation group do not count, or a group larger than the window could never fill.
     max_inflight_training: int = 4
     #: Longest time training may be held back while inference keeps arriving, seconds (starvation bound).
     max_hold_back_s: float = 5.0
@@ -291,3 +321,16 @@ class CoreConfig:
     sync_every_steps: int = 0
     #: Give up on a synchronisation after this long, seconds.
     sync_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_waiting_inference",
+            "max_waiting_training",
+            "max_inflight_training",
+            "initial_output_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("slo_unit_s", "max_hold_back_s", "hold_s", "sync_every_steps", "sync_timeout_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -1,0 +1,209 @@
+"""`make demo`: serve and train one model at once under several policies on the same traffic.
+
+Exit codes: 0 every request ended well, 1 something went wrong (it is listed), 2 bad arguments, 130 interrupted.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.demo import metrics, report, summary, terminal
+from bench.demo.client_process import Counts
+from bench.demo.config import POLICIES, ClusterConfig, DemoConfig, DemoError, ModelConfig, TrafficConfig, check
+from bench.demo.corpus import Corpus, load_corpus
+from bench.demo.model import cached_model
+from bench.demo.profile import Promise
+from bench.demo.records import RunRecord
+from bench.demo.runner import OnProgress, Runner
+from bench.demo.workload import describe, plan, read_trace
+from bench.machine import git_commit, machine
+from deploy.local.cluster import ClusterError
+
+#: Lengths of the steps on the progress bar, seconds.
+_MODEL_S, _PROFILE_S, _START_S = 45.0, 25.0, 15.0
+#: `--quick`: enough to see that everything works, too short for figures.
+_QUICK_MODEL = ModelConfig(hidden=64, layers=2, pretrain_steps=20)
+_QUICK_SECONDS = 8.0
+_CONTEXT_TOKENS = 512
+_MAX_PROBLEMS_SHOWN = 10
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of `make demo DEMO_ARGS="..."`."""
+    defaults = DemoConfig()
+    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--repeat", type=int, default=defaults.repeat, help="runs per policy (default 1)")
+    parser.add_argument("--policies", default=",".join(defaults.policies), help=f"of {', '.join(POLICIES)}")
+    parser.add_argument("--nodes", type=int, default=defaults.cluster.nodes, help="node agents (default 2)")
+    parser.add_argument("--stages", type=int, default=defaults.cluster.stages, help="stages per node (default 1)")
+    parser.add_argument("--seconds", type=float, help="length of the traffic (default 40)")
+    parser.add_argument("--load", type=float, default=defaults.traffic.load, help="share of one node's capacity")
+    parser.add_argument("--trace", type=Path, help="CSV with arrival_s,prompt_tokens,output_tokens to follow")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the traffic (default 0)")
+    parser.add_argument("--out", type=Path, default=defaults.out, help="where results go (default out/demo)")
+    parser.add_argument("--quick", action="store_true", help="a smaller model for a few seconds: a check, no figures")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> DemoConfig:
+    """The configuration. Raises DemoError naming what makes no sense."""
+    options = build_parser().parse_args(arguments)
+    defaults = DemoConfig()
+    seconds = options.seconds or (_QUICK_SECONDS if options.quick else defaults.traffic.seconds)
+    config = DemoConfig(
+        policies=tuple(name.strip() for name in options.policies.split(",") if name.strip()),
+        repeat=options.repeat,
+        seed=options.seed,
+        out=options.out,
+        model=_QUICK_MODEL if options.quick else defaults.model,
+        traffic=TrafficConfig(
+            seconds=seconds, load=options.load, trace=None if options.trace is None else str(options.trace)
+        ),
+        cluster=ClusterConfig(nodes=options.nodes, stages=options.stages),
+    )
+    check(config)
+    if options.trace is not None:
+        read_trace(options.trace)
+    return config
+
+
+async def run(config: DemoConfig, console: Console) -> dict[str, Any]:
+    """Everything; writes the summary and the report and returns the former. Raises DemoError, ClusterError."""
+    began_s, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    runs = len(config.policies) * config.repeat
+    screen = terminal.Terminal(console, _MODEL_S + _PROFILE_S + runs * (_START_S + config.traffic.seconds))
+    corpus = load_corpus()
+    config.out.mkdir(parents=True, exist_ok=True)
+    with screen.running():
+        model, facts = await _prepare_model(config, corpus, screen)
+        runner = Runner(config, corpus, model)
+        with screen.step("measuring what one node can do", _PROFILE_S):
+            promised = await runner.profile()
+        _say_promise(screen, config, promised)
+        measured, first, problems, workload = await _run_policies(config, corpus, runner, promised, screen)
+    result = summary.build(
+        config,
+        summary.RunFacts(
+            started_at, machine(), git_commit(), promised, workload, facts, round(time.monotonic() - began_s, 1)
+        ),
+        measured,
+        problems,
+    )
+    (config.out / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (config.out / "report.html").write_text(report.render(result, first), encoding="utf-8")
+    return result
+
+
+async def _prepare_model(config: DemoConfig, corpus: Corpus, screen: terminal.Terminal) -> tuple[Path, dict[str, Any]]:
+    stopped = threading.Event()
+
+    def progress(done: int, total: int) -> None:
+        if stopped.is_set():
+            raise DemoError("interrupted")  # ends the thread, which nothing else can
+        screen.advance(_MODEL_S * done / total, f"pre-training the model: step {done} of {total}")
+
+    with screen.step("pre-training the model on documentation (kept for the next time)", _MODEL_S):
+        try:
+            return await asyncio.to_thread(
+                cached_model,
+                config.model,
+                corpus,
+                max_context_tokens=_CONTEXT_TOKENS,
+                cache=config.out / "cache",
+                progress=progress,
+            )
+        finally:
+            stopped.set()
+
+
+async def _run_policies(
+    config: DemoConfig, corpus: Corpus, runner: Runner, promised: Promise, screen: terminal.Terminal
+) -> tuple[dict[str, list[dict[str, Any]]], list[RunRecord], list[str], dict[str, Any]]:
+    """Metrics by policy and repetition, records of the first repetition, problems, and its workload in numbers."""
+    measured: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    first: list[RunRecord] = []
+    problems: list[str] = []
+    workload: dict[str, Any] = {}
+    rate = config.traffic.load * promised.capacity_rps
+    for repetition in range(config.repeat):
+        requests = plan(config.traffic, corpus, rate, config.seed + repetition)
+        workload = workload or describe(requests, config.traffic)
+        for name in config.policies:
+            label = f"{name}, repetition {repetition + 1} of {config.repeat}" if config.repeat > 1 else name
+            with screen.step(f"{label}: starting a fresh cluster", _START_S + config.traffic.seconds):
+                outcome = await runner.run(
+                    POLICIES[name], repetition, requests, promised, _on_progress(screen, label, len(requests))
+                )
+            measured[name].append(metrics.policy_metrics(outcome.record, promised.slo, config.hold_s))
+            problems += outcome.problems
+            if repetition == 0:
+                first.append(outcome.record)
+    return dict(measured), first, problems, workload
+
+
+def _on_progress(screen: terminal.Terminal, label: str, total: int) -> OnProgress:
+    def show(at_s: float, counts: Counts) -> None:
+        answered, failed = counts.get("ok", 0), counts.get("bad", 0)
+        screen.advance(_START_S + at_s, f"{label}: {answered} of {total} answered, {failed} failed")
+
+    return show
+
+
+def _say_promise(screen: terminal.Terminal, config: DemoConfig, promised: Promise) -> None:
+    rate = config.traffic.load * promised.capacity_rps
+    screen.say(
+        f"One node can serve {promised.capacity_rps:.1f} requests/s; the traffic averages {rate:.1f}/s. "
+        f"SLO, fixed now: TTFT {1000 * promised.slo.ttft_s:.0f} ms, TPOT {1000 * promised.slo.tpot_s:.1f} ms "
+        f"({config.slo_units:g} times the mean request alone)."
+    )
+
+
+async def _interruptible(config: DemoConfig, console: Console) -> dict[str, Any]:
+    """Like `run`; SIGTERM stops it as Ctrl-C does, clusters included."""
+    task = asyncio.ensure_future(run(config, console))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the demo; returns the exit code."""
+    console = Console()
+    # Every policy needs an empty ledger, so each cluster starts a Redis of its own.
+    os.environ.pop("LEMIX_REDIS_URL", None)
+    try:
+        config = parse(arguments)
+    except DemoError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    try:
+        result = asyncio.run(_interruptible(config, console))
+    except (DemoError, ClusterError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("demo: interrupted; everything is stopped", file=sys.stderr)
+        return 130
+    terminal.print_results(console, result)
+    print(f"Took {result['seconds_total']:.0f} s. Open {config.out}/report.html; figures in {config.out}/summary.json")
+    if result["problems"]:
+        print(f"demo: {len(result['problems'])} things went wrong:", file=sys.stderr)
+        for problem in result["problems"][:_MAX_PROBLEMS_SHOWN]:
+            print(f"  {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

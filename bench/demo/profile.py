@@ -1,0 +1,94 @@
+"""What the latency profile promises: capacity of a node and the SLO, fixed before any policy runs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.demo.config import DemoError
+from bench.demo.records import Slo
+from lemix.internal.v1 import profile_pb2
+from services.latency import LatencyModel, NodeLatency, OpKind
+from services.profiler.store import CorruptProfile, load_profile
+
+_KINDS = {
+    profile_pb2.OP_KIND_PREFILL: OpKind.PREFILL,
+    profile_pb2.OP_KIND_DECODE: OpKind.DECODE,
+    profile_pb2.OP_KIND_TRAIN_FORWARD: OpKind.TRAIN_FORWARD,
+    profile_pb2.OP_KIND_TRAIN_BACKWARD: OpKind.TRAIN_BACKWARD,
+    profile_pb2.OP_KIND_OPTIMIZER_STEP: OpKind.OPTIMIZER_STEP,
+    profile_pb2.OP_KIND_WEIGHT_SYNC: OpKind.WEIGHT_SYNC,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What the profile says about the mean request, and what follows from it."""
+
+    profile_id: str
+    #: Seconds, the mean request alone on an idle node.
+    prefill_s: float
+    decode_s: float
+    #: Requests per second one node can serve, its decode batches full.
+    capacity_rps: float
+    slo: Slo
+
+
+def newest_profile(directory: Path, num_stages: int) -> profile_pb2.Profile:
+    """The newest readable artifact for so many stages. Raises DemoError when there is none."""
+    found: list[profile_pb2.Profile] = []
+    problems: list[str] = []
+    for path in sorted(directory.glob("*/*.json")):
+        try:
+            profile = load_profile(path)
+        except CorruptProfile as error:
+            problems.append(str(error))
+            continue
+        if profile.num_stages == num_stages:
+            found.append(profile)
+    if not found:
+        raise DemoError(f"the profiler left no profile for {num_stages} stages in {directory} {'; '.join(problems)}")
+    return max(found, key=lambda profile: profile.created_unix_s)
+
+
+def node_latency(profile: profile_pb2.Profile) -> NodeLatency:
+    """The chosen models of a profile."""
+    return NodeLatency(tuple(_stage_models(profile.fits, stage) for stage in range(profile.num_stages)))
+
+
+def _stage_models(fits: Iterable[profile_pb2.LatencyFit], stage: int) -> dict[OpKind, LatencyModel]:
+    return {
+        _KINDS[fit.op]: LatencyModel(fit.model, tuple(fit.coefficients), fit.mape, fit.interval_p90)
+        for fit in fits
+        if fit.stage == stage and fit.chosen and fit.op in _KINDS
+    }
+
+
+def promise(
+    profile_id: str,
+    latency: NodeLatency,
+    *,
+    mean_prompt: float,
+    mean_output: float,
+    reference_tokens: int,
+    max_batch: int,
+    slo_units: float,
+) -> Promise:
+    """Capacity and SLO at the workload's mean lengths.
+
+    The reference continuation is computed with the prompt, so it counts as prompt here. Capacity: a request costs every
+    stage one prefill and its share of full decode batches; the slowest stage bounds the pipeline. Raises DemoError when
+    the profile predicts no time at all.
+    """
+    length = mean_prompt + reference_tokens
+    context = mean_prompt + mean_output / 2.0
+    further = max(0.0, mean_output - 1.0)
+    prefill_s = latency.node_s(OpKind.PREFILL, 1, length)
+    decode_s = latency.node_s(OpKind.DECODE, 1, context)
+    cost_s = max(
+        latency.op_s(stage, OpKind.PREFILL, 1, length)
+        + further * latency.op_s(stage, OpKind.DECODE, max_batch, context) / max_batch
+        for stage in range(latency.num_stages)
+    )
+    if min(prefill_s, decode_s, cost_s) <= 0.0:
+        raise DemoError(f"profile {profile_id} predicts no time for prefill or decode; delete it and profile again")
+    return Promise(profile_id, prefill_s, decode_s, 1.0 / cost_s, Slo(slo_units * prefill_s, slo_units * decode_s))

@@ -1,0 +1,75 @@
+"""The online training of a run, through the REST API like anybody's."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from bench.demo.config import DemoError, TrainingConfig
+
+_TIMEOUT_S = 60.0
+
+
+def connect(url: str) -> httpx.AsyncClient:
+    """A client of the REST API at `url`."""
+    return httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, trust_env=False)
+
+
+class TrainingJobs:
+    """Two files, one job at a time: documentation until the drift, source code from then on."""
+
+    def __init__(self, http: httpx.AsyncClient, model: str, training: TrainingConfig) -> None:
+        self._http = http
+        self._model = model
+        self._training = training
+        self._jobs: list[str] = []
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def upload(self, name: str, texts: Sequence[str]) -> str:
+        """Store texts as a training file; returns its id."""
+        content = "".join(json.dumps({"text": item}) + "\n" for item in texts).encode()
+        response = await self._http.post(
+            "/v1/files", data={"purpose": "fine-tune"}, files={"file": (name, content, "application/jsonl")}
+        )
+        return str(_checked(response)["id"])
+
+    async def start(self, file_id: str) -> str:
+        """Start a job over a stored file; returns its id."""
+        training = self._training
+        body = {
+            "model": self._model,
+            "training_file": file_id,
+            "hyperparameters": {"n_epochs": training.num_epochs, "batch_size": training.batch_size},
+            "lemix": {"learning_rate": training.learning_rate},
+        }
+        job_id = str(_checked(await self._http.post("/v1/fine_tuning/jobs", json=body))["id"])
+        self._jobs.append(job_id)
+        return job_id
+
+    async def cancel(self, job_id: str) -> None:
+        """Stop a job."""
+        _checked(await self._http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel"))
+
+    async def trained_tokens(self) -> int:
+        """Labels trained by all jobs of this run. Raises DemoError when a job failed or ran out of examples."""
+        total = 0
+        for job_id in self._jobs:
+            job = _checked(await self._http.get(f"/v1/fine_tuning/jobs/{job_id}"))
+            if job["status"] in ("failed", "succeeded"):
+                why = job.get("error") or "its examples ran out, so the backlog was empty"
+                raise DemoError(f"training job {job_id} {job['status']}: {why}")
+            total += int(job["lemix"]["trained_tokens"])  # OpenAI's own field is null until the end
+        return total
+
+
+def _checked(response: httpx.Response) -> Any:
+    if response.status_code != 200:
+        request = response.request
+        raise DemoError(
+            f"{request.method} {request.url.path} answered HTTP {response.status_code}: {response.text[:300]}"
+        )
+    return response.json()

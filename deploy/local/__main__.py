@@ -1,0 +1,126 @@
+"""`make up`: a local cluster in the foreground."""
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.local.cluster import ClusterError, LocalCluster
+from deploy.local.settings import LocalClusterConfig
+from deploy.local.tiny_model import write_tiny_model
+
+_WATCH_S = 0.5
+#: Id of the model that is served when none is named.
+_TINY_NAME = "tiny"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of `make up UP_ARGS="..."`."""
+    parser = argparse.ArgumentParser(prog="make up UP_ARGS=...", description="Run a LeMix cluster on this machine.")
+    parser.add_argument("--model", type=Path, help="Hugging Face model directory (default: a tiny one, not trained)")
+    parser.add_argument("--nodes", type=_positive, default=2, help="node agents, each with a replica (default 2)")
+    parser.add_argument("--stages", type=_positive, default=1, help="pipeline stages per node (default 1)")
+    parser.add_argument("--policy", default="lemix", help="scheduling policy (default lemix)")
+    parser.add_argument("--port", type=int, default=8000, help="port of the REST API; 0: a free one (default 8000)")
+    parser.add_argument("--grpc-port", type=int, default=50051, help="port of the gRPC API; 0: a free one")
+    parser.add_argument("--directory", type=Path, default=Path("out/up"), help="logs, profiles, data (default out/up)")
+    parser.add_argument("--redis-url", help="Redis to use instead of starting one")
+    parser.add_argument("--nice", type=int, default=10, help="niceness of the stage workers (default 10)")
+    parser.add_argument("--no-pin", action="store_true", help="do not give each stage a core of its own")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run until Ctrl-C. Exit code 0: stopped; 1: could not start, or a service died."""
+    options = build_parser().parse_args(arguments)
+    model_name = "" if options.model is not None else _TINY_NAME
+    if options.model is None:
+        options.model = options.directory / "model"
+        if not (options.model / "config.json").is_file():
+            print(f"Writing a tiny model with random weights to {options.model} ...", flush=True)
+            write_tiny_model(options.model)
+    config = LocalClusterConfig(
+        model_path=options.model,
+        directory=options.directory,
+        num_nodes=options.nodes,
+        num_stages=options.stages,
+        policy=options.policy,
+        model_name=model_name,
+        http_port=options.port,
+        grpc_port=options.grpc_port,
+        redis_url=options.redis_url,
+        nice=options.nice,
+        pin_cpus=not options.no_pin,
+    )
+    try:
+        asyncio.run(_run(LocalCluster(config)))
+    except ClusterError as error:
+        print(f"\nThe cluster stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _run(cluster: LocalCluster) -> None:
+    """Start, watch, stop. Raises ClusterError; returns after a signal."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    config = cluster.config
+    print(f"Starting Redis, profiler, scheduler, {config.num_nodes} node agent(s), gateway ...", flush=True)
+    starting = asyncio.create_task(cluster.start())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        print("\nStopped before the cluster was ready.", flush=True)
+        return
+    try:
+        await starting
+        print(_ready_text(cluster), flush=True)
+        while not stop.is_set():
+            cluster.check()
+            await asyncio.wait({stopping}, timeout=_WATCH_S)
+        print("\nStopping ...", flush=True)
+    finally:
+        stopping.cancel()
+        await cluster.stop()
+
+
+def _ready_text(cluster: LocalCluster) -> str:
+    config = cluster.config
+    model = config.model_name or config.model_path.resolve().name
+    cores = "each stage on a core of its own" if cluster.pinned else "stages not pinned to cores"
+    chat = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
+    feedback = json.dumps({"prompt": "The capital of France is", "completion": " Paris."})
+    return f"""
+LeMix is ready: {config.num_nodes} node(s) x {config.num_stages} stage(s), policy {config.policy}, {cores}
+
+  REST   {cluster.url}   (OpenAI clients: base_url {cluster.url}/v1, any API key)
+  gRPC   {cluster.grpc_address}
+  model  {model}
+
+Generate:
+  curl {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{chat}'
+Teach it something while it serves:
+  curl {cluster.url}/v1/feedback -H 'Content-Type: application/json' \\
+    -d '{feedback}'
+
+Logs and settings of every service: {config.directory}/logs, {config.directory}/config
+Ctrl-C stops everything."""
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,27 @@
+"""Free TCP ports on the loopback interface."""
+
+import random
+import socket
+
+#: Below the range Linux picks outgoing ports from, so that no connection takes one between choice and use.
+_FIRST, _LAST = 20000, 32000
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on 127.0.0.1:port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for a server
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def pick_free(count: int) -> list[int]:
+    """That many different ports that are free now. Raises RuntimeError when there are none."""
+    candidates = random.SystemRandom().sample(range(_FIRST, _LAST), k=max(50, 10 * count))
+    ports = [port for port, _ in zip((p for p in candidates if is_free(p)), range(count), strict=False)]
+    if len(ports) < count:
+        raise RuntimeError(f"no {count} free ports between {_FIRST} and {_LAST}")
+    return ports

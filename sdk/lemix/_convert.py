@@ -1,0 +1,208 @@
+"""Between the public dataclasses and lemix.v1 messages."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from lemix import types
+from lemix.errors import ErrorCode, LemixError
+from lemix.v1 import cluster_service_pb2 as cluster_pb
+from lemix.v1 import inference_service_pb2 as inference_pb
+from lemix.v1 import training_service_pb2 as training_pb
+from lemix.v1 import types_pb2
+
+Messages = Sequence[types.Message | tuple[str, str]]
+
+
+def sampling(options: types.GenerationOptions) -> types_pb2.SamplingParams:
+    """Raises LemixError INVALID_REQUEST for a number no message can carry."""
+    stop = options.get("stop", ())
+    try:
+        return types_pb2.SamplingParams(
+            max_tokens=options.get("max_tokens"),
+            temperature=options.get("temperature", 1.0),
+            top_p=options.get("top_p", 1.0),
+            top_k=options.get("top_k"),
+            seed=options.get("seed"),
+            stop=[stop] if isinstance(stop, str) else stop,
+            ignore_eos=options.get("ignore_eos", False),
+        )
+    except (ValueError, TypeError) as error:
+        raise LemixError(ErrorCode.INVALID_REQUEST, f"unusable sampling parameter: {error}") from error
+
+
+def slo(value: types.Slo | None) -> types_pb2.Slo | None:
+    """None stays None: the cluster's default."""
+    return None if value is None else types_pb2.Slo(ttft_s=value.ttft_s, tpot_s=value.tpot_s)
+
+
+def chat_prompt(messages: Messages) -> types_pb2.ChatPrompt:
+    """Turns, given as Message or (role, content)."""
+    turns = [message if isinstance(message, types.Message) else types.Message(*message) for message in messages]
+    return types_pb2.ChatPrompt(
+        messages=[types_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in turns]
+    )
+
+
+def set_prompt(spec: inference_pb.GenerationSpec, prompt: str | Sequence[int]) -> None:
+    """Text, or token ids. Raises LemixError INVALID_REQUEST for anything else."""
+    if isinstance(prompt, str):
+        spec.text = prompt
+        return
+    try:
+        spec.tokens.token_ids.extend(prompt)
+    except (ValueError, TypeError) as error:
+        raise LemixError(
+            ErrorCode.INVALID_REQUEST, f"the prompt is neither text nor token ids: {error}", param="prompt"
+        ) from error
+
+
+def hyperparameters(value: types.Hyperparameters | None) -> types_pb2.Hyperparameters | None:
+    """None stays None: the server's defaults. Raises LemixError INVALID_REQUEST for a number no message can carry."""
+    if value is None:
+        return None
+    try:
+        return types_pb2.Hyperparameters(**{name: v for name, v in asdict(value).items() if v is not None})
+    except (ValueError, TypeError) as error:
+        raise LemixError(ErrorCode.INVALID_REQUEST, f"unusable hyperparameter: {error}") from error
+
+
+def generation(message: inference_pb.GenerateResponse) -> types.Generation:
+    """A whole output."""
+    return types.Generation(
+        request_id=message.request_id,
+        model=message.model,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        finish_reason=_finish_reason(message.finish_reason) or types.FinishReason.ERROR,
+        usage=_usage(message.usage),
+        report=_report(message.report),
+    )
+
+
+def generation_chunk(message: inference_pb.GenerateStreamResponse) -> types.GenerationChunk:
+    """One piece of an output."""
+    return types.GenerationChunk(
+        request_id=message.request_id,
+        model=message.model,
+        text=message.text_delta,
+        token_ids=tuple(message.token_ids),
+        finish_reason=_finish_reason(message.finish_reason),
+        usage=_usage(message.usage) if message.HasField("usage") else None,
+        report=_report(message.report) if message.HasField("report") else None,
+    )
+
+
+def training_file(message: training_pb.CreateFileResponse) -> types.TrainingFile:
+    """A stored file."""
+    return types.TrainingFile(
+        file_id=message.file_id,
+        size_bytes=message.size_bytes,
+        num_examples=message.num_examples,
+        created_unix_s=message.created_unix_s,
+    )
+
+
+def job(message: types_pb2.TrainingJob) -> types.TrainingJob:
+    """A job; a status this client does not know counts as running."""
+    values = message.hyperparameters
+    name = types_pb2.JobStatus.Name(message.status).removeprefix("JOB_STATUS_") if message.status in _STATUSES else ""
+    return types.TrainingJob(
+        job_id=message.job_id,
+        model=message.model,
+        training_file=message.training_file,
+        status=types.JobStatus.__members__.get(name, types.JobStatus.RUNNING),
+        created_unix_s=message.created_unix_s,
+        finished_unix_s=message.finished_unix_s if message.HasField("finished_unix_s") else None,
+        hyperparameters=types.Hyperparameters(**{field.name: value for field, value in values.ListFields()}),
+        num_examples=message.num_examples,
+        total_microbatches=message.total_microbatches,
+        trained_microbatches=message.trained_microbatches,
+        trained_tokens=message.trained_tokens,
+        last_loss=message.last_loss if message.HasField("last_loss") else None,
+        steps_per_node=dict(message.steps_per_node),
+        error=LemixError.from_proto(message.error) if message.HasField("error") else None,
+    )
+
+
+def jobs(messages: Iterable[types_pb2.TrainingJob]) -> list[types.TrainingJob]:
+    """Several jobs."""
+    return [job(message) for message in messages]
+
+
+def job_event(message: training_pb.WatchJobResponse) -> types.JobEvent:
+    """An event and the job after it."""
+    event = message.event
+    return types.JobEvent(
+        sequence=event.sequence,
+        created_unix_s=event.created_unix_s,
+        level=event.level,
+        message=event.message,
+        loss=event.loss if event.HasField("loss") else None,
+        trained_microbatches=event.trained_microbatches,
+        job=job(message.job),
+    )
+
+
+def receipt(message: training_pb.SubmitFeedbackResponse) -> types.FeedbackReceipt:
+    """Where an example went."""
+    return types.FeedbackReceipt(job_id=message.job_id, sequence=message.sequence)
+
+
+def models(message: cluster_pb.ListModelsResponse) -> list[types.Model]:
+    """The models served."""
+    return [
+        types.Model(model_id=model.id, max_context_tokens=model.max_context_tokens, created_unix_s=model.created_unix_s)
+        for model in message.models
+    ]
+
+
+def cluster_status(message: cluster_pb.GetStatusResponse) -> types.ClusterStatus:
+    """Nodes and queues."""
+    return types.ClusterStatus(
+        policy=message.policy,
+        ready=message.ready,
+        not_ready_reason=message.not_ready_reason,
+        nodes=tuple(
+            types.NodeStatus(
+                node_id=node.node_id,
+                ready=node.ready,
+                num_stages=node.num_stages,
+                inflight_inference=node.inflight_inference,
+                inflight_training=node.inflight_training,
+                weight_step=node.weight_step,
+                role=node.role,
+            )
+            for node in message.nodes
+        ),
+        waiting_inference=message.waiting_inference,
+        waiting_training=message.waiting_training,
+    )
+
+
+_STATUSES = frozenset(types_pb2.JobStatus.values())
+_FINISH_REASONS = {
+    types_pb2.FINISH_REASON_STOP: types.FinishReason.STOP,
+    types_pb2.FINISH_REASON_LENGTH: types.FinishReason.LENGTH,
+    types_pb2.FINISH_REASON_CANCELLED: types.FinishReason.CANCELLED,
+    types_pb2.FINISH_REASON_ERROR: types.FinishReason.ERROR,
+}
+
+
+def _finish_reason(value: types_pb2.FinishReason) -> types.FinishReason | None:
+    return _FINISH_REASONS.get(value)
+
+
+def _usage(message: types_pb2.Usage) -> types.Usage:
+    return types.Usage(prompt_tokens=message.prompt_tokens, completion_tokens=message.completion_tokens)
+
+
+def _report(message: types_pb2.ServingReport) -> types.ServingReport:
+    return types.ServingReport(
+        node_id=message.node_id,
+        weight_versions=tuple(
+            types.WeightVersion(node_id=v.node_id, incarnation=v.incarnation, step=v.step)
+            for v in message.weight_versions
+        ),
+        staleness_s=message.staleness_s if message.HasField("staleness_s") else None,
+        reference_loss=message.reference_loss if message.HasField("reference_loss") else None,
+    )

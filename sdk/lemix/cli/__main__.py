@@ -1,0 +1,5 @@
+"""`python -m lemix.cli`."""
+
+from lemix.cli import main
+
+main()

@@ -1,0 +1,192 @@
+"""Commands of the `lemix` tool: thin over the SDK, which does the work."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lemix.cli import render
+from lemix.client import DEFAULT_ADDRESS, Client
+from lemix.errors import ErrorCode, LemixError
+from lemix.types import GenerationChunk, GenerationOptions, Hyperparameters, JobStatus, Message
+
+ClientFactory = Callable[[str], Client]
+
+app = typer.Typer(
+    name="lemix",
+    help="Generate with, and train, the model a LeMix cluster serves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1)]
+_Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0.0, max=2.0)]
+
+
+class _State:
+    """What the commands share: how to reach the cluster, where to print."""
+
+    def __init__(self) -> None:
+        self.connect: ClientFactory = Client
+        self.address = DEFAULT_ADDRESS
+        self.out = Console()
+
+    def client(self) -> Client:
+        return self.connect(self.address)
+
+
+_state = _State()
+
+
+def run(arguments: Sequence[str], *, connect: ClientFactory = Client) -> int:
+    """Run one command and return its exit code; failures are one line on stderr. connect: for tests."""
+    _state.connect, _state.out = connect, Console()
+    try:
+        # standalone: typer reports wrong usage itself, in its own words, with exit code 2
+        app(list(arguments), standalone_mode=True)
+    except LemixError as error:
+        Console(stderr=True).print(f"lemix: {_explain(error)}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    return 0
+
+
+@app.callback()
+def _main(
+    address: Annotated[
+        str, typer.Option(envvar="LEMIX_ADDRESS", help="host:port of the gateway's gRPC API.")
+    ] = DEFAULT_ADDRESS,
+) -> None:
+    _state.address = address
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_tokens: _MaxTokens = 64,
+    temperature: _Temperature = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the output here; up to 4 times.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same output.")] = None,
+) -> None:
+    """Continue a text, printed as it is produced."""
+    options: GenerationOptions = {
+        "max_tokens": max_tokens, "temperature": temperature, "stop": stop or (), "seed": seed,
+    }  # fmt: skip
+    with _state.client() as client:
+        _print_stream(client.stream(prompt, **options))
+
+
+@app.command()
+def chat(
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a reply.", min=1)] = None,
+    temperature: _Temperature = 1.0,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+) -> None:
+    """Talk to the model, one line at a time; end with Ctrl-D."""
+    messages = [Message("system", system)] if system else []
+    options: GenerationOptions = {"max_tokens": max_tokens, "temperature": temperature}
+    with _state.client() as client:
+        while (line := _read_line()) is not None:
+            if not line.strip():
+                continue
+            messages.append(Message("user", line))
+            messages.append(Message("assistant", _print_stream(client.stream_chat(messages, **options))))
+
+
+@app.command()
+def train(
+    file: Annotated[Path, typer.Argument(help="JSONL file of examples.", exists=True, dir_okay=False, readable=True)],
+    epochs: Annotated[int, typer.Option(help="Passes over the file.", min=1)] = 1,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per micro-batch.", min=1)] = None,
+    follow: Annotated[bool, typer.Option("--watch/--no-watch", help="Follow the job until it ends.")] = False,
+) -> None:
+    """Train the served model on a file."""
+    values = Hyperparameters(num_epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
+    with _state.client() as client:
+        job = client.submit_training(file, hyperparameters=values)
+        _state.out.print(f"{job.job_id}: {job.num_examples} examples, {job.total_microbatches} micro-batches")
+        if follow:
+            _follow(client, job.job_id)
+
+
+@app.command()
+def jobs(limit: Annotated[int, typer.Option(help="How many.", min=1, max=100)] = 20) -> None:
+    """List the newest training jobs."""
+    with _state.client() as client:
+        _state.out.print(render.job_table(client.list_jobs(limit)))
+
+
+@app.command()
+def watch(job: Annotated[str, typer.Argument(help="Id of the job.")]) -> None:
+    """Follow a job until it ends."""
+    with _state.client() as client:
+        _follow(client, job)
+
+
+@app.command()
+def cancel(job: Annotated[str, typer.Argument(help="Id of the job.")]) -> None:
+    """Stop a job."""
+    with _state.client() as client:
+        _state.out.print(f"{job}: {client.cancel_job(job).status.value}")
+
+
+@app.command()
+def feedback(
+    text: Annotated[str | None, typer.Argument(help="Text to learn.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Context of the completion.")] = None,
+    completion: Annotated[str | None, typer.Option(help="What should follow the prompt.")] = None,
+) -> None:
+    """Hand over one example to learn from."""
+    with _state.client() as client:
+        receipt = client.feedback(text, prompt=prompt, completion=completion)
+    _state.out.print(f"accepted as example {receipt.sequence} of {receipt.job_id}")
+
+
+@app.command()
+def status() -> None:
+    """Show models, nodes and queues. Exit code 1 when the cluster is not ready."""
+    with _state.client() as client:
+        cluster, models = client.status(), client.models()
+    _state.out.print(render.status_lines(cluster, models))
+    if cluster.nodes:
+        _state.out.print(render.node_table(cluster))
+    if not cluster.ready:
+        raise typer.Exit(1)
+
+
+def _follow(client: Client, job_id: str) -> None:
+    for event in client.watch(job_id):
+        _state.out.print(render.event_line(event), markup=False, highlight=False)
+    job = client.get_job(job_id)
+    _state.out.print(f"{job.job_id}: {job.status.value}")
+    if job.status is JobStatus.FAILED:
+        raise job.error or LemixError(ErrorCode.INTERNAL, "the job failed without a reason")
+
+
+def _print_stream(chunks: Iterable[GenerationChunk]) -> str:
+    text = ""
+    for chunk in chunks:
+        text += chunk.text
+        _state.out.print(chunk.text, end="", markup=False, highlight=False, soft_wrap=True)
+    _state.out.print()
+    return text
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        return None
+
+
+def _explain(error: LemixError) -> str:
+    if error.code is ErrorCode.UNAVAILABLE:
+        return f"no answer from {_state.address}: {error.message} (is the cluster running? set --address)"
+    return error.message

@@ -1,0 +1,52 @@
+"""What the commands print."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from lemix.types import ClusterStatus, JobEvent, Model, TrainingJob
+
+
+def job_table(jobs: Sequence[TrainingJob]) -> Table:
+    """One row per job."""
+    table = Table("job", "status", "file", "trained", "loss", box=None, pad_edge=False)
+    for job in jobs:
+        total = job.total_microbatches or "?"
+        loss = "-" if job.last_loss is None else f"{job.last_loss:.4f}"
+        table.add_row(
+            job.job_id, job.status.value, job.training_file or "-", f"{job.trained_microbatches}/{total}", loss
+        )
+    return table
+
+
+def node_table(status: ClusterStatus) -> Table:
+    """One row per node."""
+    table = Table("node", "ready", "role", "stages", "serving", "training", "weights step", box=None, pad_edge=False)
+    for node in status.nodes:
+        table.add_row(
+            node.node_id,
+            "yes" if node.ready else "no",
+            node.role,
+            str(node.num_stages),
+            str(node.inflight_inference),
+            str(node.inflight_training),
+            str(node.weight_step),
+        )
+    return table
+
+
+def status_lines(status: ClusterStatus, models: Sequence[Model]) -> str:
+    """The cluster in a few lines."""
+    state = "ready" if status.ready else f"not ready: {status.not_ready_reason}"
+    served = ", ".join(f"{model.model_id} (context {model.max_context_tokens})" for model in models) or "none"
+    return (
+        f"state    {state}\nmodels   {served}\npolicy   {status.policy or '-'}\n"
+        f"waiting  {status.waiting_inference} requests, {status.waiting_training} micro-batches"
+    )
+
+
+def event_line(event: JobEvent) -> str:
+    """One event in one line."""
+    level = "" if event.level == "info" else f"{event.level}: "
+    loss = "" if event.loss is None else f"  loss {event.loss:.4f}"
+    return f"{event.sequence:>5}  {level}{event.message}{loss}"

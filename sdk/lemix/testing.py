@@ -1,0 +1,212 @@
+"""A LeMix in memory, for the tests of applications: no server, no network, no waiting.
+
+fake = FakeLemix(replies=["Hello!"])
+client = fake.client()
+assert client.generate("Hi").text == "Hello!"
+assert fake.prompts == ["Hi"]
+"""
+
+import json
+from collections.abc import AsyncGenerator, Generator, Iterable
+from typing import Any
+
+from lemix import aio
+from lemix._calls import Call
+from lemix.client import Client
+from lemix.errors import ErrorCode, LemixError
+from lemix.v1 import cluster_service_pb2 as cluster_pb
+from lemix.v1 import inference_service_pb2 as inference_pb
+from lemix.v1 import training_service_pb2 as training_pb
+from lemix.v1 import types_pb2
+
+__all__ = ["FakeLemix"]
+
+_NOW_UNIX_S = 1_700_000_000.0
+
+
+class FakeLemix:
+    """Answers every call of the clients it makes. Jobs succeed at once; replies come in order, the last one repeats.
+
+    fail_next(error) makes the next call fail. `prompts`, `feedback` and `calls` tell what was asked.
+    """
+
+    def __init__(self, replies: Iterable[str] = ("ok",), *, model: str = "fake") -> None:
+        """replies: at least one."""
+        self._replies = list(replies)
+        if not self._replies:
+            raise ValueError("FakeLemix needs at least one reply")
+        self._model = model
+        self._failures: list[LemixError] = []
+        self._files: dict[str, int] = {}
+        self._jobs: dict[str, types_pb2.TrainingJob] = {}
+        self.calls: list[str] = []
+        self.prompts: list[str | list[int] | list[tuple[str, str]]] = []
+        self.feedback: list[training_pb.SubmitFeedbackRequest] = []
+
+    def client(self) -> Client:
+        """A blocking client of this fake."""
+        return Client(transport=_FakeTransport(self), sleep=lambda _: None)
+
+    def aio_client(self) -> aio.Client:
+        """An asyncio client of this fake."""
+        return aio.Client(transport=_FakeAioTransport(self), sleep=_no_sleep)
+
+    def fail_next(self, *errors: LemixError) -> None:
+        """Let the next calls fail, one error each."""
+        self._failures.extend(errors)
+
+    def answer(self, call: Call[Any]) -> list[Any]:
+        """The response messages of one call. Raises the LemixError that is due."""
+        name = call.method.rsplit("/", 1)[-1]
+        self.calls.append(name)
+        if self._failures:
+            raise self._failures.pop(0)
+        found: list[Any] = getattr(self, f"_{name}")(call.request)
+        return found
+
+    def _reply(self, spec: inference_pb.GenerationSpec) -> str:
+        if spec.model not in ("", self._model):
+            raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"model {spec.model!r} is not served", param="model")
+        form = spec.WhichOneof("prompt")
+        if form == "text":
+            self.prompts.append(spec.text)
+        elif form == "tokens":
+            self.prompts.append(list(spec.tokens.token_ids))
+        else:
+            self.prompts.append([(turn.role, turn.content) for turn in spec.chat.messages])
+        return self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
+
+    def _Generate(self, request: inference_pb.GenerateRequest) -> list[Any]:  # noqa: N802
+        text = self._reply(request.spec)
+        return [
+            inference_pb.GenerateResponse(
+                request_id=request.spec.request_id,
+                model=self._model,
+                text=text,
+                finish_reason=types_pb2.FINISH_REASON_STOP,
+                usage=types_pb2.Usage(prompt_tokens=1, completion_tokens=len(text.split())),
+                report=_report(),
+            )
+        ]
+
+    def _GenerateStream(self, request: inference_pb.GenerateStreamRequest) -> list[Any]:  # noqa: N802
+        words = self._reply(request.spec).split(" ")
+        pieces = [
+            inference_pb.GenerateStreamResponse(
+                request_id=request.spec.request_id, model=self._model, text_delta=word if index == 0 else f" {word}"
+            )
+            for index, word in enumerate(words)
+        ]
+        last = inference_pb.GenerateStreamResponse(
+            request_id=request.spec.request_id,
+            model=self._model,
+            finish_reason=types_pb2.FINISH_REASON_STOP,
+            usage=types_pb2.Usage(prompt_tokens=1, completion_tokens=len(words)),
+            report=_report(),
+        )
+        return [*pieces, last]
+
+    def _CreateFile(self, request: training_pb.CreateFileRequest) -> list[Any]:  # noqa: N802
+        lines = [line for line in request.content.splitlines() if line.strip()]
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                raise LemixError(ErrorCode.INVALID_TRAINING_FILE, f"line {number}: not JSON", param="file") from error
+        file_id = f"file-{len(self._files) + 1}"
+        self._files[file_id] = len(lines)
+        return [
+            training_pb.CreateFileResponse(
+                file_id=file_id, size_bytes=len(request.content), num_examples=len(lines), created_unix_s=_NOW_UNIX_S
+            )
+        ]
+
+    def _CreateJob(self, request: training_pb.CreateJobRequest) -> list[Any]:  # noqa: N802
+        if request.training_file not in self._files:
+            raise LemixError(ErrorCode.NOT_FOUND, "there is no such file", param="training_file")
+        num_examples = self._files[request.training_file]
+        job = types_pb2.TrainingJob(
+            job_id=f"job-{len(self._jobs) + 1}",
+            model=self._model,
+            training_file=request.training_file,
+            status=types_pb2.JOB_STATUS_SUCCEEDED,
+            created_unix_s=_NOW_UNIX_S,
+            finished_unix_s=_NOW_UNIX_S,
+            hyperparameters=request.hyperparameters,
+            total_microbatches=num_examples,
+            trained_microbatches=num_examples,
+            num_examples=num_examples,
+            last_loss=1.0,
+        )
+        self._jobs[job.job_id] = job
+        return [training_pb.CreateJobResponse(job=job)]
+
+    def _GetJob(self, request: training_pb.GetJobRequest) -> list[Any]:  # noqa: N802
+        return [training_pb.GetJobResponse(job=self._job(request.job_id))]
+
+    def _ListJobs(self, request: training_pb.ListJobsRequest) -> list[Any]:  # noqa: N802
+        return [training_pb.ListJobsResponse(jobs=list(self._jobs.values())[::-1][: request.limit])]
+
+    def _CancelJob(self, request: training_pb.CancelJobRequest) -> list[Any]:  # noqa: N802
+        self._job(request.job_id)
+        raise LemixError(ErrorCode.CONFLICT, "the job has ended")
+
+    def _WatchJob(self, request: training_pb.WatchJobRequest) -> list[Any]:  # noqa: N802
+        job = self._job(request.job_id)
+        event = types_pb2.JobEvent(sequence=1, created_unix_s=_NOW_UNIX_S, level="info", message="done", loss=1.0)
+        return [training_pb.WatchJobResponse(event=event, job=job)] if request.after_sequence < 1 else []
+
+    def _SubmitFeedback(self, request: training_pb.SubmitFeedbackRequest) -> list[Any]:  # noqa: N802
+        self.feedback.append(request)
+        return [training_pb.SubmitFeedbackResponse(job_id="feedback", sequence=len(self.feedback))]
+
+    def _ListModels(self, _: cluster_pb.ListModelsRequest) -> list[Any]:  # noqa: N802
+        model = cluster_pb.Model(id=self._model, max_context_tokens=4096, created_unix_s=_NOW_UNIX_S)
+        return [cluster_pb.ListModelsResponse(models=[model])]
+
+    def _GetStatus(self, _: cluster_pb.GetStatusRequest) -> list[Any]:  # noqa: N802
+        node = cluster_pb.NodeStatus(node_id="fake-node", ready=True, num_stages=1, role="both")
+        return [cluster_pb.GetStatusResponse(policy="fake", ready=True, nodes=[node])]
+
+    def _job(self, job_id: str) -> types_pb2.TrainingJob:
+        if job_id not in self._jobs:
+            raise LemixError(ErrorCode.NOT_FOUND, f"there is no job {job_id!r}", param="job_id")
+        return self._jobs[job_id]
+
+
+class _FakeTransport:
+    def __init__(self, fake: FakeLemix) -> None:
+        self._fake = fake
+
+    def unary(self, call: Call[Any], timeout_s: float) -> Any:
+        return self._fake.answer(call)[0]
+
+    def stream(self, call: Call[Any], timeout_s: float) -> Generator[Any]:
+        yield from self._fake.answer(call)
+
+    def close(self) -> None:
+        pass
+
+
+class _FakeAioTransport:
+    def __init__(self, fake: FakeLemix) -> None:
+        self._fake = fake
+
+    async def unary(self, call: Call[Any], timeout_s: float) -> Any:
+        return self._fake.answer(call)[0]
+
+    async def stream(self, call: Call[Any], timeout_s: float) -> AsyncGenerator[Any]:
+        for message in self._fake.answer(call):
+            yield message
+
+    async def close(self) -> None:
+        pass
+
+
+async def _no_sleep(_: float) -> None:
+    return None
+
+
+def _report() -> types_pb2.ServingReport:
+    version = types_pb2.WeightVersion(node_id="fake-node", incarnation=1, step=0)
+    return types_pb2.ServingReport(node_id="fake-node", weight_versions=[version])

@@ -1,0 +1,250 @@
+"""What the client takes and gives: plain, frozen, no protobuf."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypedDict
+
+from lemix.errors import LemixError
+
+__all__ = [
+    "ClusterStatus",
+    "FeedbackReceipt",
+    "FinishReason",
+    "Generation",
+    "GenerationChunk",
+    "GenerationOptions",
+    "Hyperparameters",
+    "JobEvent",
+    "JobStatus",
+    "Message",
+    "Model",
+    "NodeStatus",
+    "ServingReport",
+    "Slo",
+    "TrainingFile",
+    "TrainingJob",
+    "Usage",
+    "WeightVersion",
+]
+
+
+class FinishReason(Enum):
+    """Why generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class JobStatus(Enum):
+    """State of a training job."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is final."""
+        return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. role: "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Response-time promise, seconds; None: no promise. tpot: mean time per output token after the first."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of the generating calls, all optional.
+
+    model: empty, the only one served. max_tokens: default 16, for a conversation what fits. temperature: in [0, 2],
+    0 is greedy; default 1. top_p: in (0, 1]; default 1. top_k: default no limit. seed: default drawn by the server.
+    stop: strings that end the output, at most 4. ignore_eos: generate past the end of sequence. slo: default the
+    cluster's. session_id: the conversation. request_id: repeating one returns the stored result; default a new one.
+    reference: the true continuation, whose loss is measured and reported.
+    """
+
+    model: str
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int | None
+    stop: str | Sequence[str]
+    ignore_eos: bool
+    slo: Slo | None
+    session_id: str
+    request_id: str
+    reference: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightVersion:
+    """Identity of weights: the node's replica, its loading, the changes since."""
+
+    node_id: str
+    incarnation: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingReport:
+    """What was measured. staleness_s: age of the weights. reference_loss: nats per token of the given reference."""
+
+    node_id: str
+    weight_versions: tuple[WeightVersion, ...]
+    staleness_s: float | None = None
+    reference_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A whole output."""
+
+    request_id: str
+    model: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    report: ServingReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationChunk:
+    """New output. finish_reason, usage and report come with the last chunk."""
+
+    request_id: str
+    model: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    report: ServingReport | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingFile:
+    """A stored training file."""
+
+    file_id: str
+    size_bytes: int
+    num_examples: int
+    created_unix_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyperparameters:
+    """How a job trains; None takes the server's default.
+
+    learning_rate: peak of AdamW. num_epochs: passes over the file. batch_size: examples per micro-batch.
+    gradient_accumulation_steps: micro-batches per optimizer step. lr_schedule: "constant", "constant_with_warmup",
+    "linear" or "cosine". warmup_steps: optimizer steps. max_grad_norm: larger gradients are scaled down.
+    """
+
+    learning_rate: float | None = None
+    num_epochs: int | None = None
+    batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+    lr_schedule: str | None = None
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingJob:
+    """A training job. last_loss: nats per token of the newest micro-batch. error: why it failed."""
+
+    job_id: str
+    model: str
+    training_file: str
+    status: JobStatus
+    created_unix_s: float
+    finished_unix_s: float | None
+    hyperparameters: Hyperparameters
+    num_examples: int
+    total_microbatches: int
+    trained_microbatches: int
+    trained_tokens: int
+    last_loss: float | None
+    steps_per_node: Mapping[str, int] = field(default_factory=dict)
+    error: LemixError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """Something that happened to a job, and the job after it. sequence: from 1, without gaps."""
+
+    sequence: int
+    created_unix_s: float
+    level: str
+    message: str
+    loss: float | None
+    trained_microbatches: int
+    job: TrainingJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedbackReceipt:
+    """Where an example went: the job that trains it and its place there, from 1."""
+
+    job_id: str
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A served model. max_context_tokens: prompt plus output."""
+
+    model_id: str
+    max_context_tokens: int
+    created_unix_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    """One node agent. role: "serve", "train" or "both"."""
+
+    node_id: str
+    ready: bool
+    num_stages: int
+    inflight_inference: int
+    inflight_training: int
+    weight_step: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """The cluster now. not_ready_reason: empty when ready."""
+
+    policy: str
+    ready: bool
+    not_ready_reason: str
+    nodes: tuple[NodeStatus, ...]
+    waiting_inference: int
+    waiting_training: int

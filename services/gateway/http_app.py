@@ -1,0 +1,73 @@
+"""The REST application: routes, errors, what surrounds every request."""
+
+import re
+import uuid
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lemix.errors import LemixError
+from services.gateway import metrics, problems
+from services.gateway.application import Application
+from services.gateway.config import Limits
+from services.gateway.http_body import BodyLimit
+from services.gateway.routes_cluster import Readiness, cluster_routes
+from services.gateway.routes_inference import inference_routes
+from services.gateway.routes_training import training_routes
+
+_ECHOABLE = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def create_app(application: Application, readiness: Readiness, limits: Limits) -> Starlette:
+    """The ASGI app over the application layer."""
+    return Starlette(
+        routes=[
+            *inference_routes(application.generation),
+            *training_routes(application.training),
+            *cluster_routes(application.cluster, readiness),
+        ],
+        middleware=[
+            Middleware(_Surroundings),
+            Middleware(BodyLimit, max_body_bytes=limits.max_body_bytes, max_file_bytes=limits.max_file_bytes),
+        ],
+        exception_handlers={
+            LemixError: problems.on_lemix_error,
+            problems.HttpProblem: problems.on_http_problem,
+            HTTPException: problems.on_http_exception,
+            Exception: problems.on_unexpected,
+        },
+    )
+
+
+class _Surroundings:
+    """Counts requests and gives every answer an x-request-id, the client's own if it sent one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent if _ECHOABLE.fullmatch(sent) else uuid.uuid4().hex
+        status = 499  # nothing was answered: the client went away
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).setdefault("x-request-id", request_id)
+            await send(message)
+
+        metrics.HTTP_IN_FLIGHT.inc()
+        try:
+            await self._app(scope, receive, observed)
+        finally:
+            metrics.HTTP_IN_FLIGHT.dec()
+            # The handler's name, not the path: clients must not be able to make up label values.
+            route = getattr(scope.get("endpoint"), "__name__", "unknown")
+            metrics.HTTP_REQUESTS.labels(route, str(status)).inc()

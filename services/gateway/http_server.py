@@ -1,0 +1,66 @@
+"""The REST listener: uvicorn inside the service's own loop, with the service's own signals."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from services.runtime.app import StartupError
+
+_BACKLOG = 512
+
+
+class HttpServer:
+    """One listening server. `start`, later `stop`."""
+
+    def __init__(self, app: ASGIApp, listen: str, *, grace_s: float, max_connections: int) -> None:
+        """listen: host:port. grace_s: time running requests get at the stop. max_connections: beyond it 503."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # failures are logged by the app itself
+        self._listen = listen
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            limit_concurrency=max_connections,
+            timeout_graceful_shutdown=max(1, round(grace_s)),
+        )
+        self._server = _Server(config)
+        self._socket: socket.socket | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen. Raises StartupError naming the address when it cannot be used."""
+        host, _, port = self._listen.rpartition(":")
+        host = host.strip("[]")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server((host, int(port)), family=family, backlog=_BACKLOG)
+        except (OSError, ValueError, OverflowError) as error:
+            raise StartupError(f"cannot listen on {self._listen}: {error}") from error
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    @property
+    def address(self) -> str:
+        """host:port that clients dial, with the real port."""
+        assert self._socket is not None
+        return f"{self._listen.rpartition(':')[0]}:{self._socket.getsockname()[1]}"
+
+    async def stop(self) -> None:
+        """Refuse new connections, let running requests finish for the grace time, close."""
+        if self._task is not None:
+            self._server.should_exit = True
+            await self._task
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the service."""
+        yield

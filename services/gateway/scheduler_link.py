@@ -1,0 +1,156 @@
+"""The gateway's one long-lived session with the scheduler: submits, cancels, and what becomes of them."""
+
+import asyncio
+from collections.abc import Iterable
+
+import grpc.aio
+import structlog
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import scheduler_service_pb2 as pb
+from lemix.internal.v1 import scheduler_service_pb2_grpc as pb_grpc
+from services.gateway.pending import PendingRequest
+from services.gateway.reconnecting import ReconnectingStream
+from services.gateway.token_streams import TokenStreams
+
+_log = structlog.get_logger()
+
+_RETRY_AFTER_S = 1.0
+
+
+class SchedulerLink:
+    """Tracks every request between submit and end.
+
+    A lost session loses nothing: submits are idempotent, so each unfinished request is submitted again on the next one
+    and the scheduler answers with where it stands. Cancels that were not sent are sent then.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        gateway_id: str,
+        streams: TokenStreams,
+        *,
+        max_requests: int,
+        max_backoff_s: float = 2.0,
+    ) -> None:
+        """max_requests: most requests tracked at once, and most messages queued beyond that."""
+        self._gateway_id = gateway_id
+        self._streams = streams
+        self._max_requests = max_requests
+        self._pending: dict[str, PendingRequest] = {}
+        self._cancels: dict[str, None] = {}
+        self._connected = asyncio.Event()
+        stub = pb_grpc.SchedulerServiceStub(channel)
+        self._session: ReconnectingStream[pb.GatewaySessionRequest, pb.GatewaySessionResponse] = ReconnectingStream(
+            "scheduler session",
+            lambda: stub.GatewaySession(),
+            greeting=self._greeting,
+            receive=self._receive,
+            on_lost=self._on_lost,
+            max_backoff_s=max_backoff_s,
+        )
+
+    @property
+    def connected(self) -> bool:
+        """Whether the scheduler has welcomed this session."""
+        return self._connected.is_set()
+
+    @property
+    def num_pending(self) -> int:
+        """Requests submitted and not released."""
+        return len(self._pending)
+
+    async def run(self) -> None:
+        """Keep the session open until cancelled."""
+        await self._session.run()
+
+    async def wait_connected(self) -> None:
+        """Return when the session stands."""
+        await self._connected.wait()
+
+    def submit(self, pending: PendingRequest) -> None:
+        """Hand a request over. Release it with `release`, whatever happens.
+
+        Raises UNAVAILABLE without a session, OVERLOADED at the bound, CONFLICT when the id is in flight here.
+        """
+        if not self.connected:
+            raise LemixError(
+                ErrorCode.UNAVAILABLE, "the scheduler is not reachable right now", retry_after_s=_RETRY_AFTER_S
+            )
+        if pending.request_id in self._pending:
+            raise LemixError(
+                ErrorCode.CONFLICT,
+                f"request {pending.request_id} is already in progress",
+                param="request_id",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        if len(self._pending) >= self._max_requests or self._session.backlog >= 2 * self._max_requests:
+            raise LemixError(
+                ErrorCode.OVERLOADED,
+                f"{self._max_requests} requests are in progress already",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        self._pending[pending.request_id] = pending
+        self._cancels.pop(pending.request_id, None)
+        self._session.send(_submit(pending))
+
+    def cancel(self, pending: PendingRequest) -> None:
+        """Tell the scheduler that nobody waits for this request. Does nothing when it has ended or knows already."""
+        if pending.finished or pending.cancel_sent or pending.request_id not in self._pending:
+            return
+        pending.cancel_sent = True
+        if self.connected:
+            self._session.send(_cancel(pending.request_id))
+        else:
+            self._cancels[pending.request_id] = None
+
+    def release(self, pending: PendingRequest) -> None:
+        """Stop tracking a request."""
+        if self._pending.get(pending.request_id) is pending:
+            del self._pending[pending.request_id]
+        self._streams.detach(pending.request_id)
+
+    def _greeting(self) -> Iterable[pb.GatewaySessionRequest]:
+        yield pb.GatewaySessionRequest(hello=pb.GatewayHello(gateway_id=self._gateway_id))
+        for pending in self._pending.values():
+            if not (pending.finished or pending.cancel_sent):
+                yield _submit(pending)
+
+    def _on_lost(self, unsent: list[pb.GatewaySessionRequest]) -> None:
+        self._connected.clear()
+        self._cancels.update((message.cancel.request_id, None) for message in unsent if message.HasField("cancel"))
+
+    def _on_welcome(self) -> None:
+        self._connected.set()
+        for request_id in self._cancels:
+            self._session.send(_cancel(request_id))
+        self._cancels.clear()
+        _log.info("scheduler session open", gateway_id=self._gateway_id)
+
+    def _receive(self, message: pb.GatewaySessionResponse) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "welcome":
+            self._on_welcome()
+            return
+        pending = self._pending.get(message.request_id)
+        if pending is None:
+            return  # released meanwhile
+        if kind == "accepted":
+            pending.on_accepted()
+        elif kind == "assigned":
+            pending.on_assigned(message.assigned.node_id, message.assigned.node_address)
+            if not pending.finished:
+                self._streams.attach(pending)
+        elif kind == "rejected":
+            pending.on_failed(LemixError.from_proto(message.rejected))
+        elif kind == "finished":
+            pending.on_finished(message.finished)
+
+
+def _submit(pending: PendingRequest) -> pb.GatewaySessionRequest:
+    return pb.GatewaySessionRequest(submit=pb.SubmitInference(request_id=pending.request_id, work=pending.work))
+
+
+def _cancel(request_id: str) -> pb.GatewaySessionRequest:
+    return pb.GatewaySessionRequest(cancel=pb.CancelInference(request_id=request_id))

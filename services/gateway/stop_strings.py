@@ -1,0 +1,40 @@
+"""Finding stop strings in text that arrives in pieces."""
+
+from collections.abc import Sequence
+
+
+class StopFilter:
+    """Passes text on up to the first stop string, holding back what may be the start of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """stops: non-empty strings; none at all passes everything through."""
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """Text that is certain to come before any stop string. Empty once `stopped`."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [position for stop in self._stops if (position := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        keep = self._possible_start()
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def flush(self) -> str:
+        """What was held back, when no more text will come."""
+        text, self._held = self._held, ""
+        return text
+
+    def _possible_start(self) -> int:
+        """Length of the longest end of the held text that a stop string starts with."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
+                return size
+        return 0

@@ -1,0 +1,70 @@
+"""Range checks shared by REST and gRPC."""
+
+import math
+import re
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.v1 import types_pb2
+from services.gateway.types import Sampling
+
+MAX_STOP_STRINGS = 4
+_MAX_STOP_CHARS = 256
+_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+def invalid(message: str, param: str | None = None) -> LemixError:
+    """An INVALID_REQUEST error."""
+    return LemixError(ErrorCode.INVALID_REQUEST, message, param=param)
+
+
+def check_id(value: str, param: str) -> None:
+    """Raises INVALID_REQUEST unless empty or 1 to 128 letters, digits and `._:-`: ids travel in keys and headers."""
+    if value and not _ID.fullmatch(value):
+        raise invalid(f"{param} must be 1 to 128 letters, digits, '.', '_', ':' or '-'", param)
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises INVALID_REQUEST naming the parameter that is out of range."""
+    if sampling.max_tokens is not None and sampling.max_tokens < 1:
+        raise invalid(f"max_tokens must be at least 1, not {sampling.max_tokens}", "max_tokens")
+    if sampling.max_tokens is not None and sampling.max_tokens >= 2**32:
+        raise invalid("max_tokens is too large", "max_tokens")
+    if not 0 <= sampling.temperature <= 2:
+        raise invalid(f"temperature must be in [0, 2], not {sampling.temperature:g}", "temperature")
+    if not 0 < sampling.top_p <= 1:
+        raise invalid(f"top_p must be in (0, 1], not {sampling.top_p:g}", "top_p")
+    if sampling.top_k is not None and not 1 <= sampling.top_k < 2**32:
+        raise invalid(f"top_k must be at least 1, not {sampling.top_k}", "top_k")
+    if sampling.seed is not None and not 0 <= sampling.seed < 2**64:
+        raise invalid("seed must be in [0, 2^64)", "seed")
+    if len(sampling.stop) > MAX_STOP_STRINGS:
+        raise invalid(f"at most {MAX_STOP_STRINGS} stop strings, not {len(sampling.stop)}", "stop")
+    if any(not 1 <= len(stop) <= _MAX_STOP_CHARS for stop in sampling.stop):
+        raise invalid(f"a stop string has 1 to {_MAX_STOP_CHARS} characters", "stop")
+
+
+def check_slo(ttft_s: float | None, tpot_s: float | None) -> None:
+    """Raises INVALID_REQUEST unless each promise is absent or a positive, finite number of seconds."""
+    for name, value in (("ttft", ttft_s), ("tpot", tpot_s)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise invalid(f"the {name} promise must be positive", f"slo.{name}")
+
+
+def check_hyperparameters(values: types_pb2.Hyperparameters) -> None:
+    """Raises INVALID_REQUEST naming the hyperparameter that is out of the range types.proto gives."""
+    for name, low, high in (
+        ("num_epochs", 1, 1000),
+        ("batch_size", 1, 256),
+        ("gradient_accumulation_steps", 1, 256),
+        ("warmup_steps", 0, 2**31),
+    ):
+        if values.HasField(name) and not low <= getattr(values, name) <= high:
+            raise invalid(f"{name} must be in [{low}, {high}], not {getattr(values, name)}", f"hyperparameters.{name}")
+    for name, positive in (("learning_rate", True), ("max_grad_norm", True), ("weight_decay", False)):
+        value = getattr(values, name)
+        if values.HasField(name) and not (math.isfinite(value) and (value > 0 or (not positive and value == 0))):
+            bound = "positive" if positive else "at least 0"
+            raise invalid(f"{name} must be {bound}, not {value:g}", f"hyperparameters.{name}")
+    if values.HasField("lr_schedule") and values.lr_schedule not in _SCHEDULES:
+        raise invalid(f"lr_schedule must be one of {', '.join(_SCHEDULES)}", "hyperparameters.lr_schedule")

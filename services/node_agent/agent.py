@@ -1,0 +1,247 @@
+"""One node, put together: loop, intake, token streams, weights, measurements, session and server."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc.aio
+import structlog
+
+from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
+from lemix.internal.v1 import node_agent_service_pb2_grpc as node_grpc
+from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from lemix.internal.v1 import work_pb2
+from services.ledger import Ledger
+from services.node_agent import metrics
+from services.node_agent.config import NodeAgentSettings
+from services.node_agent.core.types import NodeCoreConfig, QueueOrder
+from services.node_agent.engine.base import Engine
+from services.node_agent.intake import Intake
+from services.node_agent.loop import AgentLoop
+from services.node_agent.measure import Measurer
+from services.node_agent.server import FULL_NAME, NodeAgentServicer
+from services.node_agent.session import SchedulerSession, Vitals
+from services.node_agent.tokens import TokenHub
+from services.node_agent.weights import WeightSync
+from services.runtime.clock import Clock
+from services.runtime.grpc_server import GrpcServer
+
+_log = structlog.get_logger()
+
+#: Longest a stopping node tries to store outcomes, seconds.
+_FLUSH_S = 2.0
+
+
+class NodeAgent:
+    """A running node. Implements what the loop reports to and what the scheduler commands.
+
+    `start` listens and joins; `broken` is set with an exception when the node cannot go on; `stop` leaves everything
+    unfinished in the ledger.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: NodeAgentSettings,
+        engine: Engine,
+        ledger: Ledger,
+        scheduler: grpc.aio.Channel,
+        fingerprint: str,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._fingerprint = fingerprint
+        self._clock = clock
+        # Rises with every start; the lower 32 bits of the seconds will do so until the year 2106.
+        self.incarnation = int(clock.unix_s()) & 0xFFFFFFFF
+        self._server = GrpcServer(settings.listen)
+        self._hub = TokenHub(clock, settings.token_ttl_s)
+        self._loop = AgentLoop(
+            node_id=settings.node_id,
+            incarnation=self.incarnation,
+            workers=engine.workers,
+            config=_core_config(settings),
+            clock=clock,
+            listener=self,
+        )
+        self._session = SchedulerSession(
+            channel=scheduler,
+            hello=self._hello,
+            vitals=self._vitals,
+            commands=self,
+            clock=clock,
+            trace_flush_s=settings.trace_flush_s,
+            welcome_timeout_s=settings.welcome_timeout_s,
+        )
+        self._intake = Intake(
+            node_id=settings.node_id,
+            ledger=ledger,
+            loop=self._loop,
+            hub=self._hub,
+            info=engine.info,
+            clock=clock,
+            max_tasks=settings.max_inflight_inference + settings.max_queued_training,
+            report=self._session.report_outcome,
+        )
+        self._weights = WeightSync(
+            loop=self._loop,
+            address=lambda: self.address,
+            report=self._session.report_sync,
+            timeout_s=settings.sync_timeout_s,
+        )
+        self._measurer = Measurer(self._loop, engine.info)
+        self._welcomed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # ------------------------------------------------------------- life cycle
+
+    @property
+    def address(self) -> str:
+        """host:port told to others."""
+        return self._settings.advertise or self._server.address
+
+    @property
+    def broken(self) -> asyncio.Future[None]:
+        """Ends with NodeBroken when the node cannot go on."""
+        return self._loop.broken
+
+    async def start(self) -> None:
+        """Listen, then join the scheduler. Raises StartupError when the port is taken."""
+        servicer = NodeAgentServicer(
+            hub=self._hub, weights=self._weights, measurer=self._measurer, node_info=self._node_info
+        )
+        self._server.add(node_grpc.add_NodeAgentServiceServicer_to_server, servicer, FULL_NAME)
+        await self._server.start()
+        self._loop.start()
+        await self._server.set_ready(True)
+        _log.info("listening", address=self._server.address)
+        for work in (self._session.run(), self._take_work(), self._intake.run_finisher(), self._watch()):
+            task = asyncio.create_task(work)
+            task.add_done_callback(self._task_ended)
+            self._tasks.append(task)
+
+    async def stop(self) -> None:
+        """Leave the session, take nothing more, close the server. Tasks are not ended: they stay in the ledger."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._loop.stop()
+        await self._intake.flush(_FLUSH_S)
+        self._hub.end_all()
+        await self._server.stop(self._settings.shutdown_grace_s)
+        await self._weights.close()
+
+    async def _take_work(self) -> None:
+        """Begin when the scheduler has welcomed the node: before, it may still want to measure it."""
+        await self._welcomed.wait()
+        await self._intake.run_reader()
+
+    async def _watch(self) -> None:
+        """Keep the gauges up to date."""
+        while True:
+            state = self._loop.snapshot()
+            node = self._settings.node_id
+            metrics.KV_USED_TOKENS.labels(node).set(state.kv_used_tokens)
+            metrics.WAITING.labels(node, "inference").set(state.waiting_requests)
+            metrics.WAITING.labels(node, "training").set(state.waiting_microbatches)
+            metrics.WEIGHT_STEP.labels(node).set(state.versions[0])
+            for stage, length in enumerate(state.queue_lengths):
+                metrics.QUEUE_LENGTH.labels(node, stage).set(length)
+            await asyncio.sleep(1.0)
+
+    def _task_ended(self, task: "asyncio.Task[None]") -> None:
+        """None of the node's tasks ends by itself; one that failed must not go unnoticed."""
+        if not task.cancelled():
+            self._loop.fail(task.exception() or RuntimeError("a task of the node ended"))
+
+    # ------------------------------------------------------------- what the loop reports
+
+    def on_tokens(self, task_id: str, token_ids: Sequence[int]) -> None:
+        """See loop.Listener."""
+        self._hub.append(task_id, token_ids)
+
+    def on_trace(self, trace: scheduler_pb2.OpTrace) -> None:
+        """See loop.Listener."""
+        self._session.add_trace(trace)
+
+    def on_outcome(self, outcome: work_pb2.WorkOutcome) -> None:
+        """See loop.Listener."""
+        if outcome.HasField("inference"):
+            self._hub.finish(outcome.task_id, outcome.inference)
+        self._intake.finish(outcome)
+
+    # ------------------------------------------------------------- what the scheduler commands
+
+    def on_welcome(self, welcome: scheduler_pb2.NodeWelcome) -> None:
+        """See session.Commands."""
+        if welcome.fencing_token < self._intake.newest_token:
+            newest = self._intake.newest_token
+            raise ValueError(f"the scheduler's token {welcome.fencing_token} is older than {newest}")
+        if welcome.lease_s <= 0:
+            raise ValueError(f"a lease of {welcome.lease_s} s makes no sense")
+        self._loop.set_queue_order(QueueOrder(welcome.queue_order))
+        self._intake.newest_token = welcome.fencing_token
+        self._welcomed.set()
+
+    def on_cancel(self, task_id: str) -> None:
+        """See session.Commands."""
+        self._intake.cancel(task_id)
+
+    def on_take_snapshot(self, sync_id: str) -> None:
+        """See session.Commands."""
+        self._weights.start_snapshot(sync_id)
+
+    def on_apply_weights(self, command: scheduler_pb2.ApplyWeights) -> None:
+        """See session.Commands."""
+        self._weights.start_apply(command.sync_id, command.mode, command.source_addresses)
+
+    # ------------------------------------------------------------- what the node is
+
+    @property
+    def _model_name(self) -> str:
+        return self._settings.model_name or Path(self._settings.model_path).resolve().name
+
+    def _hello(self) -> scheduler_pb2.NodeHello:
+        settings = self._settings
+        return scheduler_pb2.NodeHello(
+            node_id=settings.node_id,
+            address=self.address,
+            num_stages=settings.num_stages,
+            model=self._model_name,
+            max_inflight_inference=settings.max_inflight_inference,
+            incarnation=self.incarnation,
+            profile_fingerprint=self._fingerprint,
+            sent_monotonic_s=self._clock.monotonic_s(),
+            max_context_tokens=self._engine.info.max_context_tokens,
+            kv_capacity_tokens=settings.kv_capacity_tokens,
+            max_batch=settings.max_batch,
+        )
+
+    def _vitals(self) -> Vitals:
+        return Vitals(self._loop.ages.newest_step, self._loop.snapshot().kv_used_tokens)
+
+    def _node_info(self) -> node_pb2.GetNodeInfoResponse:
+        settings, info = self._settings, self._engine.info
+        return node_pb2.GetNodeInfoResponse(
+            node_id=settings.node_id,
+            model=self._model_name,
+            num_stages=settings.num_stages,
+            profile_fingerprint=self._fingerprint,
+            max_context_tokens=info.max_context_tokens,
+            max_batch=settings.max_batch,
+            vocab_size=info.vocab_size,
+            worker_pids=[worker.pid for worker in self._engine.workers],
+            weight_step=self._loop.ages.newest_step,
+        )
+
+
+def _core_config(settings: NodeAgentSettings) -> NodeCoreConfig:
+    return NodeCoreConfig(
+        num_stages=settings.num_stages,
+        max_batch=settings.max_batch,
+        max_prefill_tokens=settings.max_prefill_tokens,
+        kv_capacity_tokens=settings.kv_capacity_tokens,
+        max_inflight_training=settings.max_inflight_training,
+        weight_handling=settings.weight_handling,
+    )

@@ -1,0 +1,69 @@
+"""Settings of the node agent (`LEMIX_NODE_AGENT_...`)."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from services.runtime.config import ServiceSettings, Settings
+
+
+class OpLatency(Settings):
+    """Latency of one kind of emulated op: `form` and coefficients of `services.latency`."""
+
+    form: str = "constant"
+    coefficients: tuple[float, ...] = (0.0,)
+
+
+class NodeAgentSettings(ServiceSettings):
+    """Everything an operator can set on a node."""
+
+    #: host:port told to the scheduler, gateways and peers. Empty: the listen address.
+    advertise: str = ""
+    #: Stable over restarts; unique in the cluster.
+    node_id: str = Field("node-0", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    scheduler_address: str = "127.0.0.1:50051"
+
+    #: Hugging Face model directory. The engine reads local files only.
+    model_path: str = ""
+    #: Id the model is served under. Empty: the directory's name.
+    model_name: str = ""
+    #: "torch": the real pipeline. "emulated": no neural network, chosen latencies (`emulated_latency`).
+    engine: Literal["torch", "emulated"] = "torch"
+    #: Latency by op kind ("prefill", "decode", "train_forward", ...), the same on every stage. Missing kinds: no time.
+    emulated_latency: dict[str, OpLatency] = Field(default_factory=dict)
+    num_stages: int = Field(1, ge=1, le=64)
+    #: One device per stage, or one for all.
+    devices: tuple[str, ...] = ("cpu",)
+    dtype: str = "float32"
+    threads_per_stage: int = Field(1, ge=1)
+    #: Added to the niceness of the stage workers.
+    nice: int = Field(0, ge=0, le=19)
+    #: CPU core of each stage worker. Empty: not pinned.
+    cpus: tuple[int, ...] = ()
+    #: Cut the model's context to this many tokens. 0: the model's own.
+    max_context_tokens: int = Field(0, ge=0)
+    seed: int = 0
+
+    kv_capacity_tokens: int = Field(65536, ge=1)
+    #: Most requests decoded in one op.
+    max_batch: int = Field(16, ge=1)
+    #: Most new tokens of one prefill op.
+    max_prefill_tokens: int = Field(2048, ge=1)
+    #: Most requests taken from the ledger and not finished there.
+    max_inflight_inference: int = Field(64, ge=1)
+    #: Micro-batches between forward and backward.
+    max_inflight_training: int = Field(2, ge=1)
+    #: Most micro-batches taken from the ledger and not finished there.
+    max_queued_training: int = Field(16, ge=1)
+    #: "drain" or "stash"; see the node core.
+    weight_handling: Literal["drain", "stash"] = "drain"
+
+    #: Longest time a trace waits for others before it is sent, seconds.
+    trace_flush_s: float = Field(0.02, ge=0.0, le=1.0)
+    #: Tokens of a finished request are kept this long for a gateway that has not fetched them, seconds.
+    token_ttl_s: float = Field(60.0, gt=0.0)
+    #: Longest time to fetch and combine the peers' weights, seconds.
+    sync_timeout_s: float = Field(30.0, gt=0.0)
+    #: Longest wait for the scheduler's welcome (it may profile the node first), seconds.
+    welcome_timeout_s: float = Field(900.0, gt=0.0)

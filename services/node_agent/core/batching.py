@@ -1,0 +1,296 @@
+"""Iteration-level (continuous) batching: which requests form the next prefill or decode op.
+
+A batch is composed when stage 0 takes it, not before, so a late request can still join. A request is admitted, that is
+its KV cache reserved, when its prefill starts.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import NamedTuple
+
+from services.latency import OpKind
+from services.node_agent.core.memory import KvLedger
+from services.node_agent.core.types import (
+    Command,
+    FreeKv,
+    InferenceRequest,
+    NodeCoreConfig,
+    Op,
+    QueueOrder,
+    TaskDone,
+)
+
+#: A promise shorter than this is no promise; keeps urgency finite.
+_SHORTEST_ALLOWANCE_S = 1e-3
+
+
+class Claim(NamedTuple):
+    """What an op brings to the choice of a stage.
+
+    ready_s: since when it could run. Its urgency is the share of its allowance used up: (now - origin_s) / allowance_s.
+    """
+
+    ready_s: float
+    origin_s: float
+    allowance_s: float
+
+
+@dataclass(slots=True)
+class RunningRequest:
+    """An admitted request."""
+
+    request: InferenceRequest
+    tpot_s: float
+    #: Prompt and generated tokens in the KV cache.
+    context_tokens: int
+    #: When its newest token was produced.
+    last_token_s: float
+    generated_tokens: int = 0
+    cancelled: bool = False
+
+
+class InferenceBatcher:
+    """Waiting and running requests of one node."""
+
+    def __init__(self, config: NodeCoreConfig) -> None:
+        self._config = config
+        self._by_deadline = config.queue_order is QueueOrder.INFERENCE_FIRST
+        self.kv = KvLedger(config.kv_capacity_tokens)
+        # Sorted by (deadline, arrival order); fifo: (0, arrival order). The entry time is kept for fifo ranks.
+        self._waiting: list[tuple[float, int, float, InferenceRequest]] = []
+        self._waiting_keys: dict[str, tuple[float, int]] = {}
+        self._bypassed: dict[str, int] = {}
+        self._arrivals = 0
+        self._running: dict[str, RunningRequest] = {}
+        # Running requests that no op holds, the one that waits longest first.
+        self._idle: dict[str, None] = {}
+        self._decodes_in_flight = 0
+        # Set when nothing that waits can be admitted: no use in looking again before something arrives or leaves.
+        self._blocked = False
+
+    # ------------------------------------------------------------- arrival and cancellation
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not admitted yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Admitted requests."""
+        return len(self._running)
+
+    def task_ids(self) -> tuple[str, ...]:
+        """Every live request."""
+        return (*self._waiting_keys, *self._running)
+
+    def holds(self, task_id: str) -> bool:
+        """Whether this request is live."""
+        return task_id in self._waiting_keys or task_id in self._running
+
+    def add(self, now_s: float, request: InferenceRequest) -> list[Command]:
+        """Queue a request; one that can never fit the KV cache ends at once. A live id is ignored (redelivery)."""
+        if self.holds(request.task_id):
+            return []
+        need = request.prompt_tokens + request.max_tokens
+        if need > self.kv.capacity_tokens:
+            detail = f"needs {need} KV tokens, the node holds {self.kv.capacity_tokens}"
+            return [TaskDone(request.task_id, "error", detail)]
+        self._arrivals += 1
+        key = (self._deadline_s(request) if self._by_deadline else 0.0, self._arrivals)
+        insort(self._waiting, (*key, now_s, request))
+        self._waiting_keys[request.task_id] = key
+        self._blocked = False
+        return []
+
+    def cancel(self, task_id: str) -> list[Command]:
+        """End a request now, or when the op that holds it ends."""
+        key = self._waiting_keys.get(task_id)
+        if key is not None:
+            self._remove_waiting(bisect_left(self._waiting, key))
+            self._blocked = False
+            return [TaskDone(task_id, "cancelled")]
+        if task_id in self._idle:
+            return self._leave(task_id, "cancelled")
+        self._running[task_id].cancelled = True
+        return []
+
+    # ------------------------------------------------------------- composing ops
+
+    def prefill_claim(self, now_s: float) -> Claim | None:
+        """Claim of the next prefill, None when nobody waits or nobody can be admitted now."""
+        if self._blocked or not self._waiting or len(self._running) >= self._max_running():
+            return None
+        index = next(iter(self._admission_order(now_s)))
+        deadline_s, _, ready_s, request = self._waiting[index]
+        if not self._by_deadline:
+            return Claim(ready_s, request.arrival_s, _SHORTEST_ALLOWANCE_S)
+        if now_s - self._config.max_demotion_s < deadline_s < now_s:
+            # Its promise is broken: as urgent as a token that is due just now, not more.
+            return Claim(ready_s, now_s - self._config.default_ttft_s, self._config.default_ttft_s)
+        return Claim(ready_s, request.arrival_s, max(deadline_s - request.arrival_s, _SHORTEST_ALLOWANCE_S))
+
+    def take_prefill(self, now_s: float) -> list[InferenceRequest]:
+        """Admit the requests of the next prefill op; empty when none fits (there is no claim then until that changes).
+
+        A request that does not fit is passed over at most `max_bypass` times, then nobody is admitted before it.
+        """
+        config = self._config
+        room = min(config.max_batch, self._max_running() - len(self._running))
+        tokens = 0
+        chosen: list[int] = []
+        passed: list[str] = []
+        free_tokens = self.kv.capacity_tokens - self.kv.used_tokens
+        for index in self._admission_order(now_s):
+            request = self._waiting[index][3]
+            need = request.prompt_tokens + request.max_tokens
+            if need > free_tokens:
+                passed.append(request.task_id)
+                if len(passed) > config.max_bypass or self._must_be_next(passed):
+                    break
+                continue
+            new_tokens = request.prompt_tokens + request.reference_tokens
+            if chosen and tokens + new_tokens > config.max_prefill_tokens:
+                break
+            chosen.append(index)
+            tokens += new_tokens
+            free_tokens -= need
+            for task_id in passed:
+                self._bypassed[task_id] = self._bypassed.get(task_id, 0) + 1
+            if len(chosen) >= room or tokens >= config.max_prefill_tokens or self._must_be_next(passed):
+                break
+        self._blocked = not chosen
+        return self._admit(now_s, chosen)
+
+    def decode_claim(self) -> Claim | None:
+        """Claim of the next decode iteration, None when no running request is free.
+
+        At most one decode op per stage is in flight. While others are, one smaller than half its even share waits for
+        them to come back: stragglers merge instead of travelling alone for ever.
+        """
+        if not self._idle:
+            return None
+        flying = self._decodes_in_flight
+        stages = self._config.num_stages
+        if flying and (flying >= stages or 2 * stages * len(self._idle) < len(self._running)):
+            return None
+        running = self._running
+        first = running[next(iter(self._idle))]
+        due_s = first.last_token_s + first.tpot_s
+        most = first
+        for task_id in self._idle:
+            request = running[task_id]
+            if request.last_token_s + request.tpot_s < due_s:
+                due_s = request.last_token_s + request.tpot_s
+                most = request
+        return Claim(first.last_token_s, most.last_token_s, most.tpot_s)
+
+    def take_decode(self) -> tuple[tuple[str, ...], int]:
+        """Task ids of the next decode op, at most `max_batch`, and the sum of their contexts in tokens."""
+        idle = self._idle
+        if len(idle) <= self._config.max_batch:
+            task_ids = tuple(idle)
+            idle.clear()
+        else:
+            task_ids = tuple(idle)[: self._config.max_batch]
+            for task_id in task_ids:
+                del idle[task_id]
+        self._decodes_in_flight += 1
+        running = self._running
+        context_tokens = 0
+        for task_id in task_ids:
+            context_tokens += running[task_id].context_tokens
+        return task_ids, context_tokens
+
+    # ------------------------------------------------------------- ends of ops
+
+    def complete(self, now_s: float, op: Op, stopped: tuple[str, ...]) -> list[Command]:
+        """The op left the last stage: every request got one token; those that are finished leave."""
+        if op.kind is OpKind.DECODE:
+            self._decodes_in_flight -= 1
+        commands: list[Command] = []
+        for task_id in op.task_ids:
+            running = self._running[task_id]
+            if running.cancelled:
+                commands += self._leave(task_id, "cancelled")
+                continue
+            running.generated_tokens += 1
+            running.context_tokens += 1
+            running.last_token_s = now_s
+            if task_id in stopped:
+                commands += self._leave(task_id, "stop")
+            elif running.generated_tokens >= running.request.max_tokens:
+                commands += self._leave(task_id, "length")
+            else:
+                self._idle[task_id] = None
+        return commands
+
+    def fail(self, op: Op) -> list[Command]:
+        """The op raised: its requests end."""
+        if op.kind is OpKind.DECODE:
+            self._decodes_in_flight -= 1
+        commands: list[Command] = []
+        for task_id in op.task_ids:
+            commands += self._leave(task_id, "cancelled" if self._running[task_id].cancelled else "error")
+        return commands
+
+    def fork(self) -> "InferenceBatcher":
+        """An independent copy."""
+        twin = InferenceBatcher.__new__(InferenceBatcher)
+        twin.__dict__.update(self.__dict__)
+        twin.kv = self.kv.fork()
+        twin._waiting = self._waiting.copy()
+        twin._waiting_keys = self._waiting_keys.copy()
+        twin._bypassed = self._bypassed.copy()
+        twin._running = {task_id: replace(running) for task_id, running in self._running.items()}
+        twin._idle = self._idle.copy()
+        return twin
+
+    # ------------------------------------------------------------- internals
+
+    def _max_running(self) -> int:
+        return self._config.num_stages * self._config.max_batch
+
+    def _deadline_s(self, request: InferenceRequest) -> float:
+        return request.arrival_s + self._config.default_ttft_s if request.deadline_s is None else request.deadline_s
+
+    def _admission_order(self, now_s: float) -> Iterable[int]:
+        """Indices of waiting requests: far too late ones, those that can keep their deadline, those just too late."""
+        count = len(self._waiting)
+        if not self._by_deadline:
+            return range(count)
+        overdue = bisect_left(self._waiting, (now_s - self._config.max_demotion_s,))
+        late = bisect_left(self._waiting, (now_s,), overdue)
+        if late == overdue:
+            return range(count)
+        return chain(range(overdue), range(late, count), range(overdue, late))
+
+    def _must_be_next(self, passed: list[str]) -> bool:
+        """Whether one of these requests has been overtaken often enough."""
+        return any(self._bypassed.get(task_id, 0) >= self._config.max_bypass for task_id in passed)
+
+    def _admit(self, now_s: float, chosen: list[int]) -> list[InferenceRequest]:
+        requests = [self._waiting[index][3] for index in chosen]
+        for index in sorted(chosen, reverse=True):
+            self._remove_waiting(index)
+        for request in requests:
+            self.kv.reserve(request.task_id, request.prompt_tokens + request.max_tokens)
+            tpot_s = self._config.default_tpot_s if request.tpot_s is None else request.tpot_s
+            self._running[request.task_id] = RunningRequest(
+                request, max(tpot_s, _SHORTEST_ALLOWANCE_S), request.prompt_tokens, now_s
+            )
+        return requests
+
+    def _remove_waiting(self, index: int) -> None:
+        task_id = self._waiting.pop(index)[3].task_id
+        del self._waiting_keys[task_id]
+        self._bypassed.pop(task_id, None)
+
+    def _leave(self, task_id: str, reason: str) -> list[Command]:
+        del self._running[task_id]
+        self._idle.pop(task_id, None)
+        self.kv.release(task_id)
+        self._blocked = False
+        return [FreeKv(task_id), TaskDone(task_id, reason)]

@@ -1,0 +1,37 @@
+"""Account of the KV cache of one node, in tokens."""
+
+
+class KvLedger:
+    """Who reserved how much of the KV cache.
+
+    A request reserves its worst case (prompt + max_tokens) before its prefill, so a running request never runs out.
+    """
+
+    __slots__ = ("_reserved", "capacity_tokens", "used_tokens")
+
+    def __init__(self, capacity_tokens: int) -> None:
+        self.capacity_tokens = capacity_tokens
+        self.used_tokens = 0
+        self._reserved: dict[str, int] = {}
+
+    def fits(self, tokens: int) -> bool:
+        """Whether `tokens` can be reserved now."""
+        return self.used_tokens + tokens <= self.capacity_tokens
+
+    def reserve(self, task_id: str, tokens: int) -> None:
+        """Reserve; raises ValueError when they do not fit or the task has a reservation."""
+        if task_id in self._reserved or not self.fits(tokens):
+            raise ValueError(f"cannot reserve {tokens} KV tokens for {task_id!r}: {self.used_tokens} used")
+        self._reserved[task_id] = tokens
+        self.used_tokens += tokens
+
+    def release(self, task_id: str) -> None:
+        """Give a reservation back; raises KeyError when there is none, so nothing is freed twice."""
+        self.used_tokens -= self._reserved.pop(task_id)
+
+    def fork(self) -> "KvLedger":
+        """An independent copy."""
+        twin = KvLedger(self.capacity_tokens)
+        twin.used_tokens = self.used_tokens
+        twin._reserved = self._reserved.copy()
+        return twin

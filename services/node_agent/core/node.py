@@ -1,0 +1,307 @@
+"""The node core: decides which op each pipeline stage of one node runs next.
+
+Pure and deterministic: the same events give the same commands. The node agent drives it with real ops, the simulator
+with modelled ones, and the forecast fast-forwards a `fork()` of it, so what is predicted and simulated is what runs.
+
+Prefill, decode, training forwards, optimizer steps and weight synchronisations enter at stage 0 and travel up; a
+micro-batch's backward starts on the last stage when its forward left it and travels down.
+"""
+
+from dataclasses import dataclass, replace
+
+from services.latency import OpKind
+from services.node_agent.core.batching import Claim, InferenceBatcher
+from services.node_agent.core.stage_queue import Flight, Rank, StageQueue
+from services.node_agent.core.training import TrainingQueue
+from services.node_agent.core.types import (
+    Cancelled,
+    Command,
+    Event,
+    MicrobatchArrived,
+    NodeCoreConfig,
+    NodeSnapshot,
+    Op,
+    OpDone,
+    QueueOrder,
+    RequestArrived,
+    RunOp,
+    SyncRequested,
+    Tick,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sync:
+    sync_id: str
+    changes_weights: bool
+    ready_s: float
+
+
+class NodeCore:
+    """State of one node. Its size is bounded by the live tasks."""
+
+    def __init__(self, config: NodeCoreConfig) -> None:
+        self.config = config
+        self._drain = config.weight_handling == "drain"
+        self._top = config.num_stages - 1
+        self._inference = InferenceBatcher(config)
+        self._training = TrainingQueue(config)
+        self._stages = [StageQueue(config, stage) for stage in range(config.num_stages)]
+        self._syncs: list[_Sync] = []
+        self._next_op_id = 1
+
+    # ------------------------------------------------------------- interface
+
+    def step(self, now_s: float, event: Event) -> list[Command]:
+        """Take one event and return what to do, in order.
+
+        `now_s` must not go back. Raises ValueError when an OpDone names an op its stage does not run; nothing has
+        changed then. Arrivals of live tasks and cancellations of unknown ones are ignored: delivery is at least once.
+        """
+        commands: list[Command]
+        if isinstance(event, OpDone):
+            commands = self._op_done(now_s, event)
+        elif isinstance(event, RequestArrived):
+            commands = self._inference.add(now_s, event.request)
+        elif isinstance(event, MicrobatchArrived):
+            commands = []
+            self._training.add(now_s, event.microbatch)
+        elif isinstance(event, Cancelled):
+            commands = self._cancel(event.task_id)
+        elif isinstance(event, SyncRequested):
+            commands = []
+            self._syncs.append(_Sync(event.sync_id, event.changes_weights, now_s))
+        elif isinstance(event, Tick):
+            commands = []
+        else:
+            raise TypeError(f"unknown event {event!r}")
+        self._training.refresh(now_s, self._change_waits())
+        for queue in self._stages:
+            if queue.running is None:
+                flight = self._enter(now_s) if queue.stage == 0 else self._resume(now_s, queue)
+                if flight is not None:
+                    queue.start(flight)
+                    commands.append(RunOp(queue.stage, flight.op))
+        return commands
+
+    @property
+    def next_wakeup_s(self) -> float | None:
+        """When a Tick is due if no event comes before; None: no need."""
+        return self._training.wakeup_s
+
+    def tasks(self) -> tuple[str, ...]:
+        """Ids of every live task: inference, then training."""
+        return self._inference.task_ids() + self._training.task_ids()
+
+    def snapshot(self) -> NodeSnapshot:
+        """Counts for heartbeats."""
+        return NodeSnapshot(
+            waiting_requests=self._inference.num_waiting,
+            running_requests=self._inference.num_running,
+            waiting_microbatches=self._training.num_waiting,
+            inflight_microbatches=self._training.num_inflight,
+            accumulated_microbatches=self._training.num_accumulated,
+            pending_syncs=len(self._syncs),
+            kv_used_tokens=self._inference.kv.used_tokens,
+            kv_capacity_tokens=self._inference.kv.capacity_tokens,
+            versions=tuple(queue.version for queue in self._stages),
+            queue_lengths=tuple(len(queue.ready) for queue in self._stages),
+            running_ops=tuple(None if queue.running is None else queue.running.op for queue in self._stages),
+        )
+
+    def fork(self) -> "NodeCore":
+        """An independent copy, for forecasts; cost is O(live tasks)."""
+        twin = NodeCore.__new__(NodeCore)
+        twin.__dict__.update(self.__dict__)
+        twin._inference = self._inference.fork()
+        twin._training = self._training.fork()
+        twin._stages = [queue.fork() for queue in self._stages]
+        twin._syncs = self._syncs.copy()
+        return twin
+
+    def with_queue_order(self, order: QueueOrder) -> "NodeCore":
+        """An idle core that goes on from this one's weights version with another queue order.
+
+        Raises ValueError when there is work: its place in the queues depends on the order.
+        """
+        if self.tasks() or self._syncs or any(queue.running or queue.ready for queue in self._stages):
+            raise ValueError("the queue order can only change while the node is idle")
+        other = NodeCore(replace(self.config, queue_order=order))
+        other._next_op_id = self._next_op_id
+        for queue, mine in zip(other._stages, self._stages, strict=True):
+            queue.version = mine.version
+        return other
+
+    # ------------------------------------------------------------- events
+
+    def _cancel(self, task_id: str) -> list[Command]:
+        if self._inference.holds(task_id):
+            return self._inference.cancel(task_id)
+        is_running = any(queue.is_running(task_id) for queue in self._stages)
+        for queue in self._stages:
+            queue.withdraw(task_id)
+        return self._training.cancel(task_id, is_running)
+
+    def _op_done(self, now_s: float, event: OpDone) -> list[Command]:
+        if not 0 <= event.stage <= self._top:
+            raise ValueError(f"op {event.op_id} ended on stage {event.stage} of {self.config.num_stages}")
+        flight = self._stages[event.stage].end(event.op_id, now_s)
+        kind = flight.op.kind
+        if kind is OpKind.PREFILL or kind is OpKind.DECODE:
+            if event.failed:
+                return self._inference.fail(flight.op)
+            if event.stage == self._top:
+                return self._inference.complete(now_s, flight.op, event.stopped)
+        elif kind is OpKind.TRAIN_FORWARD or kind is OpKind.TRAIN_BACKWARD:
+            return self._training_op_done(now_s, event, flight)
+        elif kind is OpKind.OPTIMIZER_STEP:
+            self._travel_up(now_s, event.stage, flight)
+            return self._training.step_ran(flight.group_id, event.failed)
+        elif event.failed and not flight.op.changes_weights:
+            return []
+        self._travel_up(now_s, event.stage, flight)
+        return []
+
+    def _training_op_done(self, now_s: float, event: OpDone, flight: Flight) -> list[Command]:
+        task_id = flight.op.task_ids[0]
+        is_backward = flight.op.kind is OpKind.TRAIN_BACKWARD
+        if is_backward:
+            self._training.backward_ran(task_id)
+        ends_training = is_backward and event.stage == 0
+        if event.failed or (self._training.is_cancelled(task_id) and not ends_training):
+            return self._training.drop(task_id, failed=event.failed)
+        if ends_training:
+            was_cancelled = self._training.is_cancelled(task_id)
+            self._training.backward_done(task_id)
+            return self._training.cancel(task_id, is_running=False) if was_cancelled else []
+        if is_backward:
+            self._stages[event.stage - 1].push(flight, now_s)
+        elif event.stage < self._top:
+            self._travel_up(now_s, event.stage, flight)
+        else:
+            op = flight.op
+            backward = self._new_op(
+                OpKind.TRAIN_BACKWARD, op.task_ids, op.version, op.num_tokens, subject=op.subject, batch=op.batch
+            )
+            self._stages[event.stage].push(Flight(backward, flight.claim, flight.group_id), now_s)
+        return []
+
+    def _travel_up(self, now_s: float, stage: int, flight: Flight) -> None:
+        if stage < self._top:
+            self._stages[stage + 1].push(flight, now_s)
+
+    # ------------------------------------------------------------- choosing
+
+    def _change_waits(self) -> bool:
+        """Whether a weight change must wait for micro-batches between forward and backward."""
+        return bool(self._syncs) and self._syncs[0].changes_weights and self._drain
+
+    def _resume(self, now_s: float, queue: StageQueue) -> Flight | None:
+        """Next op of an upper stage, or of stage 0 among those that came back down."""
+        best = queue.best(now_s, self._training.backward_allowed)
+        if best is None:
+            return None
+        queue.ready.remove(best[1])
+        return best[1]
+
+    def _enter(self, now_s: float) -> Flight | None:
+        """Next op of stage 0: a backward, or an op that enters the pipeline and is composed now."""
+        while (kind := self._best_entry(now_s)) is not None:
+            if kind is OpKind.TRAIN_BACKWARD:
+                return self._resume(now_s, self._stages[0])
+            flight = self._compose(now_s, kind)
+            if flight is not None:
+                return flight
+        return None
+
+    def _best_entry(self, now_s: float) -> OpKind | None:
+        """Kind of the op stage 0 should run now."""
+        queue = self._stages[0]
+        best: tuple[Rank, OpKind] | None = None
+        backward = queue.best(now_s, self._training.backward_allowed)
+        if backward is not None:
+            best = (backward[0], OpKind.TRAIN_BACKWARD)
+        for kind, claim in self._entries(now_s):
+            rank = queue.rank(kind, claim, now_s)
+            if best is None or rank < best[0]:
+                best = (rank, kind)
+        return None if best is None else best[1]
+
+    def _entries(self, now_s: float) -> list[tuple[OpKind, Claim]]:
+        """Ops that could enter the pipeline now."""
+        entries: list[tuple[OpKind, Claim]] = []
+        if self._syncs and not (self._training.num_inflight and self._change_waits()):
+            entries.append((OpKind.WEIGHT_SYNC, Claim(self._syncs[0].ready_s, now_s, 1.0)))
+        prefill = self._inference.prefill_claim(now_s)
+        if prefill is not None:
+            entries.append((OpKind.PREFILL, prefill))
+        decode = self._inference.decode_claim()
+        if decode is not None:
+            entries.append((OpKind.DECODE, decode))
+        if self._training.entry is not None:
+            kind, ready_s = self._training.entry
+            entries.append((kind, Claim(ready_s, ready_s, 1.0)))
+        return entries
+
+    # ------------------------------------------------------------- composing
+
+    def _compose(self, now_s: float, kind: OpKind) -> Flight | None:
+        """Make the op that enters stage 0, stamped with the version of stage 0; None when no prefill fits."""
+        if kind is OpKind.PREFILL:
+            return self._compose_prefill(now_s)
+        if kind is OpKind.DECODE:
+            return self._compose_decode(now_s)
+        version = self._stages[0].version
+        claim = Claim(now_s, now_s, 1.0)
+        if kind is OpKind.WEIGHT_SYNC:
+            sync = self._syncs.pop(0)
+            op = self._new_op(kind, (), version, subject=sync.sync_id, changes_weights=sync.changes_weights)
+            self._training.refresh(now_s, self._change_waits())
+            return Flight(op, claim)
+        if kind is OpKind.OPTIMIZER_STEP:
+            group = self._training.take_step()
+            op = self._new_op(kind, tuple(group.accumulated), version, subject=group.job_id, changes_weights=True)
+            group_id = group.group_id
+        else:
+            microbatch = self._training.take_forward()
+            num_tokens = microbatch.batch * microbatch.length
+            task_ids = (microbatch.task_id,)
+            op = self._new_op(kind, task_ids, version, num_tokens, subject=microbatch.job_id, batch=microbatch.batch)
+            group_id = self._training.group_of(microbatch.task_id)
+        self._training.refresh(now_s, self._change_waits())
+        return Flight(op, claim, group_id)
+
+    def _compose_prefill(self, now_s: float) -> Flight | None:
+        claim = self._inference.prefill_claim(now_s)
+        requests = self._inference.take_prefill(now_s)
+        if claim is None or not requests:
+            return None
+        num_tokens = sum(request.prompt_tokens + request.reference_tokens for request in requests)
+        task_ids = tuple(request.task_id for request in requests)
+        op = self._new_op(OpKind.PREFILL, task_ids, self._stages[0].version, num_tokens, batch=len(task_ids))
+        return Flight(op, claim)
+
+    def _compose_decode(self, now_s: float) -> Flight | None:
+        claim = self._inference.decode_claim()
+        if claim is None:
+            return None
+        task_ids, context = self._inference.take_decode()
+        count = len(task_ids)
+        op = self._new_op(OpKind.DECODE, task_ids, self._stages[0].version, count, context, batch=count)
+        return Flight(op, claim)
+
+    def _new_op(
+        self,
+        kind: OpKind,
+        task_ids: tuple[str, ...],
+        version: int,
+        num_tokens: int = 0,
+        context_tokens: int = 0,
+        *,
+        subject: str = "",
+        batch: int = 0,
+        changes_weights: bool = False,
+    ) -> Op:
+        op_id = self._next_op_id
+        self._next_op_id += 1
+        return Op(op_id, kind, task_ids, version, num_tokens, context_tokens, subject, batch, changes_weights)

@@ -1,0 +1,135 @@
+"""One stage of the pipeline: what is ready on it, what runs, and which op it takes next.
+
+Version rule (LeMix design, "one iteration, one version"): a forward-type op runs on every stage at exactly the version
+it was stamped with; an op that changes the weights to v + 1 runs after every op stamped v has left the stage. Ops reach
+a stage in the order of their versions, so looking at the stage's own queue is enough.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from services.latency import OpKind
+from services.node_agent.core.batching import Claim
+from services.node_agent.core.types import NodeCoreConfig, Op, QueueOrder
+
+#: Smaller goes first.
+Rank = tuple[float, float, float]
+
+_INFERENCE = frozenset((OpKind.PREFILL, OpKind.DECODE))
+_MICROBATCH = frozenset((OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD))
+#: Backwards free memory and end what was begun; a step frees the way for the next group.
+_TRAINING_ORDER = {OpKind.TRAIN_BACKWARD: 0, OpKind.OPTIMIZER_STEP: 1, OpKind.TRAIN_FORWARD: 2}
+_SYNC_CLASS, _TRAINING_TURN_CLASS, _INFERENCE_CLASS, _TRAINING_CLASS = 0, 1, 2, 3
+
+
+@dataclass(slots=True)
+class Flight:
+    """An op on its way. `claim.ready_s` is renewed at every stage; `group_id` is set for training ops."""
+
+    op: Op
+    claim: Claim
+    group_id: int = 0
+
+
+class StageQueue:
+    """Ready ops, running op and weights version of one stage."""
+
+    __slots__ = ("_fifo", "_max_training_wait_s", "ready", "running", "stage", "training_turn_s", "version")
+
+    def __init__(self, config: NodeCoreConfig, stage: int) -> None:
+        self._fifo = config.queue_order is QueueOrder.FIFO
+        self._max_training_wait_s = config.max_training_wait_s
+        self.stage = stage
+        self.version = 0
+        self.running: Flight | None = None
+        self.ready: list[Flight] = []
+        #: When a training op last ended here.
+        self.training_turn_s = float("-inf")
+
+    def push(self, flight: Flight, now_s: float) -> None:
+        """An op became ready here."""
+        flight.claim = flight.claim._replace(ready_s=now_s)
+        self.ready.append(flight)
+
+    def rank(self, kind: OpKind, claim: Claim, now_s: float) -> Rank:
+        """Place of an op in the stage's order.
+
+        fifo: by ready time. inference_first: weight synchronisations (short, and peers wait); training when its turn
+        is due; inference by urgency, the share of its allowance used up, so that a prefill waiting for its first-token
+        deadline and a decode waiting for its next-token deadline compare; training. Training is due when an op of it is
+        ready and none has run here for `max_training_wait_s`.
+        """
+        if self._fifo:
+            return (claim.ready_s, 0.0, 0.0)
+        if kind in _INFERENCE:
+            return (_INFERENCE_CLASS, (claim.origin_s - now_s) / claim.allowance_s, claim.ready_s)
+        if kind is OpKind.WEIGHT_SYNC:
+            return (_SYNC_CLASS, claim.ready_s, 0.0)
+        waited_s = now_s - max(claim.ready_s, self.training_turn_s)
+        is_due = waited_s >= self._max_training_wait_s
+        return (_TRAINING_TURN_CLASS if is_due else _TRAINING_CLASS, _TRAINING_ORDER[kind], claim.ready_s)
+
+    def best(self, now_s: float, backward_allowed: Callable[[int, int], bool]) -> tuple[Rank, Flight] | None:
+        """The ready op to run next and its rank; None when none may run."""
+        if not self.ready:
+            return None
+        stamped_here = self._stamped_here()
+        chosen: tuple[Rank, Flight] | None = None
+        for flight in self.ready:
+            op = flight.op
+            if op.kind is OpKind.TRAIN_BACKWARD:
+                if not backward_allowed(flight.group_id, self.stage):
+                    continue
+            elif op.version != self.version or (op.changes_weights and stamped_here):
+                continue
+            rank = self.rank(op.kind, flight.claim, now_s)
+            if chosen is None or rank < chosen[0]:
+                chosen = (rank, flight)
+        return chosen
+
+    def _stamped_here(self) -> bool:
+        """Whether an op that must run before the version rises is ready."""
+        for flight in self.ready:
+            op = flight.op
+            if op.version == self.version and op.kind is not OpKind.TRAIN_BACKWARD and not op.changes_weights:
+                return True
+        return False
+
+    def start(self, flight: Flight) -> None:
+        """Run a ready op, or one that enters the pipeline here; raises ValueError when the stage is busy."""
+        if self.running is not None:
+            raise ValueError(f"stage {self.stage} is busy with op {self.running.op.op_id}")
+        self.running = flight
+
+    def end(self, op_id: int, now_s: float) -> Flight:
+        """The running op ended; raises ValueError when it is another one."""
+        flight = self.running
+        if flight is None or flight.op.op_id != op_id:
+            running = "nothing" if flight is None else f"op {flight.op.op_id}"
+            raise ValueError(f"op {op_id} ended on stage {self.stage}, which runs {running}")
+        self.running = None
+        if flight.op.changes_weights:
+            self.version += 1
+        if flight.op.kind in _TRAINING_ORDER:
+            self.training_turn_s = now_s
+        return flight
+
+    def withdraw(self, task_id: str) -> None:
+        """Take a micro-batch's ready forward or backward out of the queue; its step runs for others too, and stays."""
+        self.ready = [f for f in self.ready if f.op.kind not in _MICROBATCH or task_id not in f.op.task_ids]
+
+    def is_running(self, task_id: str) -> bool:
+        """Whether the running op contains this task."""
+        return self.running is not None and task_id in self.running.op.task_ids
+
+    def fork(self) -> "StageQueue":
+        """An independent copy."""
+        twin = StageQueue.__new__(StageQueue)
+        twin._fifo = self._fifo
+        twin._max_training_wait_s = self._max_training_wait_s
+        twin.stage = self.stage
+        twin.version = self.version
+        twin.running = None if self.running is None else replace(self.running)
+        twin.ready = [replace(flight) for flight in self.ready]
+        twin.training_turn_s = self.training_turn_s
+        return twin

@@ -1,0 +1,64 @@
+"""How long emulated operations take."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from services.latency import LatencyModel, OpKind
+from services.node_agent.engine.base import (
+    Decode,
+    LoadWeights,
+    Measure,
+    OptimizerStep,
+    Prefill,
+    Snapshot,
+    StageOp,
+    TrainBackward,
+    TrainForward,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedTiming:
+    """Latency models by kind, the same on every stage; a kind without one takes no time."""
+
+    models: Mapping[OpKind, LatencyModel] = field(default_factory=dict)
+
+    def predict_s(self, kind: OpKind, batch: int, length: float) -> float:
+        """Seconds for `batch` sequences of `length` tokens (decode: context tokens)."""
+        model = self.models.get(kind)
+        return model.predict_s(batch, length) if model is not None else 0.0
+
+    def op_s(self, op: StageOp, train_shapes: Mapping[str, tuple[int, int]]) -> float:
+        """Seconds for this op. train_shapes: batch and padded length of the micro-batches a backward may name."""
+        match op:
+            case Prefill():
+                lengths = [len(sequence.token_ids) + len(sequence.reference_ids) for sequence in op.sequences]
+                return self.predict_s(OpKind.PREFILL, len(lengths), sum(lengths) / max(1, len(lengths)))
+            case Decode():
+                contexts = [sequence.position + 1 for sequence in op.sequences]
+                return self.predict_s(OpKind.DECODE, len(contexts), sum(contexts) / max(1, len(contexts)))
+            case TrainForward():
+                return self.predict_s(OpKind.TRAIN_FORWARD, *train_shape(op))
+            case TrainBackward():
+                return self.predict_s(OpKind.TRAIN_BACKWARD, *train_shapes.get(op.task_id, (0, 0)))
+            case OptimizerStep():
+                return self.predict_s(OpKind.OPTIMIZER_STEP, 1, 1)
+            case Snapshot() | LoadWeights():
+                return self.predict_s(OpKind.WEIGHT_SYNC, 1, 1)
+            case Measure():
+                # Once is enough: every repetition would take the same.
+                return sum(self.predict_s(kind, op.batch, op.length) for kind in measured_kinds(op.kind))
+            case _:
+                return 0.0
+
+
+def train_shape(op: TrainForward) -> tuple[int, int]:
+    """Examples and padded length of a micro-batch."""
+    return len(op.examples), max(len(example.token_ids) for example in op.examples)
+
+
+def measured_kinds(kind: str) -> tuple[OpKind, ...]:
+    """Kinds whose durations a measurement of `kind` returns; none for an unknown kind."""
+    if kind == OpKind.TRAIN_FORWARD:
+        return (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD)
+    return tuple(known for known in OpKind if known == kind)

@@ -1,0 +1,238 @@
+"""The books of one emulated stage, and the results of its ops."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from services.node_agent.engine.base import (
+    Decode,
+    Forget,
+    Handle,
+    LoadWeights,
+    Measure,
+    ModelInfo,
+    OptimizerStep,
+    Prefill,
+    SampledToken,
+    Sampling,
+    Snapshot,
+    StageOp,
+    StageResult,
+    TrainBackward,
+    TrainForward,
+)
+from services.node_agent.engine.emulated.timing import EmulatedTiming, measured_kinds, train_shape
+
+_INITIAL_WEIGHT = 4.0
+_ELEMENTS = 4
+_MAX_SNAPSHOTS = 2
+#: What a measurement says of an op that takes no time.
+_SHORTEST_S = 1e-6
+
+
+class BookkeepingError(RuntimeError):
+    """The op does not fit what the stage holds: whoever drives the stage made a mistake."""
+
+
+def next_token(previous_id: int, position: int, vocab_size: int) -> int:
+    """The token after `previous_id`; `position` is the 0-based index of the new token in prompt plus output."""
+    return (previous_id * 31 + position * 7 + 1) % vocab_size
+
+
+class EmulatedStage:
+    """State of one stage.
+
+    Its only parameter, `layers.<stage>.weight` (F32, shape (4,)), starts at 4. The loss of anything is the mean of all
+    stages' weights. An optimizer step multiplies the weights by 1 - min(0.5, 100 * learning rate), so that the loss
+    falls with every step; each backward adds 1 to the squared gradient norm.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        num_stages: int,
+        info: ModelInfo,
+        kv_capacity_tokens: int,
+        directory: Path,
+        timing: EmulatedTiming,
+    ) -> None:
+        self.index = index
+        self.is_first = index == 0
+        self.is_last = index == num_stages - 1
+        self.version = 0
+        self.kv_tokens: dict[str, int] = {}
+        self.train_shapes: dict[str, tuple[int, int]] = {}
+        self.grad_norm_sq = 0.0
+        self.clip_norms_sq: list[float | None] = []
+        self._num_stages = num_stages
+        self._info = info
+        self._kv_capacity_tokens = kv_capacity_tokens
+        self._directory = directory
+        self._timing = timing
+        self._samplings: dict[str, Sampling] = {}
+        self._losses: dict[str, float] = {}
+        self._snapshots: dict[str, npt.NDArray[Any]] = {}
+        self._weight = np.full(_ELEMENTS, _INITIAL_WEIGHT, dtype=np.float32)
+        self._handlers: dict[type, Callable[[Any], dict[str, Any]]] = {
+            Prefill: self._prefill,
+            Decode: self._decode,
+            TrainForward: self._train_forward,
+            TrainBackward: self._train_backward,
+            OptimizerStep: self._optimizer_step,
+            Snapshot: self._snapshot,
+            LoadWeights: self._load_weights,
+            Forget: self._forget,
+            Measure: self._measure,
+        }
+
+    @property
+    def weight(self) -> float:
+        """Mean of this stage's parameter."""
+        return float(self._weight.mean())
+
+    def perform(self, op: StageOp, begin_s: float, end_s: float) -> StageResult:
+        """Do the op's bookkeeping; one that breaks it, or cannot be done, is returned as failed."""
+        try:
+            fields = self._handlers[type(op)](op)
+        except (BookkeepingError, OSError, ValueError, KeyError) as error:
+            fields = {"error": f"{type(error).__name__}: {error}"}
+        if isinstance(op, OptimizerStep | LoadWeights):
+            self.version += 1  # also when it failed: stages stay in step
+        return StageResult(op_id=op.op_id, begin_s=begin_s, end_s=end_s, version=self.version, **fields)
+
+    # ------------------------------------------------------------- serving
+
+    def _prefill(self, op: Prefill) -> dict[str, Any]:
+        self._check_version(op.version)
+        partial = self._partial(op.hidden)
+        for sequence in op.sequences:
+            if sequence.request_id in self.kv_tokens:
+                raise BookkeepingError(f"{sequence.request_id} is in the KV cache already")
+            self._use_kv(sequence.request_id, len(sequence.token_ids))
+            self._samplings[sequence.request_id] = sequence.sampling
+        if not self.is_last:
+            return {"output": Handle(partial)}
+        return {
+            "tokens": tuple(
+                self._sample(sequence.request_id, sequence.token_ids[-1], len(sequence.token_ids))
+                for sequence in op.sequences
+            ),
+            "reference_losses": tuple(
+                (sequence.request_id, partial) for sequence in op.sequences if sequence.reference_ids
+            ),
+        }
+
+    def _decode(self, op: Decode) -> dict[str, Any]:
+        self._check_version(op.version)
+        partial = self._partial(op.hidden)
+        for sequence in op.sequences:
+            if self.kv_tokens.get(sequence.request_id) != sequence.position:
+                held = self.kv_tokens.get(sequence.request_id)
+                raise BookkeepingError(f"{sequence.request_id} holds {held} tokens, position {sequence.position}")
+            self._use_kv(sequence.request_id, 1)
+        if not self.is_last:
+            return {"output": Handle(partial)}
+        return {
+            "tokens": tuple(
+                self._sample(sequence.request_id, sequence.token_id, sequence.position + 1) for sequence in op.sequences
+            )
+        }
+
+    def _sample(self, request_id: str, previous_id: int, position: int) -> SampledToken:
+        token_id = next_token(previous_id, position, self._info.vocab_size)
+        ends = token_id in self._info.eos_token_ids and not self._samplings[request_id].ignore_eos
+        return SampledToken(request_id, token_id, ends)
+
+    def _use_kv(self, request_id: str, tokens: int) -> None:
+        if sum(self.kv_tokens.values()) + tokens > self._kv_capacity_tokens:
+            raise BookkeepingError(f"the KV cache of {self._kv_capacity_tokens} tokens is full")
+        self.kv_tokens[request_id] = self.kv_tokens.get(request_id, 0) + tokens
+
+    def _forget(self, op: Forget) -> dict[str, Any]:
+        for task_id in op.task_ids:
+            self.kv_tokens.pop(task_id, None)
+            self._samplings.pop(task_id, None)
+            self.train_shapes.pop(task_id, None)
+            self._losses.pop(task_id, None)
+        return {}
+
+    # ------------------------------------------------------------- training
+
+    def _train_forward(self, op: TrainForward) -> dict[str, Any]:
+        self._check_version(op.version)
+        if op.task_id in self.train_shapes:
+            raise BookkeepingError(f"{op.task_id} has saved activations already")
+        partial = self._partial(op.hidden)
+        self.train_shapes[op.task_id] = train_shape(op)
+        if not self.is_last:
+            return {"output": Handle(partial)}
+        labels = sum(len(example.token_ids) - max(1, example.num_context_tokens) for example in op.examples)
+        return {"loss": partial, "label_tokens": labels}
+
+    def _train_backward(self, op: TrainBackward) -> dict[str, Any]:
+        if self.is_last != (op.gradient is None):
+            raise BookkeepingError("a gradient comes from the next stage, and only from there")
+        if self.train_shapes.pop(op.task_id, None) is None:
+            raise BookkeepingError(f"{op.task_id} has no saved activations")
+        self.grad_norm_sq += 1.0
+        return {"grad_norm_sq": self.grad_norm_sq, "output": None if self.is_first else Handle("gradient")}
+
+    def _optimizer_step(self, op: OptimizerStep) -> dict[str, Any]:
+        self._check_version(op.version)
+        norm_sq = self.grad_norm_sq if op.grad_norm_sq_total is None else op.grad_norm_sq_total
+        self.clip_norms_sq.append(op.grad_norm_sq_total)
+        self.grad_norm_sq = 0.0
+        self._weight *= np.float32(1.0 - min(0.5, 100.0 * op.optimizer.learning_rate))
+        return {"grad_norm_sq": norm_sq}
+
+    # ------------------------------------------------------------- weights
+
+    @property
+    def _parameter(self) -> str:
+        return f"layers.{self.index}.weight"
+
+    def _snapshot(self, op: Snapshot) -> dict[str, Any]:
+        self._check_version(op.version)
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        path = self._directory / f"{op.sync_id.replace('/', '_')}-{self.index}.safetensors"
+        self._snapshots[op.sync_id] = self._weight.copy()
+        while len(self._snapshots) > _MAX_SNAPSHOTS:
+            del self._snapshots[next(iter(self._snapshots))]
+        save_file({self._parameter: self._weight}, path)
+        return {"weights_path": str(path)}
+
+    def _load_weights(self, op: LoadWeights) -> dict[str, Any]:
+        self._check_version(op.version)
+        loaded = load_file(op.path)[self._parameter].astype(np.float32)
+        if op.mode == "replace":
+            self._weight = loaded
+        else:
+            self._weight = self._weight + loaded - self._snapshots[op.sync_id]
+        return {}
+
+    # ------------------------------------------------------------- the rest
+
+    def _measure(self, op: Measure) -> dict[str, Any]:
+        kinds = measured_kinds(op.kind)
+        if not kinds:
+            raise ValueError(f"cannot measure {op.kind!r}")
+        one_s = {kind: max(_SHORTEST_S, self._timing.predict_s(kind, op.batch, op.length)) for kind in kinds}
+        return {
+            "durations_s": tuple((kind.value, (one_s[kind],) * op.repetitions) for kind in kinds),
+            "resident_bytes": (self.index + 1) << 20,
+        }
+
+    def _check_version(self, version: int) -> None:
+        if version != self.version:
+            raise BookkeepingError(f"stage {self.index} is at version {self.version}, the op wants {version}")
+
+    def _partial(self, hidden: Handle | None) -> float:
+        """Mean of the weights of this stage and those before it, weighted for the mean over all stages."""
+        if self.is_first != (hidden is None):
+            raise BookkeepingError("activations come from the previous stage, and only from there")
+        before = 0.0 if hidden is None else float(str(hidden.token))
+        return before + self.weight / self._num_stages

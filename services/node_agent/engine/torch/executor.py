@@ -1,0 +1,199 @@
+"""Runs stage ops one at a time on a loaded stage: checks versions, moves tensors, turns exceptions into results."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from services.node_agent.engine.base import (
+    Decode,
+    EngineConfig,
+    Forget,
+    Handle,
+    LoadWeights,
+    Measure,
+    OptimizerStep,
+    Prefill,
+    Snapshot,
+    StageOp,
+    StageResult,
+    TrainBackward,
+    TrainForward,
+)
+from services.node_agent.engine.torch.inference import Inference, InferenceOutput
+from services.node_agent.engine.torch.load import ModelSpec
+from services.node_agent.engine.torch.measure import StageTimer, resident_bytes
+from services.node_agent.engine.torch.stage import Stage, widen
+from services.node_agent.engine.torch.training import Training
+from services.node_agent.engine.torch.transport import Transport
+from services.node_agent.engine.torch.weights import Snapshots, read_weights
+
+
+class VersionMismatch(RuntimeError):
+    """An op was stamped with another weights version than the stage holds."""
+
+
+class StageExecutor:
+    """One stage with everything it owns. Not thread-safe: one op at a time."""
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, stage: int, transport: Transport, snapshot_folder: Path
+    ) -> None:
+        """Loads the stage's weights. Raises ModelDirectoryError or ValueError."""
+        device = config.devices[stage] if len(config.devices) > 1 else config.devices[0]
+        context = spec.info(config.max_context_tokens).max_context_tokens
+        self.version = 0
+        self.stage = Stage(spec, stage, config.num_stages, device=device, dtype=config.dtype)
+        self._transport = transport
+        self.inference = Inference(self.stage, kv_capacity_tokens=config.kv_capacity_tokens, max_context_tokens=context)
+        self.training = Training(self.stage, max_context_tokens=context)
+        self._snapshots = Snapshots(snapshot_folder)
+        self._timer = StageTimer(self.stage, snapshot_folder, context)
+        self._handlers: dict[type, Callable[[Any], StageResult]] = {
+            Prefill: self._prefill,
+            Decode: self._decode,
+            TrainForward: self._train_forward,
+            TrainBackward: self._train_backward,
+            OptimizerStep: self._optimizer_step,
+            Snapshot: self._snapshot,
+            LoadWeights: self._load_weights,
+            Forget: self._forget,
+            Measure: self._measure,
+        }
+
+    def run(self, op: StageOp) -> StageResult:
+        """Run one op to its end. What it raises becomes `StageResult.error`; the stage stays usable."""
+        begin_s = time.monotonic()
+        try:
+            result = self._handlers[type(op)](op)
+            if self.stage.device.type == "cuda":
+                torch.cuda.synchronize(self.stage.device)
+        except Exception as error:
+            result = StageResult(op.op_id, 0.0, 0.0, 0, error=f"{type(error).__name__}: {_message(error)}")
+            if isinstance(op, OptimizerStep | LoadWeights) and op.version == self.version:
+                # The op travels on all the same: stages stay at one version although this one changed nothing.
+                self.version += 1
+        return replace(result, begin_s=begin_s, end_s=time.monotonic(), version=self.version)
+
+    def close(self) -> None:
+        """Remove what the stage left on disk and let go of shared memory."""
+        self._snapshots.clear()
+        self._transport.close()
+
+    def _prefill(self, op: Prefill) -> StageResult:
+        hidden = self._input(op.hidden)
+        self._check_version(op.version)
+        return self._inference_result(op, self.inference.prefill(op, hidden))
+
+    def _decode(self, op: Decode) -> StageResult:
+        hidden = self._input(op.hidden)
+        self._check_version(op.version)
+        return self._inference_result(op, self.inference.decode(op, hidden))
+
+    def _inference_result(self, op: Prefill | Decode, output: InferenceOutput) -> StageResult:
+        hidden = output.hidden
+        return _result(
+            op,
+            output=None if hidden is None else self._transport.put(hidden, [s.request_id for s in op.sequences]),
+            tokens=output.tokens,
+            reference_losses=output.reference_losses,
+        )
+
+    def _train_forward(self, op: TrainForward) -> StageResult:
+        hidden = self._input(op.hidden)
+        self._check_version(op.version)
+        output = self.training.forward(op, hidden)
+        return _result(
+            op,
+            output=self._put(output.hidden, op.task_id),
+            loss=output.loss,
+            label_tokens=output.label_tokens,
+        )
+
+    def _train_backward(self, op: TrainBackward) -> StageResult:
+        # No version check: with stashed weights a backward belongs to an older version.
+        gradient, tied = self._input(op.gradient, first=False), self._input(op.tied_gradient, first=False)
+        if (gradient is None) != self.stage.is_last:
+            raise ValueError("a backward takes a gradient on every stage but the last")
+        if (tied is None) == (self.training.tied_embedding() is not None):
+            raise ValueError(
+                "a backward takes a tied gradient exactly on stage 0 of a split model with tied embeddings"
+            )
+        output = self.training.backward(op, gradient, tied)
+        return _result(
+            op,
+            output=self._put(output.hidden, op.task_id),
+            tied_gradient=self._put(output.tied, op.task_id),
+            grad_norm_sq=output.grad_norm_sq,
+        )
+
+    def _optimizer_step(self, op: OptimizerStep) -> StageResult:
+        tied_weight = self._input(op.tied_weight, first=False)
+        self._check_version(op.version)
+        # Raised first: a step that fails counts as well, so that all stages agree on the version.
+        self.version += 1
+        norm_sq = self.training.step(op, tied_weight)
+        return _result(op, output=self._put(self.training.tied_embedding(), op.job_id), grad_norm_sq=norm_sq)
+
+    def _snapshot(self, op: Snapshot) -> StageResult:
+        self._check_version(op.version)
+        return _result(op, weights_path=str(self._snapshots.take(op.sync_id, self.stage.weights)))
+
+    def _load_weights(self, op: LoadWeights) -> StageResult:
+        self._check_version(op.version)
+        self.version += 1
+        if op.mode not in ("replace", "average"):
+            raise ValueError(f"unknown mode {op.mode!r}; known: replace, average")
+        loaded = read_weights(op.path, self.stage.weights, self.stage.spec)
+        own = self._snapshots.read(op.sync_id) if op.mode == "average" else None
+
+        def update(name: str, current: Tensor) -> Tensor:
+            if own is None:
+                return loaded[name]
+            wide = widen(current)
+            return wide + (loaded[name].to(wide) - own[name].to(wide))
+
+        self.training.detach_in_flight()
+        with torch.no_grad():
+            self.stage.weights.apply(update)
+        return _result(op)
+
+    def _forget(self, op: Forget) -> StageResult:
+        self.inference.forget(op.task_ids)
+        self.training.forget(op.task_ids)
+        self._transport.forget(op.task_ids)
+        return _result(op)
+
+    def _measure(self, op: Measure) -> StageResult:
+        return _result(op, durations_s=self._timer.measure(op), resident_bytes=resident_bytes())
+
+    def _input(self, handle: Handle | None, *, first: bool = True) -> Tensor | None:
+        """The tensor behind a handle. Read before anything can fail, so that it never stays behind unread."""
+        if handle is not None:
+            return self._transport.take(handle, self.stage.device)
+        if first and not self.stage.is_first:
+            raise ValueError(f"stage {self.stage.index} needs the hidden states of the stage before it")
+        return None
+
+    def _put(self, tensor: Tensor | None, task_id: str) -> Handle | None:
+        return None if tensor is None else self._transport.put(tensor, (task_id,))
+
+    def _check_version(self, version: int) -> None:
+        if version != self.version:
+            raise VersionMismatch(
+                f"the op is for weights version {version}, stage {self.stage.index} holds {self.version}"
+            )
+
+
+def _result(op: StageOp, **fields: Any) -> StageResult:
+    """Times and version are filled in by `run`."""
+    return StageResult(op_id=op.op_id, begin_s=0.0, end_s=0.0, version=0, **fields)
+
+
+def _message(error: Exception) -> str:
+    # str(KeyError) is the repr of its argument.
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -1,0 +1,150 @@
+"""Times one stage in isolation with made-up data. Weights, optimizer state and running requests stay as they are."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from services.latency import OpKind
+from services.node_agent.engine.base import (
+    Decode,
+    DecodeSequence,
+    Example,
+    Measure,
+    OptimizerSpec,
+    Prefill,
+    PrefillSequence,
+    Sampling,
+)
+from services.node_agent.engine.torch.inference import Inference
+from services.node_agent.engine.torch.stage import Stage
+from services.node_agent.engine.torch.training import check_examples, make_job, run_backward, run_forward
+
+Durations = dict[str, list[float]]
+
+
+class StageTimer:
+    """Runs `Measure` ops on a stage. `folder` takes the file a weight synchronisation writes."""
+
+    def __init__(self, stage: Stage, folder: Path, max_context_tokens: int) -> None:
+        self._stage = stage
+        self._folder = folder
+        self._max_context_tokens = max_context_tokens
+
+    def measure(self, op: Measure) -> tuple[tuple[str, tuple[float, ...]], ...]:
+        """Durations in seconds of the timed repetitions by op kind. Raises ValueError for a bad point."""
+        if op.batch < 1 or op.length < 1 or op.repetitions < 1 or op.warmup < 0:
+            raise ValueError(f"cannot measure batch {op.batch}, length {op.length}, {op.repetitions} repetitions")
+        kinds: dict[str, Callable[[Measure], Callable[[], Durations]]] = {
+            OpKind.PREFILL.value: self._prefill,
+            OpKind.DECODE.value: self._decode,
+            OpKind.TRAIN_FORWARD.value: self._train,
+            OpKind.OPTIMIZER_STEP.value: self._optimizer_step,
+            OpKind.WEIGHT_SYNC.value: self._weight_sync,
+        }
+        if op.kind not in kinds:
+            raise ValueError(f"cannot measure {op.kind!r}; known: {', '.join(kinds)}")
+        once = kinds[op.kind](op)
+        for _ in range(op.warmup):
+            once()
+        total: Durations = {}
+        for _ in range(op.repetitions):
+            for kind, durations in once().items():
+                total.setdefault(kind, []).extend(durations)
+        return tuple((kind, tuple(durations)) for kind, durations in total.items())
+
+    def _prefill(self, op: Measure) -> Callable[[], Durations]:
+        inference, length = self._inference(op)
+        prompt = self._tokens(length)
+        sequences = tuple(PrefillSequence(str(row), prompt, Sampling(), 1) for row in range(op.batch))
+        hidden = self._hidden(op.batch * length)
+        work = Prefill(0, 0, sequences)
+        return lambda: {OpKind.PREFILL.value: [_timed(lambda: inference.prefill(work, hidden))]}
+
+    def _decode(self, op: Measure) -> Callable[[], Durations]:
+        inference, length = self._inference(op)
+        inference.occupy([str(row) for row in range(op.batch)], length)
+        hidden = self._hidden(op.batch)
+        work = Decode(0, 0, tuple(DecodeSequence(str(row), 0, length) for row in range(op.batch)))
+        return lambda: {OpKind.DECODE.value: [_timed(lambda: inference.decode(work, hidden))]}
+
+    def _inference(self, op: Measure) -> tuple[Inference, int]:
+        """A KV cache of its own for the measurement, and the context length that leaves room for one new token."""
+        length = max(1, min(op.length, self._max_context_tokens - 1))
+        capacity = op.batch * (length + 1)
+        context = self._max_context_tokens
+        return Inference(self._stage, kv_capacity_tokens=capacity, max_context_tokens=context), length
+
+    def _train(self, op: Measure) -> Callable[[], Durations]:
+        examples = (Example(self._tokens(max(2, op.length))),) * op.batch
+        check_examples(examples, self._stage, self._max_context_tokens)
+        hidden = self._hidden(op.batch * max(2, op.length))
+
+        def once() -> Durations:
+            begin = time.monotonic()
+            saved, output = run_forward(self._stage, examples, 1.0, hidden)
+            middle = time.monotonic()
+            gradient = None if output.hidden is None else torch.randn_like(output.hidden)
+            backward = _timed(lambda: run_backward(saved, gradient))
+            return {OpKind.TRAIN_FORWARD.value: [middle - begin], OpKind.TRAIN_BACKWARD.value: [backward]}
+
+        return once
+
+    def _optimizer_step(self, op: Measure) -> Callable[[], Durations]:
+        del op
+        copies = [nn.Parameter(weight.parameter.detach().clone()) for weight in self._stage.weights.owned]
+        job = make_job(copies, OptimizerSpec())
+
+        def once() -> Durations:
+            for parameter in copies:
+                parameter.grad = torch.randn_like(parameter)
+            return {OpKind.OPTIMIZER_STEP.value: [_timed(job.optimizer.step)]}
+
+        return once
+
+    def _weight_sync(self, op: Measure) -> Callable[[], Durations]:
+        del op
+        path = self._folder / "measure.safetensors"
+
+        def write() -> None:
+            named = self._stage.weights.named(with_borrowed=False)
+            save_file({name: part.contiguous() for name, part in named.items()}, path)
+
+        def read() -> None:
+            for tensor in load_file(path).values():
+                torch.empty_like(tensor).copy_(tensor)
+
+        def once() -> Durations:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                # One synchronisation op either writes or reads; the slower one is what it may block for.
+                return {OpKind.WEIGHT_SYNC.value: [max(_timed(write), _timed(read))]}
+            finally:
+                path.unlink(missing_ok=True)
+
+        return once
+
+    def _tokens(self, length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(self._stage.spec.vocab_size, (length,)).tolist())
+
+    def _hidden(self, rows: int) -> Tensor | None:
+        if self._stage.is_first:
+            return None
+        return torch.randn(rows, self._stage.spec.hidden_size, device=self._stage.device).to(self._stage.dtype)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begin = time.monotonic()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic() - begin

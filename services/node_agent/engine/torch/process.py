@@ -1,0 +1,203 @@
+"""The parent's side of a stage worker process."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import pickle
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import deque
+from collections.abc import Sequence
+from typing import cast
+
+from services.node_agent.engine.base import StageOp, StageResult, WorkerDied
+from services.node_agent.engine.torch.load import ModelDirectoryError
+from services.node_agent.engine.torch.wire import FRAME, Ready, StartFailed, WorkerSetup
+
+_LOG = logging.getLogger(__name__)
+_CLOSE_S = 3.0
+_STDERR_LINES = 20
+#: Longest line of a worker's stderr that is read whole, bytes.
+_STDERR_LIMIT = 1 << 20
+
+
+class ProcessStageWorker:
+    """A StageWorker in a process of its own. Ops are answered in the order they were sent."""
+
+    def __init__(self, stage: int, process: Process, stderr_lines: deque[str]) -> None:
+        self.stage = stage
+        self._process = process
+        self._stderr_lines = stderr_lines
+        self._connection: _Connection
+        self._stderr_task: asyncio.Task[None]
+        self._death: WorkerDied | None = None
+
+    @classmethod
+    async def start(cls, setup: WorkerSetup, inherited_fds: Sequence[int]) -> "ProcessStageWorker":
+        """Start a process and wait until its stage is loaded. Raises what kept it from loading, or WorkerDied."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process = await _spawn(theirs.fileno(), inherited_fds, setup.config.threads_per_stage)
+        except BaseException:
+            ours.close()
+            raise
+        worker = cls(setup.stage, process, deque(maxlen=_STDERR_LINES))
+        worker._stderr_task = asyncio.create_task(worker._read_stderr())
+        worker._connection = await _connect(ours)
+        try:
+            answer = await worker._ask(setup)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await worker.close()
+            raise
+        if isinstance(answer, StartFailed):
+            await worker.close()
+            raise _start_error(setup.stage, answer)
+        assert isinstance(answer, Ready)
+        return worker
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    async def run(self, op: StageOp) -> StageResult:
+        """See StageWorker."""
+        return cast(StageResult, await self._ask(op))
+
+    async def close(self) -> None:
+        """See StageWorker. Closing the connection ends an idle worker; one that does not end is killed."""
+        self._connection.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), _CLOSE_S)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+        await self._stderr_task
+
+    async def _ask(self, message: object) -> object:
+        try:
+            return await self._connection.ask(message)
+        except ConnectionError:
+            if self._death is None:
+                await self._describe_death()
+            assert self._death is not None
+            raise self._death from None
+
+    async def _describe_death(self) -> None:
+        try:
+            code = str(await asyncio.wait_for(self._process.wait(), _CLOSE_S))
+            await self._stderr_task
+        except TimeoutError:
+            code = "none (still running, connection lost)"
+        tail = "\n".join(self._stderr_lines)
+        self._death = WorkerDied(
+            f"stage {self.stage} worker (pid {self.pid}) ended with exit code {code}" + (f": {tail}" if tail else "")
+        )
+
+    async def _read_stderr(self) -> None:
+        stream = self._process.stderr
+        assert stream is not None
+        while line := await stream.readline():
+            text = line.decode(errors="replace").rstrip()
+            self._stderr_lines.append(text)
+            _LOG.warning("stage %d worker: %s", self.stage, text)
+
+
+class _Connection(asyncio.Protocol):
+    """Length-prefixed messages; answers come in the order of the questions."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.WriteTransport
+        self._waiting: deque[asyncio.Future[object]] = deque()
+        self._received = bytearray()
+        self._lost = False
+
+    def ask(self, message: object) -> asyncio.Future[object]:
+        """Send a message; its answer. The future raises ConnectionError when the other side is gone."""
+        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        if self._lost:
+            answer.set_exception(ConnectionResetError("the worker is gone"))
+            return answer
+        body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        self._waiting.append(answer)
+        self._transport.write(FRAME.pack(len(body)) + body)
+        return answer
+
+    def close(self) -> None:
+        """End the connection."""
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        self._transport = cast(asyncio.WriteTransport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        self._received += data
+        while len(self._received) >= FRAME.size:
+            end = FRAME.size + FRAME.unpack_from(self._received)[0]
+            if len(self._received) < end:
+                return
+            body = bytes(self._received[FRAME.size : end])
+            del self._received[:end]
+            answer = self._waiting.popleft()
+            if not answer.done():
+                answer.set_result(pickle.loads(body))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._lost = True
+        while self._waiting:
+            answer = self._waiting.popleft()
+            if not answer.done():
+                answer.set_exception(ConnectionResetError("the worker is gone"))
+
+
+async def _spawn(socket_fd: int, inherited_fds: Sequence[int], threads: int) -> Process:
+    """Start the process. A cancelled start waits until there is a process to kill, so that none is left behind."""
+    starting = asyncio.create_task(
+        asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "services.node_agent.engine.torch.worker",
+            str(socket_fd),
+            stdin=DEVNULL,
+            stdout=DEVNULL,
+            stderr=PIPE,
+            limit=_STDERR_LIMIT,
+            pass_fds=(socket_fd, *inherited_fds),
+            env=_environment(threads),
+        )
+    )
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        process = await starting
+        process.kill()
+        await process.communicate()
+        raise
+
+
+async def _connect(connected: socket.socket) -> "_Connection":
+    _, connection = await asyncio.get_running_loop().create_connection(_Connection, sock=connected)
+    return connection
+
+
+def _start_error(stage: int, failure: StartFailed) -> Exception:
+    if failure.kind == ModelDirectoryError.__name__:
+        return ModelDirectoryError(failure.message)
+    if failure.kind == ValueError.__name__:
+        return ValueError(failure.message)
+    return WorkerDied(f"stage {stage} worker could not start: {failure.kind}: {failure.message}")
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The parent's environment, with its import path and as many OpenMP threads as the stage may use."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

@@ -1,0 +1,92 @@
+"""A stage worker process: `python -m services.node_agent.engine.torch.worker FD`.
+
+It reads pickled, length-prefixed messages from the socket FD (its parent's other end) and answers each in turn. First
+comes its `WorkerSetup`; it answers with `Ready` or `StartFailed`. It ends when the socket closes, so also when its
+parent dies.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import os
+import pickle
+import signal
+import socket
+import sys
+from typing import cast
+
+from services.node_agent.engine.base import EngineConfig, StageOp
+from services.node_agent.engine.torch.wire import FRAME, Ready, StartFailed, WorkerSetup
+
+
+def main() -> None:
+    """Serve ops until the parent closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A crash inside a kernel leaves its stack on stderr, which the parent quotes.
+    faulthandler.enable()
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    setup = _receive(connection)
+    if not isinstance(setup, WorkerSetup):
+        return
+    _limit_process(setup.config, setup.stage)
+    # Imported here so that thread counts and niceness are set before torch starts its threads.
+    import torch
+
+    from services.node_agent.engine.torch.executor import StageExecutor
+    from services.node_agent.engine.torch.transport import SharedTransport
+
+    torch.set_num_threads(setup.config.threads_per_stage)
+    torch.manual_seed(setup.config.seed)
+    try:
+        transport = SharedTransport(setup.stage, setup.arena_fds)
+        executor = StageExecutor(setup.config, setup.spec, setup.stage, transport, setup.snapshot_folder)
+    except Exception as error:
+        _send(connection, StartFailed(type(error).__name__, str(error)))
+        return
+    # What is loaded stays: keep the collector from walking it during ops.
+    gc.collect()
+    gc.freeze()
+    try:
+        _send(connection, Ready())
+        while (op := _receive(connection)) is not None:
+            _send(connection, executor.run(cast(StageOp, op)))
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # The parent is gone; so is everything that could use an answer.
+    finally:
+        executor.close()
+        # The parent removes the engine's folder; when it was killed, its last worker does.
+        with contextlib.suppress(OSError):
+            setup.snapshot_folder.parent.rmdir()
+
+
+def _limit_process(config: EngineConfig, stage: int) -> None:
+    if config.nice:
+        os.nice(config.nice)
+    if config.cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {config.cpus[stage]})
+
+
+def _send(connection: socket.socket, message: object) -> None:
+    body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    connection.sendall(FRAME.pack(len(body)) + body)
+
+
+def _receive(connection: socket.socket) -> object:
+    """The next message; None when the parent closed the connection."""
+    header = _read_exactly(connection, FRAME.size)
+    body = None if header is None else _read_exactly(connection, FRAME.unpack(header)[0])
+    return None if body is None else pickle.loads(body)
+
+
+def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
+    chunks = b""
+    while len(chunks) < size:
+        chunk = connection.recv(size - len(chunks))
+        if not chunk:
+            return None
+        chunks += chunk
+    return chunks
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Loads the engine that the settings name."""
+
+from services.latency import LatencyModel, OpKind
+from services.node_agent.config import NodeAgentSettings
+from services.node_agent.engine.base import Engine, EngineConfig, WorkerDied
+from services.node_agent.engine.emulated.engine import emulated_fingerprint, load_emulated_engine
+from services.node_agent.engine.emulated.timing import EmulatedTiming
+from services.runtime.app import StartupError
+
+
+async def load(settings: NodeAgentSettings) -> tuple[Engine, str]:
+    """The engine with its workers running, and the fingerprint of its profile.
+
+    Raises StartupError with one line on a model directory or a setting it cannot use; nothing is left running then.
+    """
+    if not settings.model_path:
+        raise StartupError("model_path is not set: name a Hugging Face model directory")
+    config = _engine_config(settings)
+    try:
+        if settings.engine == "emulated":
+            timing = _timing(settings)
+            return load_emulated_engine(config, timing), emulated_fingerprint(config, timing)
+        # Imported here so that emulated nodes run without torch.
+        from services.node_agent.engine.torch.engine import load_engine, profile_fingerprint
+
+        engine = await load_engine(config)
+        return engine, profile_fingerprint(config, engine.info)
+    except (ValueError, OSError, WorkerDied, TimeoutError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StartupError(f"cannot load the model {settings.model_path}: {reason}") from error
+
+
+def _engine_config(settings: NodeAgentSettings) -> EngineConfig:
+    return EngineConfig(
+        model_path=settings.model_path,
+        num_stages=settings.num_stages,
+        devices=settings.devices,
+        dtype=settings.dtype,
+        threads_per_stage=settings.threads_per_stage,
+        nice=settings.nice,
+        cpus=settings.cpus,
+        kv_capacity_tokens=settings.kv_capacity_tokens,
+        max_context_tokens=settings.max_context_tokens,
+        seed=settings.seed,
+    )
+
+
+def _timing(settings: NodeAgentSettings) -> EmulatedTiming:
+    """Raises ValueError for an unknown kind or form."""
+    return EmulatedTiming(
+        {
+            OpKind(kind): LatencyModel(latency.form, latency.coefficients)
+            for kind, latency in settings.emulated_latency.items()
+        }
+    )

@@ -1,0 +1,215 @@
+"""Between the ledger and the loop: takes work up to a bound, and puts down what became of it.
+
+A task counts against the bound until its outcome is in the ledger, so that with the store away the node finishes what
+it has, keeps those outcomes, and takes nothing new.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+import structlog
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import work_pb2
+from services.ledger import Delivery, Ledger, LedgerUnavailable, TaskState
+from services.node_agent import metrics
+from services.node_agent.convert import microbatch_from_proto, refusal_to_proto, request_from_proto
+from services.node_agent.engine.base import ModelInfo
+from services.node_agent.loop import AgentLoop
+from services.node_agent.tokens import TokenHub
+from services.runtime.clock import Clock
+
+_log = structlog.get_logger()
+
+_BLOCK_S = 1.0
+_RETRY_FIRST_S = 0.1
+_RETRY_MAX_S = 2.0
+#: Cancellations remembered for tasks that have not been read yet.
+_MAX_EARLY_CANCELS = 1024
+
+Report = Callable[[work_pb2.WorkOutcome], None]
+
+
+class Intake:
+    """Reads the node's stream and finishes its tasks. `report` is called for outcomes that are in the ledger."""
+
+    def __init__(
+        self,
+        *,
+        node_id: str,
+        ledger: Ledger,
+        loop: AgentLoop,
+        hub: TokenHub,
+        info: ModelInfo,
+        clock: Clock,
+        max_tasks: int,
+        report: Report,
+    ) -> None:
+        self._node_id = node_id
+        self._ledger = ledger
+        self._loop = loop
+        self._hub = hub
+        self._info = info
+        self._clock = clock
+        self._max_tasks = max_tasks
+        self._report = report
+        #: Newest fencing token seen.
+        self.newest_token = 0
+        # Task id -> newest entry of its delivery, until its outcome is in the ledger.
+        self._entries: dict[str, str] = {}
+        self._finished: deque[work_pb2.WorkOutcome] = deque()
+        self._early_cancels: OrderedDict[str, None] = OrderedDict()
+        self._changed = asyncio.Event()
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks taken whose outcome is not in the ledger yet."""
+        return len(self._entries)
+
+    # ------------------------------------------------------------- from the session and the loop
+
+    def cancel(self, task_id: str) -> None:
+        """Drop a task. One that has not been read yet is finished as cancelled when it comes."""
+        if not self._loop.cancel(task_id) and task_id not in self._entries:
+            self._early_cancels[task_id] = None
+            while len(self._early_cancels) > _MAX_EARLY_CANCELS:
+                self._early_cancels.popitem(last=False)
+
+    def finish(self, outcome: work_pb2.WorkOutcome) -> None:
+        """Put an outcome into the ledger, soon."""
+        self._finished.append(outcome)
+        self._changed.set()
+
+    # ------------------------------------------------------------- taking
+
+    async def run_reader(self) -> None:
+        """Take work until cancelled."""
+        while True:
+            free = self._max_tasks - len(self._entries)
+            if free <= 0 or not self._loop.accepts_work:
+                await self._wait_for_room()
+                continue
+            for delivery in await self._read(free):
+                await self._take(delivery)
+
+    async def _wait_for_room(self) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(_BLOCK_S):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def _read(self, count: int) -> list[Delivery]:
+        delay_s = _RETRY_FIRST_S
+        while True:
+            try:
+                return await self._ledger.read_node(self._node_id, count=count, block_s=_BLOCK_S)
+            except LedgerUnavailable as error:
+                _log.warning("cannot read work, will retry", error=str(error), retry_s=delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, _RETRY_MAX_S)
+
+    async def _take(self, delivery: Delivery) -> None:
+        item = delivery.item
+        if item.task_id in self._entries:
+            self._entries[item.task_id] = delivery.entry_id  # delivered again: the newer entry is the one to finish
+            return
+        if item.fencing_token < self.newest_token and not await self._is_ours(item.task_id):
+            metrics.REFUSED.labels("stale_token").inc()
+            _log.warning(
+                "refused work of an older scheduler",
+                task=item.task_id,
+                token=item.fencing_token,
+                newest=self.newest_token,
+            )
+            return
+        self.newest_token = max(self.newest_token, item.fencing_token)
+        self._entries[item.task_id] = delivery.entry_id
+        try:
+            self._start(item)
+        except LemixError as error:
+            metrics.REFUSED.labels(error.code.value).inc()
+            outcome = refusal_to_proto(item, error, node_id=self._node_id)
+            if outcome.HasField("inference"):
+                self._hub.finish(item.task_id, outcome.inference)
+            self.finish(outcome)
+
+    async def _is_ours(self, task_id: str) -> bool:
+        """Whether the ledger still says that this node holds the task.
+
+        A scheduler's successor leaves running work where it is, so an older token alone does not make it stale.
+        """
+        while True:
+            try:
+                record = await self._ledger.record(task_id)
+            except LedgerUnavailable:
+                await asyncio.sleep(_RETRY_MAX_S)
+            else:
+                return record is not None and record.state is TaskState.ASSIGNED and record.node_id == self._node_id
+
+    def _start(self, item: work_pb2.WorkItem) -> None:
+        """Give a task to the loop. Raises LemixError when it must not or cannot run."""
+        now_s, now_unix_s = self._clock.monotonic_s(), self._clock.unix_s()
+        if item.task_id in self._early_cancels:
+            del self._early_cancels[item.task_id]
+            raise LemixError(ErrorCode.CANCELLED, "cancelled before it was started")
+        match item.WhichOneof("work"):
+            case "inference":
+                if 0 < item.inference.deadline_unix_s <= now_unix_s:
+                    raise LemixError(ErrorCode.DEADLINE_EXCEEDED, "its deadline passed before the node could start it")
+                task, request = request_from_proto(
+                    item.task_id, item.inference, self._info, now_s=now_s, now_unix_s=now_unix_s
+                )
+                self._hub.begin(item.task_id)
+                self._loop.add_request(task, request)
+            case "training":
+                self._loop.add_microbatch(*microbatch_from_proto(item.task_id, item.training, self._info, now_s=now_s))
+            case _:
+                raise LemixError(ErrorCode.UNSUPPORTED, "the node does not know this kind of work")
+
+    # ------------------------------------------------------------- finishing
+
+    async def run_finisher(self) -> None:
+        """Put outcomes into the ledger, in order, until cancelled."""
+        delay_s = _RETRY_FIRST_S
+        while True:
+            if not self._finished:
+                await self._wait_for_room()
+                continue
+            try:
+                await self._finish_next()
+            except LedgerUnavailable as error:
+                _log.warning("cannot store an outcome, will retry", error=str(error), retry_s=delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, _RETRY_MAX_S)
+            else:
+                delay_s = _RETRY_FIRST_S
+
+    async def flush(self, timeout_s: float) -> None:
+        """Store what has ended before the node stops, so that nobody runs it again. The finisher must have ended."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._finished:
+                    await self._finish_next()
+        except (TimeoutError, LedgerUnavailable) as error:
+            _log.warning("outcomes not stored; their tasks will run again", count=len(self._finished), error=str(error))
+
+    async def _finish_next(self) -> None:
+        outcome = self._finished[0]
+        await self._finish(outcome)
+        self._finished.popleft()
+        del self._entries[outcome.task_id]
+        self._changed.set()
+
+    async def _finish(self, outcome: work_pb2.WorkOutcome) -> None:
+        if await self._ledger.finish(self._node_id, self._entries[outcome.task_id], outcome):
+            self._report(outcome)
+            return
+        # Done already, perhaps by an attempt of ours whose answer was lost; or another node's by now.
+        record = await self._ledger.record(outcome.task_id)
+        if record is not None and record.outcome is not None and record.outcome.node_id == self._node_id:
+            self._report(record.outcome)
+        else:
+            _log.warning("outcome dropped: the task is no longer this node's", task=outcome.task_id)

@@ -1,0 +1,21 @@
+"""Prometheus metrics of a node."""
+
+import prometheus_client as prometheus
+
+OPS = prometheus.Counter("lemix_node_ops_total", "Ops that ended", ["stage", "op", "result"])
+OP_SECONDS = prometheus.Counter("lemix_node_op_seconds_total", "Time spent in ops", ["stage", "op"])
+BATCH_SIZE = prometheus.Histogram(
+    "lemix_node_batch_size", "Sequences per op on stage 0", ["op"], buckets=(1, 2, 4, 8, 16, 32, 64, 128)
+)
+KV_USED_TOKENS = prometheus.Gauge("lemix_node_kv_used_tokens", "KV cache reserved, tokens", ["node"])
+WAITING = prometheus.Gauge("lemix_node_waiting_tasks", "Tasks taken and not started", ["node", "kind"])
+QUEUE_LENGTH = prometheus.Gauge("lemix_node_stage_queue_length", "Ops ready and not started", ["node", "stage"])
+WEIGHT_STEP = prometheus.Gauge("lemix_node_weight_step", "Weights step of stage 0", ["node"])
+TOKENS = prometheus.Counter("lemix_node_tokens_total", "Tokens computed, padding not counted", ["op"])
+TRAINING_LOSS = prometheus.Gauge("lemix_node_training_loss", "Loss of the newest micro-batch, nats per token", ["node"])
+TASKS = prometheus.Counter("lemix_node_tasks_total", "Tasks that ended", ["kind", "reason"])
+REFUSED = prometheus.Counter("lemix_node_refused_deliveries_total", "Deliveries not taken", ["reason"])
+TRACES_DROPPED = prometheus.Counter("lemix_node_traces_dropped_total", "Traces dropped while the scheduler was away")
+REPORTS_DROPPED = prometheus.Counter(
+    "lemix_node_reports_dropped_total", "Reports dropped while the scheduler was away; outcomes stay in the ledger"
+)

@@ -1,0 +1,164 @@
+"""Builds what a stage worker runs from what the core decided."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from services.latency import OpKind
+from services.node_agent.core.types import Op
+from services.node_agent.engine.base import (
+    Decode,
+    DecodeSequence,
+    Handle,
+    OptimizerSpec,
+    OptimizerStep,
+    Prefill,
+    PrefillSequence,
+    StageOp,
+    StageResult,
+    TrainBackward,
+    TrainForward,
+)
+from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
+
+
+@dataclass(slots=True)
+class _Travelling:
+    """An op between its first and its last stage: what every stage gets, and the newest stage's output."""
+
+    task_ids: tuple[str, ...]
+    sequences: tuple[PrefillSequence, ...] | tuple[DecodeSequence, ...] = ()
+    grad_norm_sq_total: float | None = None
+    output: Handle | None = None
+    #: What the two ends of a model with tied embeddings send each other: a gradient down, a new embedding up.
+    tied: Handle | None = None
+    stages_left: int = 0
+
+
+@dataclass(slots=True)
+class PayloadBuilder:
+    """Payloads of the ops on their way. Its size is bounded by the ops in flight and `max_optimizer_states`.
+
+    A batch is fixed when its op starts on its first stage; every later stage gets the same sequences.
+    """
+
+    tasks: dict[str, Task]
+    num_stages: int
+    #: Jobs whose optimizer state a stage keeps (two more copies of the weights each).
+    max_optimizer_states: int = 2
+    _optimizers: OrderedDict[str, OptimizerSpec] = field(default_factory=OrderedDict)
+    _travelling: dict[int, _Travelling] = field(default_factory=dict)
+    _grad_norms_sq: list[float | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._grad_norms_sq = [None] * self.num_stages
+
+    def build(self, op: Op, stage: int) -> StageOp:
+        """The payload of this op for this stage, the next on its way. Weight synchronisations are not built here."""
+        state = self._travelling.get(op.op_id)
+        if state is None:
+            state = self._begin(op)
+            self._travelling[op.op_id] = state
+        handle, state.output = state.output, None
+        match op.kind:
+            case OpKind.PREFILL:
+                return Prefill(op.op_id, op.version, self._prefill_sequences(state), handle)
+            case OpKind.DECODE:
+                return Decode(op.op_id, op.version, self._decode_sequences(state), handle)
+            case OpKind.TRAIN_FORWARD:
+                task = self._microbatch(op.task_ids[0])
+                scale = 1.0 / task.accumulation
+                return TrainForward(op.op_id, op.version, task.task_id, task.examples, scale, handle)
+            case OpKind.TRAIN_BACKWARD:
+                return TrainBackward(op.op_id, op.task_ids[0], handle, state.tied if stage == 0 else None)
+            case OpKind.OPTIMIZER_STEP:
+                norm_sq, tied = state.grad_norm_sq_total, state.tied if stage == self.num_stages - 1 else None
+                return OptimizerStep(op.op_id, op.version, op.subject, self._optimizers[op.subject], norm_sq, tied)
+            case _:
+                raise ValueError(f"{op.kind} has no payload here")
+
+    def ended(self, op: Op, stage: int, result: StageResult) -> None:
+        """Take over a result: the output for the next stage, and the norm of the stage's gradient."""
+        state = self._travelling.get(op.op_id)
+        if op.kind is OpKind.TRAIN_BACKWARD and not result.error:
+            self._grad_norms_sq[stage] = result.grad_norm_sq
+        if state is None:  # its task was dropped while the op ran
+            return
+        if op.kind is OpKind.OPTIMIZER_STEP:
+            state.tied = state.tied or result.output
+        else:
+            state.output = result.output
+            state.tied = state.tied or result.tied_gradient
+        state.stages_left -= 1
+        travels_on = op.changes_weights or not result.error
+        if state.stages_left == 0 or not travels_on:
+            del self._travelling[op.op_id]
+
+    def drop(self, task_id: str) -> None:
+        """A micro-batch left: its ops that wait between stages will not run any more."""
+        for op_id in [op_id for op_id, state in self._travelling.items() if state.task_ids == (task_id,)]:
+            del self._travelling[op_id]
+
+    def surplus_jobs(self) -> list[str]:
+        """Jobs to forget, least recently trained first: beyond the bound and without a live micro-batch."""
+        surplus = len(self._optimizers) - self.max_optimizer_states
+        if surplus <= 0:
+            return []
+        live = {task.job_id for task in self.tasks.values() if isinstance(task, MicrobatchTask)}
+        jobs = [job_id for job_id in self._optimizers if job_id not in live][:surplus]
+        for job_id in jobs:
+            del self._optimizers[job_id]
+        return jobs
+
+    # ------------------------------------------------------------- internals
+
+    def _begin(self, op: Op) -> _Travelling:
+        state = _Travelling(op.task_ids, stages_left=self.num_stages)
+        if op.kind is OpKind.PREFILL:
+            state.sequences = tuple(_prefill_sequence(self._request(task_id)) for task_id in op.task_ids)
+        elif op.kind is OpKind.DECODE:
+            state.sequences = tuple(_decode_sequence(self._request(task_id)) for task_id in op.task_ids)
+        elif op.kind is OpKind.TRAIN_FORWARD:
+            # Remembered for the step: its group may consist of cancelled micro-batches by then.
+            task = self._microbatch(op.task_ids[0])
+            self._optimizers.setdefault(task.job_id, task.optimizer)
+            self._optimizers.move_to_end(task.job_id)
+        elif op.kind is OpKind.OPTIMIZER_STEP:
+            self._begin_step(op, state)
+        return state
+
+    def _begin_step(self, op: Op, state: _Travelling) -> None:
+        """All stages clip by one norm: the whole model's, summed over the stages' last backwards."""
+        norms = [norm for norm in self._grad_norms_sq if norm is not None]
+        state.grad_norm_sq_total = sum(norms) if norms else None
+        self._grad_norms_sq = [None] * self.num_stages
+        for task_id in op.task_ids:
+            self._microbatch(task_id).weight_step = op.version + 1
+
+    def _request(self, task_id: str) -> RequestTask:
+        task = self.tasks[task_id]
+        if not isinstance(task, RequestTask):
+            raise TypeError(f"{task_id} is not an inference request")
+        return task
+
+    def _microbatch(self, task_id: str) -> MicrobatchTask:
+        task = self.tasks[task_id]
+        if not isinstance(task, MicrobatchTask):
+            raise TypeError(f"{task_id} is not a micro-batch")
+        return task
+
+    @staticmethod
+    def _prefill_sequences(state: _Travelling) -> tuple[PrefillSequence, ...]:
+        return tuple(sequence for sequence in state.sequences if isinstance(sequence, PrefillSequence))
+
+    @staticmethod
+    def _decode_sequences(state: _Travelling) -> tuple[DecodeSequence, ...]:
+        return tuple(sequence for sequence in state.sequences if isinstance(sequence, DecodeSequence))
+
+
+def _prefill_sequence(task: RequestTask) -> PrefillSequence:
+    return PrefillSequence(task.task_id, task.prompt_ids, task.sampling, task.max_tokens, task.reference_ids)
+
+
+def _decode_sequence(task: RequestTask) -> DecodeSequence:
+    position = len(task.prompt_ids) + len(task.generated_ids) - 1
+    return DecodeSequence(task.task_id, task.generated_ids[-1], position)

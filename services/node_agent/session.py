@@ -1,0 +1,217 @@
+"""The node's long-lived stream to the scheduler. The node keeps working while the scheduler is away."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import grpc
+import grpc.aio
+import structlog
+
+from lemix.errors import LemixError
+from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from lemix.internal.v1 import scheduler_service_pb2_grpc as scheduler_grpc
+from lemix.internal.v1 import work_pb2
+from services.node_agent import metrics
+from services.runtime.clock import Clock
+
+if TYPE_CHECKING:
+    from lemix.internal.v1.scheduler_service_pb2_grpc import SchedulerServiceAsyncStub
+
+    Call = grpc.aio.StreamStreamCall[scheduler_pb2.NodeSessionRequest, scheduler_pb2.NodeSessionResponse]
+
+_log = structlog.get_logger()
+
+_RECONNECT_FIRST_S = 0.1
+_RECONNECT_MAX_S = 2.0
+_MAX_TRACES = 8192
+_MAX_REPORTS = 4096
+_MAX_TRACES_PER_BATCH = 512
+
+
+class Commands(Protocol):
+    """What the scheduler can tell the node. Must not block."""
+
+    def on_welcome(self, welcome: scheduler_pb2.NodeWelcome) -> None:
+        """The scheduler took the node in. Raises ValueError when the node must not follow this scheduler."""
+
+    def on_cancel(self, task_id: str) -> None:
+        """Drop a task."""
+
+    def on_take_snapshot(self, sync_id: str) -> None:
+        """Phase one of a synchronisation."""
+
+    def on_apply_weights(self, command: scheduler_pb2.ApplyWeights) -> None:
+        """Phase two of a synchronisation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """What a heartbeat carries."""
+
+    weight_step: int
+    kv_used_tokens: int
+
+
+class SchedulerSession:
+    """Reports to the scheduler and follows its commands; connects again, with backoff, whenever the stream ends.
+
+    Reports are kept while the scheduler is away. Both buffers are bounded and drop their oldest, counted: traces only
+    calibrate, and every outcome is in the ledger before it is reported.
+    """
+
+    def __init__(
+        self,
+        *,
+        channel: grpc.aio.Channel,
+        hello: Callable[[], scheduler_pb2.NodeHello],
+        vitals: Callable[[], Vitals],
+        commands: Commands,
+        clock: Clock,
+        trace_flush_s: float,
+        welcome_timeout_s: float,
+    ) -> None:
+        self._stub: SchedulerServiceAsyncStub = scheduler_grpc.SchedulerServiceStub(channel)
+        self._hello = hello
+        self._vitals = vitals
+        self._commands = commands
+        self._clock = clock
+        self._trace_flush_s = trace_flush_s
+        self._welcome_timeout_s = welcome_timeout_s
+        self._traces: deque[scheduler_pb2.OpTrace] = deque()
+        self._reports: deque[scheduler_pb2.NodeSessionRequest] = deque()
+        self._wake = asyncio.Event()
+        #: Whether the scheduler has welcomed the node on the stream of now.
+        self.connected = False
+
+    # ------------------------------------------------------------- reports
+
+    def add_trace(self, trace: scheduler_pb2.OpTrace) -> None:
+        """Report a finished op, together with others."""
+        if len(self._traces) >= _MAX_TRACES:
+            self._traces.popleft()
+            metrics.TRACES_DROPPED.inc()
+        self._traces.append(trace)
+        if len(self._traces) == 1 or len(self._traces) == _MAX_TRACES_PER_BATCH:
+            self._wake.set()
+
+    def report_outcome(self, outcome: work_pb2.WorkOutcome) -> None:
+        """Report the end of a task; it is in the ledger already."""
+        self._report(scheduler_pb2.NodeSessionRequest(outcome=outcome))
+
+    def report_sync(self, finished: scheduler_pb2.SyncFinished) -> None:
+        """Report the end of a phase of a synchronisation."""
+        self._report(scheduler_pb2.NodeSessionRequest(sync_finished=finished))
+
+    def _report(self, message: scheduler_pb2.NodeSessionRequest) -> None:
+        if len(self._reports) >= _MAX_REPORTS:
+            self._reports.popleft()
+            metrics.REPORTS_DROPPED.inc()
+        self._reports.append(message)
+        self._wake.set()
+
+    # ------------------------------------------------------------- the stream
+
+    async def run(self) -> None:
+        """Keep a stream to the scheduler until cancelled."""
+        delay_s = _RECONNECT_FIRST_S
+        while True:
+            try:
+                await self._session()
+                _log.warning("the scheduler ended the session")
+            except grpc.aio.AioRpcError as error:
+                _log.warning("no session with the scheduler", error=str(LemixError.from_rpc(error)))
+            except (TimeoutError, ValueError, asyncio.InvalidStateError) as error:
+                _log.warning("no session with the scheduler", error=f"{type(error).__name__}: {error}")
+            delay_s = _RECONNECT_FIRST_S if self.connected else min(2 * delay_s, _RECONNECT_MAX_S)
+            self.connected = False
+            await asyncio.sleep(delay_s)
+
+    async def _session(self) -> None:
+        call: Call = self._stub.NodeSession(wait_for_ready=True)
+        try:
+            async with asyncio.timeout(self._welcome_timeout_s):
+                await call.write(scheduler_pb2.NodeSessionRequest(hello=self._hello()))
+                first = await call.read()
+            if not isinstance(first, scheduler_pb2.NodeSessionResponse):
+                return
+            if not first.HasField("welcome"):
+                raise ValueError(f"the scheduler began with {first.WhichOneof('message')} instead of a welcome")
+            self._commands.on_welcome(first.welcome)
+            self.connected = True
+            _log.info("joined", fencing_token=first.welcome.fencing_token, lease_s=first.welcome.lease_s)
+            await self._talk(call, first.welcome.lease_s / 4)
+        finally:
+            call.cancel()
+
+    async def _talk(self, call: "Call", heartbeat_s: float) -> None:
+        """Send and receive until either ends."""
+        sender = asyncio.create_task(self._send(call, heartbeat_s))
+        try:
+            while isinstance(message := await call.read(), scheduler_pb2.NodeSessionResponse):
+                self._follow(message)
+        finally:
+            sender.cancel()
+            with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                await sender
+
+    def _follow(self, message: scheduler_pb2.NodeSessionResponse) -> None:
+        match message.WhichOneof("message"):
+            case "cancel":
+                self._commands.on_cancel(message.cancel.task_id)
+            case "take_snapshot":
+                self._commands.on_take_snapshot(message.take_snapshot.sync_id)
+            case "apply_weights":
+                self._commands.on_apply_weights(message.apply_weights)
+            case other:
+                _log.warning("unknown command", command=other)
+
+    async def _send(self, call: "Call", heartbeat_s: float) -> None:
+        heartbeat_due_s = self._clock.monotonic_s()
+        flush_due_s = heartbeat_due_s
+        while True:
+            now_s = self._clock.monotonic_s()
+            if now_s >= heartbeat_due_s:
+                await call.write(scheduler_pb2.NodeSessionRequest(heartbeat=self._heartbeat()))
+                heartbeat_due_s = now_s + heartbeat_s
+            elif self._traces and (now_s >= flush_due_s or self._reports or len(self._traces) >= _MAX_TRACES_PER_BATCH):
+                await self._send_traces(call)
+                flush_due_s = self._clock.monotonic_s() + self._trace_flush_s
+            elif self._reports:
+                await self._send_report(call)
+            else:
+                due_s = min(heartbeat_due_s, flush_due_s) if self._traces else heartbeat_due_s
+                await self._sleep(due_s - now_s)
+
+    async def _send_report(self, call: "Call") -> None:
+        message = self._reports.popleft()
+        try:
+            await call.write(message)
+        except BaseException:
+            self._reports.appendleft(message)  # for the next stream
+            raise
+
+    async def _send_traces(self, call: "Call") -> None:
+        count = min(len(self._traces), _MAX_TRACES_PER_BATCH)
+        batch = [self._traces.popleft() for _ in range(count)]
+        await call.write(scheduler_pb2.NodeSessionRequest(traces=scheduler_pb2.TraceBatch(ops=batch)))
+
+    def _heartbeat(self) -> scheduler_pb2.NodeHeartbeat:
+        vitals = self._vitals()
+        return scheduler_pb2.NodeHeartbeat(
+            sent_monotonic_s=self._clock.monotonic_s(),
+            weight_step=vitals.weight_step,
+            kv_used_tokens=vitals.kv_used_tokens,
+        )
+
+    async def _sleep(self, timeout_s: float) -> None:
+        """Until something is reported, at most `timeout_s`."""
+        self._wake.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return

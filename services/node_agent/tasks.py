@@ -1,0 +1,45 @@
+"""What the agent knows about a task besides what its core knows: tokens, hyperparameters and results so far."""
+
+from dataclasses import dataclass, field
+
+from lemix.errors import LemixError
+from lemix.v1 import types_pb2
+from services.node_agent.engine.base import Example, OptimizerSpec, Sampling
+
+
+@dataclass(slots=True)
+class RequestTask:
+    """An inference request on this node. Times: `taken_s` and `first_token_s` on the monotonic clock, seconds."""
+
+    task_id: str
+    taken_s: float
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int
+    reference_ids: tuple[int, ...] = ()
+    generated_ids: list[int] = field(default_factory=list)
+    weight_versions: list[types_pb2.WeightVersion] = field(default_factory=list)
+    first_token_s: float | None = None
+    staleness_s: float | None = None
+    reference_loss: float | None = None
+    error: LemixError | None = None
+
+
+@dataclass(slots=True)
+class MicrobatchTask:
+    """A training micro-batch on this node."""
+
+    task_id: str
+    job_id: str
+    sequence: int
+    examples: tuple[Example, ...]
+    optimizer: OptimizerSpec
+    accumulation: int = 1
+    loss: float | None = None
+    label_tokens: int = 0
+    #: Weights step after its optimizer step; 0 until that step was started.
+    weight_step: int = 0
+    error: LemixError | None = None
+
+
+Task = RequestTask | MicrobatchTask

@@ -1,0 +1,212 @@
+"""Synchronisation of weights between nodes: snapshots for peers, and applying theirs."""
+
+import asyncio
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from services.node_agent.combine import Replica, write_copy, write_mean
+from services.node_agent.engine.base import LoadWeights, Snapshot
+from services.node_agent.loop import AgentLoop, WeightOp
+from services.node_agent.peer_weights import FetchedReplica, fetch_replica
+from services.node_agent.tensor_file import TensorFile
+
+_log = structlog.get_logger()
+
+_KEPT_SNAPSHOTS = 2
+_MAX_TASKS = 4
+_MAX_FETCHES = 4
+
+_MODES: dict[int, str] = {scheduler_pb2.SYNC_MODE_REPLACE: "replace", scheduler_pb2.SYNC_MODE_AVERAGE: "average"}
+
+
+@dataclass(slots=True)
+class KeptSnapshot:
+    """A snapshot peers may fetch. trained_unix_s: newest optimizer step in it; None: never trained."""
+
+    replica: Replica
+    files: list[TensorFile]
+    trained_unix_s: float | None
+
+    def close(self) -> None:
+        """Unmap the files; the engine removes them."""
+        for file in self.files:
+            file.close()
+
+
+class WeightSync:
+    """Runs the phases of synchronisations, one at a time; a failed one leaves the weights as they were.
+
+    `report` is called at the end of every phase.
+    """
+
+    def __init__(
+        self,
+        *,
+        loop: AgentLoop,
+        address: Callable[[], str],
+        report: Callable[[scheduler_pb2.SyncFinished], None],
+        timeout_s: float,
+    ) -> None:
+        self._loop = loop
+        self._address = address
+        self._report = report
+        self._timeout_s = timeout_s
+        self._lock = asyncio.Lock()
+        self._snapshots: OrderedDict[str, KeptSnapshot] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_applied = 0
+        self._folder = tempfile.TemporaryDirectory(prefix="lemix-weights-")
+
+    async def close(self) -> None:
+        """Give up what is running and remove the files."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._snapshots:
+            self._snapshots.popitem()[1].close()
+        self._folder.cleanup()
+
+    def snapshot(self, sync_id: str) -> KeptSnapshot:
+        """The snapshot taken for a synchronisation. Raises LemixError NOT_FOUND."""
+        snapshot = self._snapshots.get(sync_id)
+        if snapshot is None:
+            raise LemixError(ErrorCode.NOT_FOUND, f"this node holds no snapshot for synchronisation {sync_id}")
+        return snapshot
+
+    def start_snapshot(self, sync_id: str) -> None:
+        """Begin phase one."""
+        self._start(sync_id, self._take(sync_id), snapshot_only=True)
+
+    def start_apply(self, sync_id: str, mode: int, addresses: Sequence[str]) -> None:
+        """Begin phase two; addresses: host:port of the peers whose snapshots are used."""
+        self._start(sync_id, self._apply(sync_id, mode, addresses), snapshot_only=False)
+
+    # ------------------------------------------------------------- phases
+
+    def _start(self, sync_id: str, phase: Coroutine[None, None, None], *, snapshot_only: bool) -> None:
+        if len(self._tasks) >= _MAX_TASKS:
+            phase.close()
+            error = LemixError(ErrorCode.OVERLOADED, f"{_MAX_TASKS} synchronisations are under way on this node")
+            self._finished(sync_id, snapshot_only, error)
+            return
+        task = asyncio.create_task(self._run(sync_id, phase, snapshot_only=snapshot_only))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, sync_id: str, phase: Coroutine[None, None, None], *, snapshot_only: bool) -> None:
+        error: LemixError | None = None
+        try:
+            await phase
+        except LemixError as caught:
+            error = caught
+        except TimeoutError:
+            message = f"the peers' weights did not arrive within {self._timeout_s:g} s"
+            error = LemixError(ErrorCode.DEADLINE_EXCEEDED, message)
+        except (OSError, ValueError) as caught:
+            error = LemixError(ErrorCode.INTERNAL, f"{type(caught).__name__}: {caught}")
+        self._finished(sync_id, snapshot_only, error)
+
+    def _finished(self, sync_id: str, snapshot_only: bool, error: LemixError | None) -> None:
+        step = self._loop.ages.newest_step
+        message = scheduler_pb2.SyncFinished(sync_id=sync_id, weight_step=step, snapshot_only=snapshot_only)
+        if error is not None:
+            _log.warning("synchronisation failed", sync=sync_id, snapshot_only=snapshot_only, error=str(error))
+            message.error.CopyFrom(error.to_proto())
+        self._report(message)
+
+    async def _take(self, sync_id: str) -> None:
+        weight_op = WeightOp(False, lambda op: Snapshot(op.op_id, op.version, sync_id))
+        await self._loop.run_weight_op(f"{sync_id}/snapshot", weight_op)
+        _check(weight_op, "the snapshot failed")
+        files: list[TensorFile] = []
+        try:
+            for result in weight_op.results:
+                files.append(TensorFile.open(Path(result.weights_path)))
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
+        trained_unix_s = self._loop.ages.at(weight_op.version)
+        self._keep(sync_id, KeptSnapshot(Replica(self._address(), files), files, trained_unix_s))
+
+    def _keep(self, sync_id: str, snapshot: KeptSnapshot) -> None:
+        replaced = self._snapshots.pop(sync_id, None)
+        if replaced is not None:
+            replaced.close()
+        self._snapshots[sync_id] = snapshot
+        while len(self._snapshots) > _KEPT_SNAPSHOTS:
+            self._snapshots.popitem(last=False)[1].close()
+
+    async def _apply(self, sync_id: str, mode: int, addresses: Sequence[str]) -> None:
+        name = _MODES.get(mode)
+        peers = sorted(set(addresses) - {self._address()})
+        if name is None or not peers or (name == "replace" and len(peers) != 1):
+            raise LemixError(ErrorCode.INVALID_REQUEST, f"{name or mode} cannot use {len(peers)} peers")
+        async with self._lock:
+            self._num_applied += 1
+            path = Path(self._folder.name) / f"combined-{self._num_applied}.safetensors"
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    trained_unix_s = await self._combine(sync_id, name, peers, path)
+                replace = name == "replace"
+                weight_op = WeightOp(
+                    True,
+                    lambda op: LoadWeights(op.op_id, op.version, sync_id, str(path), name),
+                    lambda before: trained_unix_s if replace else _latest(before, trained_unix_s),
+                )
+                await self._loop.run_weight_op(f"{sync_id}/apply", weight_op)
+                _check(weight_op, "the weights were not changed")
+            finally:
+                path.unlink(missing_ok=True)
+
+    async def _combine(self, sync_id: str, mode: str, peers: Sequence[str], path: Path) -> float | None:
+        """Fetch the peers' snapshots and write one file; returns when the newest step in them was made."""
+        own = self.snapshot(sync_id) if mode == "average" else None
+        fetched = await self._fetch(sync_id, peers)
+        try:
+            if own is None:
+                await asyncio.to_thread(write_copy, path, fetched[0].replica)
+            else:
+                await asyncio.to_thread(write_mean, path, [own.replica, *(peer.replica for peer in fetched)])
+            return _latest(*(peer.trained_unix_s for peer in fetched))
+        finally:
+            for peer in fetched:
+                peer.close()
+
+    async def _fetch(self, sync_id: str, peers: Sequence[str]) -> list[FetchedReplica]:
+        """All peers' snapshots in the order of `peers`, or none and the first error."""
+        slots = asyncio.Semaphore(_MAX_FETCHES)
+
+        async def fetch(index: int, address: str) -> FetchedReplica:
+            async with slots:
+                return await fetch_replica(address, sync_id, Path(self._folder.name) / f"peer-{index}")
+
+        tasks = [asyncio.create_task(fetch(index, address)) for index, address in enumerate(peers)]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(outcome, FetchedReplica):
+                    outcome.close()
+            raise
+
+
+def _latest(*times: float | None) -> float | None:
+    known = [time for time in times if time is not None]
+    return max(known) if known else None
+
+
+def _check(weight_op: WeightOp, what: str) -> None:
+    """Raises LemixError INTERNAL with the first stage's error."""
+    for stage, result in enumerate(weight_op.results):
+        if result.error:
+            raise LemixError(ErrorCode.INTERNAL, f"{what} on stage {stage}: {result.error}")

@@ -1,0 +1,77 @@
+"""Settings of the scheduler."""
+
+from pydantic import Field
+
+from services.runtime.config import ConfigError, ServiceSettings, Settings
+from services.scheduler.core.types import CoreConfig, SloTarget
+
+
+class SloSettings(Settings):
+    """Response-time promise; an absent part is not checked."""
+
+    ttft_s: float | None = Field(default=None, gt=0.0)
+    tpot_s: float | None = Field(default=None, gt=0.0)
+
+
+class CoreSettings(Settings):
+    """Knobs of the scheduler core; see `CoreConfig` for their meanings."""
+
+    policy: str = "lemix"
+    policy_options: dict[str, float | int | str | bool] = Field(default_factory=dict)
+    default_slo: SloSettings = SloSettings()
+    slo_unit_s: float = 0.0
+    max_waiting_inference: int = 4096
+    max_waiting_training: int = 64
+    max_inflight_training: int = 4
+    max_hold_back_s: float = 5.0
+    initial_output_tokens: int = 64
+    hold_s: float = 10.0
+    #: -1: derived from the newest job, max(1, min(100, examples // 2)).
+    sync_every_steps: int = Field(default=0, ge=-1)
+    sync_timeout_s: float = 30.0
+
+    def to_core(self) -> CoreConfig:
+        """The core's own form. Raises ConfigError for a value that the core refuses."""
+        values = self.model_dump(exclude={"default_slo", "sync_every_steps"})
+        slo = SloTarget(self.default_slo.ttft_s, self.default_slo.tpot_s)
+        try:
+            return CoreConfig(**values, default_slo=slo, sync_every_steps=max(0, self.sync_every_steps))
+        except ValueError as error:
+            raise ConfigError(f"scheduler: core.{error}") from error
+
+
+class SchedulerSettings(ServiceSettings):
+    """Settings of `python -m services.scheduler` (`LEMIX_SCHEDULER_...`)."""
+
+    listen: str = "127.0.0.1:50061"
+    #: Ledger: redis://host:port/db, or memory://name for trials in one process.
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    #: Longest ledger operation before it counts as failed, seconds.
+    ledger_timeout_s: float = Field(2.0, gt=0.0)
+    #: How long outcomes of requests are kept for idempotent retries, seconds.
+    result_ttl_s: float = Field(3600.0, gt=0.0)
+    #: How long files and ended jobs are kept, seconds.
+    retention_s: float = Field(30 * 86400.0, gt=0.0)
+    #: host:port of the profiler. Empty: none; then `profile_path` must name a stored profile.
+    profiler_address: str = ""
+    #: Profile (JSON) used for every node instead of asking the profiler.
+    profile_path: str = ""
+    #: Longest measurement of a new node, seconds.
+    profile_timeout_s: float = Field(600.0, gt=0.0)
+    #: A node without a sign of life for this long is lost, seconds.
+    node_lease_s: float = Field(5.0, gt=0.0)
+    #: JSON lines of every event of the core and what came of it. Empty: none.
+    event_log_path: str = ""
+    #: Events waiting for the core; traces are dropped when half of it is taken.
+    max_queued_events: int = Field(16384, ge=16)
+    #: Messages waiting for one gateway or node; a slower one is disconnected.
+    max_queued_messages: int = Field(8192, ge=16)
+    #: Jobs that run at once.
+    max_running_jobs: int = Field(64, ge=1)
+    #: Feedback examples not trained yet.
+    max_feedback_backlog: int = Field(10_000, ge=1)
+    #: Examples of one file.
+    max_file_examples: int = Field(1_000_000, ge=1)
+    #: Progress of jobs is stored at most this often, seconds.
+    job_save_interval_s: float = Field(0.5, gt=0.0)
+    core: CoreSettings = CoreSettings()

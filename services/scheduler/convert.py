@@ -1,0 +1,176 @@
+"""Protobuf <-> the core's types."""
+
+from collections.abc import Iterable
+
+from lemix.errors import LemixError
+from lemix.internal.v1 import profile_pb2, scheduler_service_pb2, work_pb2
+from lemix.v1 import cluster_service_pb2, types_pb2
+from services.latency import LatencyModel, NodeLatency, OpKind
+from services.scheduler.core.status import CoreSnapshot
+from services.scheduler.core.types import (
+    InferenceTask,
+    NodeSpec,
+    OpFinished,
+    SloTarget,
+    SyncMode,
+    Task,
+    TaskEnded,
+    TrainingTask,
+)
+
+_OPS = {
+    profile_pb2.OP_KIND_PREFILL: OpKind.PREFILL,
+    profile_pb2.OP_KIND_DECODE: OpKind.DECODE,
+    profile_pb2.OP_KIND_TRAIN_FORWARD: OpKind.TRAIN_FORWARD,
+    profile_pb2.OP_KIND_TRAIN_BACKWARD: OpKind.TRAIN_BACKWARD,
+    profile_pb2.OP_KIND_OPTIMIZER_STEP: OpKind.OPTIMIZER_STEP,
+    profile_pb2.OP_KIND_WEIGHT_SYNC: OpKind.WEIGHT_SYNC,
+}
+_SYNC_MODES = {
+    SyncMode.REPLACE: scheduler_service_pb2.SYNC_MODE_REPLACE,
+    SyncMode.AVERAGE: scheduler_service_pb2.SYNC_MODE_AVERAGE,
+}
+
+# --------------------------------------------------------------------------- nodes
+
+
+def latency_from_profile(profile: profile_pb2.Profile) -> NodeLatency:
+    """The chosen fits of a profile. Raises ValueError when a stage has none or a fit makes no sense."""
+    stages: list[dict[OpKind, LatencyModel]] = [{} for _ in range(profile.num_stages)]
+    for fit in profile.fits:
+        if not fit.chosen or fit.op not in _OPS:
+            continue
+        if fit.stage >= len(stages):
+            raise ValueError(f"profile {profile.profile_id} has {len(stages)} stages and a fit for stage {fit.stage}")
+        op = _OPS[fit.op]
+        # The wire has one "full"; for decode its features are others.
+        form = "full_decode" if fit.model == "full" and op is OpKind.DECODE else fit.model
+        stages[fit.stage][op] = LatencyModel(form, tuple(fit.coefficients), fit.mape, fit.interval_p90)
+    for stage, models in enumerate(stages):
+        if OpKind.PREFILL not in models:
+            raise ValueError(f"profile {profile.profile_id} has no chosen fit for prefill on stage {stage}")
+    if not stages:
+        raise ValueError(f"profile {profile.profile_id} has no stages")
+    return NodeLatency(tuple(stages))
+
+
+def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency) -> NodeSpec:
+    """What the core knows of a node. Raises ValueError when profile and node differ in their stages."""
+    if latency.num_stages != hello.num_stages:
+        raise ValueError(f"node {hello.node_id} has {hello.num_stages} stages, its profile {latency.num_stages}")
+    bounds = {
+        "max_inflight_inference": hello.max_inflight_inference,
+        "max_batch": hello.max_batch,
+        "max_context_tokens": hello.max_context_tokens,
+        "kv_capacity_tokens": hello.kv_capacity_tokens,
+    }
+    told = {name: value for name, value in bounds.items() if value > 0}
+    return NodeSpec(hello.node_id, hello.num_stages, latency, **told)
+
+
+def ops_from_traces(
+    node_id: str, ops: Iterable[scheduler_service_pb2.OpTrace], offset_s: float
+) -> tuple[OpFinished, ...]:
+    """Traces on the scheduler's clock, `offset_s` ahead of the node's; unknown operations are left out."""
+    return tuple(
+        OpFinished(
+            node_id=node_id,
+            stage=op.stage,
+            op=_OPS[op.op],
+            begin_s=op.begin_monotonic_s + offset_s,
+            end_s=op.begin_monotonic_s + offset_s + op.duration_s,
+            task_ids=tuple(op.task_ids),
+            num_tokens=op.num_tokens,
+            context_tokens=op.context_tokens,
+            first_token=op.first_token,
+            weight_step=op.weight_step,
+        )
+        for op in ops
+        if op.op in _OPS
+    )
+
+
+def sync_mode_to_proto(mode: SyncMode) -> scheduler_service_pb2.SyncMode:
+    """The wire form."""
+    return _SYNC_MODES[mode]
+
+
+# --------------------------------------------------------------------------- tasks
+
+
+def task_from_item(item: work_pb2.WorkItem, *, now_s: float, now_unix_s: float) -> Task:
+    """The core's view of a task. Raises ValueError for work of a kind this version does not know."""
+    match item.WhichOneof("work"):
+        case "inference":
+            return _inference_task(item.task_id, item.inference, now_s, now_unix_s)
+        case "training":
+            work = item.training
+            length = max((len(example.token_ids) for example in work.examples), default=0)
+            return TrainingTask(item.task_id, now_s, work.job_id, len(work.examples), length)
+        case _:
+            raise ValueError(f"task {item.task_id} holds no work that this version knows")
+
+
+def _inference_task(task_id: str, work: work_pb2.InferenceWork, now_s: float, now_unix_s: float) -> InferenceTask:
+    # The promise counts from the gateway; a clock ahead of ours must not put an arrival into the future.
+    age_s = max(0.0, now_unix_s - work.arrival_unix_s) if work.arrival_unix_s else 0.0
+    slo = SloTarget(
+        work.slo.ttft_s if work.slo.HasField("ttft_s") else None,
+        work.slo.tpot_s if work.slo.HasField("tpot_s") else None,
+    )
+    return InferenceTask(
+        task_id, now_s - age_s, len(work.prompt_token_ids), work.sampling.max_tokens, slo, work.session_id
+    )
+
+
+def ended_from_outcome(outcome: work_pb2.WorkOutcome) -> TaskEnded:
+    """The event that an outcome is for the core."""
+    if outcome.HasField("training"):
+        training = outcome.training
+        loss = training.loss if training.HasField("loss") else None
+        return TaskEnded(outcome.task_id, outcome.node_id, ok=not training.HasField("error"), loss=loss)
+    inference = outcome.inference
+    ok = inference.finish_reason in (types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH)
+    return TaskEnded(outcome.task_id, outcome.node_id, ok=ok, output_tokens=len(inference.token_ids))
+
+
+def failed_outcome(item: work_pb2.WorkItem, error: LemixError, *, cancelled: bool = False) -> work_pb2.WorkOutcome:
+    """The outcome of a task that no node will run."""
+    outcome = work_pb2.WorkOutcome(task_id=item.task_id)
+    if item.HasField("training"):
+        outcome.training.job_id = item.training.job_id
+        outcome.training.sequence = item.training.sequence
+        outcome.training.error.CopyFrom(error.to_proto())
+        return outcome
+    reason = types_pb2.FINISH_REASON_CANCELLED if cancelled else types_pb2.FINISH_REASON_ERROR
+    outcome.inference.finish_reason = reason
+    outcome.inference.prompt_tokens = len(item.inference.prompt_token_ids)
+    outcome.inference.error.CopyFrom(error.to_proto())
+    return outcome
+
+
+# --------------------------------------------------------------------------- status
+
+
+def status_to_proto(snapshot: CoreSnapshot, not_ready_reason: str) -> cluster_service_pb2.GetStatusResponse:
+    """The public view; an empty reason means ready."""
+    nodes = [
+        cluster_service_pb2.NodeStatus(
+            node_id=node.node_id,
+            ready=True,
+            num_stages=node.num_stages,
+            inflight_inference=node.inflight_inference,
+            inflight_training=node.inflight_training,
+            weight_step=node.weight_step,
+            role=node.role.value,
+        )
+        for node in snapshot.nodes
+    ]
+    return cluster_service_pb2.GetStatusResponse(
+        policy=snapshot.policy,
+        ready=not not_ready_reason,
+        not_ready_reason=not_ready_reason,
+        nodes=nodes,
+        waiting_inference=snapshot.waiting_inference,
+        waiting_training=snapshot.waiting_training,
+    )

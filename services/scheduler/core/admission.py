@@ -1,0 +1,39 @@
+"""What is refused, and when an answer is due."""
+
+import math
+from collections.abc import Sequence
+
+from services.scheduler.core.state import NodeState
+from services.scheduler.core.types import CoreConfig, InferenceTask, Reject, Task
+
+#: Told to a refused caller; the queue is long by then and needs about that to move.
+_RETRY_AFTER_S = 1.0
+
+
+def deadline_s(task: InferenceTask, config: CoreConfig) -> float:
+    """When the first token of a request is due, seconds; infinite without a promise."""
+    ttft_s = task.slo.ttft_s if task.slo.ttft_s is not None else config.default_slo.ttft_s
+    return math.inf if ttft_s is None else task.arrival_s + ttft_s
+
+
+def refuse(task: InferenceTask, serving: Sequence[NodeState]) -> Reject | None:
+    """Refuse a request that no serving node could ever run. Without such nodes it waits for the first."""
+    if not serving:
+        return None
+    needed = task.prompt_tokens + task.max_tokens
+    largest = max(serving, key=lambda node: node.max_request_tokens)
+    if needed <= largest.max_request_tokens:
+        return None
+    numbers = f"prompt ({task.prompt_tokens}) plus max_tokens ({task.max_tokens}) is {needed} tokens"
+    context_tokens = max(node.spec.max_context_tokens for node in serving)
+    if needed > context_tokens:
+        return Reject(task.task_id, "CONTEXT_LENGTH_EXCEEDED", f"{numbers}; the context holds {context_tokens}")
+    return Reject(
+        task.task_id, "RESOURCE_EXHAUSTED", f"{numbers}; the KV cache of a node holds {largest.max_request_tokens}"
+    )
+
+
+def refuse_overloaded(task: Task) -> Reject:
+    """Refuse a task because too many wait already."""
+    kind = "requests" if isinstance(task, InferenceTask) else "micro-batches"
+    return Reject(task.task_id, "OVERLOADED", f"too many {kind} are waiting for a node", _RETRY_AFTER_S)

@@ -1,0 +1,158 @@
+"""Events, commands and the configuration as JSON objects, for the event log and its replay.
+
+An object of a union (events, commands, tasks) carries its class name under "type"; fields keep their names; an enum
+is its value; a tuple is a list. Times and durations keep every bit: JSON numbers are written shortest-round-trip.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from services.scheduler.core.types import Command, CoreConfig, Event
+
+_TYPE = "type"
+
+
+def event_to_json(event: Event) -> dict[str, Any]:
+    """JSON object of an event."""
+    return _tagged(event)
+
+
+def event_from_json(data: Mapping[str, Any]) -> Event:
+    """Event of a JSON object.
+
+    Raises ValueError for an unknown type, or a field that is missing, unknown or of the wrong kind.
+    """
+    event: Event = _decode(Event, data)
+    return event
+
+
+def command_to_json(command: Command) -> dict[str, Any]:
+    """JSON object of a command."""
+    return _tagged(command)
+
+
+def command_from_json(data: Mapping[str, Any]) -> Command:
+    """Command of a JSON object. Raises ValueError like `event_from_json`."""
+    command: Command = _decode(Command, data)
+    return command
+
+
+def config_to_json(config: CoreConfig) -> dict[str, Any]:
+    """JSON object of a configuration: the first line of an event log, without which it cannot be replayed."""
+    encoded: dict[str, Any] = _encode(config)
+    return encoded
+
+
+def config_from_json(data: Mapping[str, Any]) -> CoreConfig:
+    """Configuration of a JSON object. Raises ValueError like `event_from_json`."""
+    config: CoreConfig = _decode(CoreConfig, data)
+    return config
+
+
+def _tagged(value: object) -> dict[str, Any]:
+    return {_TYPE: type(value).__name__, **_encode(value)}
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        unions = _union_fields(type(value))
+        return {
+            field.name: _tagged(getattr(value, field.name))
+            if field.name in unions
+            else _encode(getattr(value, field.name))
+            for field in fields(value)
+        }
+    if isinstance(value, tuple | list):
+        return [_encode(item) for item in value]
+    if isinstance(value, Mapping):
+        return {_encode(key): _encode(item) for key, item in value.items()}
+    return value
+
+
+_hints = cache(get_type_hints)
+
+
+@cache
+def _union_fields(cls: type) -> frozenset[str]:
+    """Fields that hold one of several classes and so need a tag."""
+    hints = _hints(cls)
+    return frozenset(name for name, hint in hints.items() if len(_classes(hint)) > 1)
+
+
+def _classes(hint: Any) -> dict[str, type]:
+    """Dataclasses a union offers, by name."""
+    options = get_args(hint) if _is_union(hint) else ()
+    return {option.__name__: option for option in options if isinstance(option, type) and is_dataclass(option)}
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)
+
+
+def _decode(hint: Any, data: Any) -> Any:
+    return _decoder(hint)(data)
+
+
+@cache
+def _decoder(hint: Any) -> Callable[[Any], Any]:
+    """Function that turns JSON into a value of the given type; built once per type."""
+    if _is_union(hint):
+        return _union_decoder(hint)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return lambda data: tuple(_decode(arguments[0], item) for item in _expect(list, data))
+    if origin is not None and issubclass(origin, Mapping):
+        return lambda data: {
+            _decode(arguments[0], key): _decode(arguments[1], item) for key, item in _expect(dict, data).items()
+        }
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint
+    if is_dataclass(hint):
+        return lambda data: _build(hint, _expect(dict, data))
+    if hint is float:
+        return lambda data: _expect((float, int), data)
+    return lambda data: _expect(hint, data)
+
+
+def _union_decoder(hint: Any) -> Callable[[Any], Any]:
+    classes = _classes(hint)
+    if classes and NoneType not in get_args(hint):
+
+        def by_tag(data: Any) -> Any:
+            name = _expect(dict, data).get(_TYPE)
+            if name not in classes:
+                raise ValueError(f"unknown type {name!r}; known: {', '.join(sorted(classes))}")
+            return _build(classes[name], {key: item for key, item in data.items() if key != _TYPE})
+
+        return by_tag
+    options = [option for option in get_args(hint) if option is not NoneType]
+    if len(options) == 1:
+        return lambda data: None if data is None else _decode(options[0], data)
+    kinds = get_args(hint)
+    return lambda data: _expect(kinds, data)
+
+
+def _build(cls: Any, data: Mapping[str, Any]) -> Any:
+    hints = _hints(cls)
+    known = {field.name: field for field in fields(cls) if field.init}
+    for name in data:
+        if name not in known:
+            raise ValueError(f"{cls.__name__} has no field {name!r}")
+    for name, field in known.items():
+        if name not in data and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{cls.__name__} lacks the field {name!r}")
+    return cls(**{name: _decode(hints[name], item) for name, item in data.items()})
+
+
+def _expect(kind: Any, data: Any) -> Any:
+    """The value itself, if it is of that kind; bool is no number."""
+    numeric = kind is int or kind == (float, int)
+    if not isinstance(data, kind) or (numeric and isinstance(data, bool)):
+        raise ValueError(f"expected {kind!r}, got {data!r}")
+    return data

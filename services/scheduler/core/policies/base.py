@@ -1,0 +1,135 @@
+"""What a placement policy is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from services.scheduler.core.forecast import NodeForecast
+from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
+from services.scheduler.core.types import NodeRole, NodeTerms, QueueOrder, SyncMode
+
+Options = dict[str, float | int | str | bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a task goes and why: terms of every candidate."""
+
+    node: NodeState
+    terms: tuple[NodeTerms, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlacement:
+    """Where a micro-batch goes; `node` None: held back everywhere.
+
+    held_back: candidates that may not get training now. retry_s: when that may change although nothing happens.
+    """
+
+    node: NodeState | None
+    terms: tuple[NodeTerms, ...] = ()
+    held_back: Sequence[NodeState] = ()
+    retry_s: float = float("inf")
+
+
+class Policy(Protocol):
+    """Decides where work goes. Candidates are never empty, sorted by node id, and below their in-flight bounds."""
+
+    @property
+    def queue_order(self) -> QueueOrder:
+        """Order of the nodes' stage queues under this policy."""
+        ...
+
+    @property
+    def sync_mode(self) -> SyncMode:
+        """What a synchronisation does to the weights under this policy."""
+        ...
+
+    @property
+    def uses_forecast(self) -> bool:
+        """Whether the core keeps the per-stage forecast of the paper for this policy."""
+        ...
+
+    def roles(self, node_ids: Sequence[str]) -> dict[str, NodeRole]:
+        """Role of every node; `node_ids` is sorted. Asked again whenever a node comes or goes."""
+        ...
+
+    def place_inference(
+        self, now_s: float, live: LiveInference, candidates: Sequence[NodeState], cluster: Cluster
+    ) -> Placement:
+        """Node for a request."""
+        ...
+
+    def place_training(
+        self, now_s: float, live: LiveTraining, candidates: Sequence[NodeState], cluster: Cluster, *, may_hold: bool
+    ) -> TrainingPlacement:
+        """Node for a micro-batch, or hold it back. Without `may_hold` (starvation bound) a node must be named."""
+        ...
+
+
+@dataclass(slots=True)
+class Turn:
+    """Takes candidates in turn, by node id, also while the set of candidates changes."""
+
+    _last_id: str = ""
+
+    def next(self, candidates: Sequence[NodeState]) -> NodeState:
+        """The first candidate after the one taken last."""
+        chosen = candidates[0]
+        for node in candidates:
+            if node.spec.node_id > self._last_id:
+                chosen = node
+                break
+        self._last_id = chosen.spec.node_id
+        return chosen
+
+
+def turn_terms(chosen: NodeState, candidates: Sequence[NodeState]) -> tuple[NodeTerms, ...]:
+    """Terms of a policy that predicts nothing: 1 for the node whose turn it is."""
+    return tuple(NodeTerms(node.spec.node_id, 0.0, 0.0, 0.0, 0.0, float(node is chosen)) for node in candidates)
+
+
+def forecast_of(node: NodeState) -> NodeForecast:
+    """The node's forecast. Raises ValueError under a policy that keeps none (`uses_forecast`)."""
+    if node.forecast is None:
+        raise ValueError(f"node {node.node_id} has no forecast under this policy")
+    return node.forecast
+
+
+def every_node(role: NodeRole, node_ids: Sequence[str]) -> dict[str, NodeRole]:
+    """The same role for all."""
+    return dict.fromkeys(node_ids, role)
+
+
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """Placement of both kinds of work in turn; the shared half of the baselines."""
+
+    _requests: Turn = field(default_factory=Turn)
+    _microbatches: Turn = field(default_factory=Turn)
+
+    def request(self, candidates: Sequence[NodeState]) -> Placement:
+        """Next node for a request."""
+        node = self._requests.next(candidates)
+        return Placement(node, turn_terms(node, candidates))
+
+    def microbatch(self, candidates: Sequence[NodeState]) -> TrainingPlacement:
+        """Next node for a micro-batch."""
+        node = self._microbatches.next(candidates)
+        return TrainingPlacement(node, turn_terms(node, candidates))
+
+
+def check_options(policy: str, options: Options, known: dict[str, float]) -> dict[str, float]:
+    """Numbers of a policy: the defaults in `known`, overridden by `options`.
+
+    Raises ValueError naming an unknown option or one that is no number >= 0.
+    """
+    values = dict(known)
+    for name, value in options.items():
+        if name not in known:
+            choices = ", ".join(sorted(known)) or "none"
+            raise ValueError(f"policy {policy!r} has no option {name!r}; known: {choices}")
+        if isinstance(value, bool | str) or value < 0:
+            raise ValueError(f"option {name!r} of policy {policy!r} must be a number >= 0, got {value!r}")
+        values[name] = float(value)
+    return values

@@ -1,0 +1,57 @@
+"""Predicted response of a request on a node whose runtime batches per iteration and takes inference first.
+
+The paper's per-task path (forecast.py) knows no batching. Here a node is described by what it holds: prompts whose
+prefill is to come, requests that decode together, and the training operation that may hold the stage.
+"""
+
+from dataclasses import dataclass
+
+from services.latency import OpKind
+from services.scheduler.core.state import Cluster, LiveInference, NodeState
+
+#: Largest share of its time a node is taken to spend on prefills of later arrivals.
+_MAX_PREFILL_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """Prediction for one request on one node, seconds. ttft_s counts from the request's arrival."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+def predict_response(now_s: float, live: LiveInference, node: NodeState, cluster: Cluster) -> Response:
+    """TTFT and TPOT of a request that goes to `node` now."""
+    task = live.task
+    costs = node.costs
+    stages = costs.num_stages
+    slots = stages * node.spec.max_batch
+    num_live = len(node.inference)
+    running = min(num_live + 1, slots)
+    context = (node.context_tokens + task.prompt_tokens) / (num_live + 1)
+    # Each stage works on its own decode batch, so a request meets the running requests of one stage.
+    iteration_s = costs.node_s(OpKind.DECODE, max(1.0, running / stages), context)
+    own_s = costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens)
+    waiting_s = _blocking_s(node, iteration_s) + node.prefilling_s / stages
+    if num_live >= slots:
+        # One request in `slots` leaves every (output length / slots) iterations.
+        output_tokens = cluster.outputs.expected_tokens(task.max_tokens)
+        waiting_s += (num_live - slots + 1) * output_tokens * iteration_s / slots
+    # Prefills of the requests this node has to expect take turns with the decode iterations.
+    gap_s = node.arrivals.gap_s(now_s) * stages
+    prefill_share = min(own_s / gap_s, _MAX_PREFILL_SHARE) if gap_s > 0.0 else _MAX_PREFILL_SHARE
+    return Response(now_s - task.arrival_s + waiting_s + own_s, iteration_s / (1.0 - prefill_share))
+
+
+def _blocking_s(node: NodeState, iteration_s: float) -> float:
+    """Time until the stages take an inference operation, at worst: an operation is not interrupted once it runs.
+
+    While requests decode on a single stage there is always inference ready, so training does not get in between; with
+    more stages it fills the gaps of each.
+    """
+    decoding = len(node.inference) > node.num_prefilling
+    if decoding and node.costs.num_stages == 1:
+        return iteration_s
+    blocking_s = node.training_op_s * node.costs.num_stages
+    return max(blocking_s, iteration_s) if decoding else blocking_s

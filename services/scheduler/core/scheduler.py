@@ -1,0 +1,382 @@
+"""The scheduler core: events in, commands out. Pure; the driver and the simulator are its only callers.
+
+Work waits here in order of acceptance and leaves when a node may take it: requests up to the node's in-flight bound,
+micro-batches up to `max_inflight_training` per node (the A-PP rule: one stream per node). Where it goes is the policy's
+decision.
+"""
+
+import math
+
+from services.latency import OpKind
+from services.scheduler.core import policies, traces
+from services.scheduler.core.admission import deadline_s, refuse, refuse_overloaded
+from services.scheduler.core.costs import NodeCosts
+from services.scheduler.core.forecast import NodeForecast
+from services.scheduler.core.state import Cluster, HeldTime, LiveInference, LiveTask, LiveTraining, NodeState
+from services.scheduler.core.status import CoreSnapshot, take_snapshot
+from services.scheduler.core.synchronisation import Synchroniser
+from services.scheduler.core.types import (
+    Assign,
+    CancelOnNode,
+    Command,
+    CoreConfig,
+    Defer,
+    Drop,
+    Event,
+    InferenceTask,
+    JobCancelled,
+    NodeJoined,
+    NodeLost,
+    NodeSpec,
+    OpFinished,
+    QueueOrder,
+    Reject,
+    SnapshotReady,
+    SyncEnded,
+    SyncIntervalSet,
+    Task,
+    TaskArrived,
+    TaskCancelled,
+    TaskEnded,
+    TaskRecovered,
+    Tick,
+    TrainingTask,
+)
+
+#: Reasons of a Defer.
+NO_NODE = "no_node"
+INFLIGHT_LIMIT = "inflight_limit"
+HELD_BACK = "held_back"
+
+#: Shortest time to the next retry of held-back training, so that a policy cannot make the driver spin.
+_MIN_RETRY_S = 0.01
+
+
+class SchedulerCore:
+    """Decides about work. `step` must see every event, in order.
+
+    Raises ValueError at construction for an unknown policy or option.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self._config = config
+        self._policy = policies.create(config.policy, config.policy_options)
+        self._cluster = Cluster(config)
+        self._sync = Synchroniser(
+            self._policy.sync_mode, every_steps=config.sync_every_steps, timeout_s=config.sync_timeout_s
+        )
+        self._now_s = -math.inf
+        self._num_accepted = 0
+        self._hold_back_retry_s = math.inf
+        self._commands: list[Command] = []
+        #: Requests that began to wait in this step: the driver is told why if they still wait at its end.
+        self._new_waiting: list[LiveInference] = []
+
+    # ----------------------------------------------------------------- what callers use
+
+    @property
+    def queue_order(self) -> QueueOrder:
+        """Order the nodes must give their stage queues under this policy."""
+        return self._policy.queue_order
+
+    def step(self, now_s: float, event: Event) -> list[Command]:
+        """Take one event in and return what is to be done about it, in order."""
+        # A clock that falls (two sources merged by the driver) must not make times negative.
+        self._now_s = now_s = max(now_s, self._now_s)
+        commands: list[Command] = []
+        self._commands = commands
+        self._sync.expire(now_s)
+        self._handle(now_s, event)
+        if self._cluster.waiting_inference:
+            self._place_inference(now_s)
+        self._release_training(now_s)
+        return commands
+
+    def next_wakeup_s(self) -> float | None:
+        """When a Tick is needed if nothing else happens; None: never."""
+        wakeup_s = self._hold_back_retry_s
+        if self._sync.deadline_s is not None:
+            wakeup_s = min(wakeup_s, self._sync.deadline_s)
+        return wakeup_s if wakeup_s < math.inf else None
+
+    def snapshot(self) -> CoreSnapshot:
+        """State for status calls, as of the last step."""
+        return take_snapshot(self._config.policy, self._cluster, self._now_s, self._sync.sync_id)
+
+    # ----------------------------------------------------------------- events
+
+    def _handle(self, now_s: float, event: Event) -> None:  # noqa: C901 - one line per kind of event
+        match event:
+            case OpFinished():
+                self._op_finished(now_s, event)
+            case TaskArrived(task):
+                self._task_arrived(now_s, task)
+            case TaskEnded():
+                self._task_ended(now_s, event)
+            case TaskRecovered(task, node_id):
+                self._task_recovered(now_s, task, node_id)
+            case TaskCancelled(task_id):
+                self._cancel(task_id)
+            case JobCancelled(job_id):
+                self._cancel_job(job_id)
+            case NodeJoined(spec):
+                self._node_joined(spec)
+            case NodeLost(node_id):
+                self._node_lost(node_id)
+            case SnapshotReady():
+                self._commands += self._sync.snapshot_ready(event)
+            case SyncEnded():
+                self._sync_ended(event)
+            case SyncIntervalSet(steps):
+                self._sync.set_interval(steps)
+            case Tick():
+                pass
+
+    def _task_arrived(self, now_s: float, task: Task) -> None:
+        if task.task_id in self._cluster.tasks:
+            return  # delivered again
+        refusal = self._refusal(task)
+        if refusal is not None:
+            self._commands.append(refusal)
+            return
+        if isinstance(task, InferenceTask):
+            self._cluster.arrivals.observe(now_s)
+            self._cluster.prompts.observe(task.prompt_tokens)
+        self._accept(task)
+
+    def _refusal(self, task: Task) -> Reject | None:
+        # A queue at its bound means that nothing could leave it in the last step, so the newcomer could not either.
+        cluster = self._cluster
+        if isinstance(task, TrainingTask):
+            full = len(cluster.waiting_training) >= self._config.max_waiting_training
+            return refuse_overloaded(task) if full else None
+        if len(cluster.waiting_inference) >= self._config.max_waiting_inference:
+            return refuse_overloaded(task)
+        return refuse(task, cluster.serving)
+
+    def _accept(self, task: Task) -> LiveTask:
+        cluster = self._cluster
+        self._num_accepted += 1
+        live: LiveTask
+        if isinstance(task, InferenceTask):
+            cluster.num_live_inference += 1
+            live = LiveInference(task, self._num_accepted, deadline_s(task, self._config))
+            cluster.waiting_inference[task.task_id] = live
+            self._new_waiting.append(live)
+        else:
+            live = LiveTraining(task, self._num_accepted)
+            cluster.waiting_training[task.task_id] = live
+        cluster.tasks[task.task_id] = live
+        return live
+
+    def _task_recovered(self, now_s: float, task: Task, node_id: str) -> None:
+        if task.task_id in self._cluster.tasks:
+            return
+        live = self._accept(task)
+        node = self._cluster.nodes.get(node_id)
+        if node is not None:
+            self._give(now_s, live, node)
+
+    def _task_ended(self, now_s: float, event: TaskEnded) -> None:
+        live = self._cluster.tasks.get(event.task_id)
+        if live is None or live.node is None or live.node.spec.node_id != event.node_id:
+            return  # a late report: the task ended before, or another node has it now
+        node = live.node
+        if isinstance(live, LiveInference):
+            node.remove_inference(live)
+            if event.ok and event.output_tokens > 0:
+                self._cluster.outputs.observe(event.output_tokens)
+        else:
+            node.remove_training(live)
+        if node.forecast is not None:
+            node.forecast.ended(event.task_id, now_s)
+        node.held.ended(now_s, idle=not node.inference and not node.training)
+        self._forget(live)
+
+    def _op_finished(self, now_s: float, event: OpFinished) -> None:
+        node = self._cluster.nodes.get(event.node_id)
+        if node is None or not 0 <= event.stage < node.costs.num_stages:
+            return
+        traces.observe(event, node, self._cluster)
+        if event.op is OpKind.OPTIMIZER_STEP and event.stage == node.costs.num_stages - 1:
+            self._commands += self._sync.optimizer_step(now_s, event.node_id)
+
+    def _sync_ended(self, event: SyncEnded) -> None:
+        node = self._cluster.nodes.get(event.node_id)
+        if node is not None:
+            node.weight_step = max(node.weight_step, event.weight_step)
+        self._commands += self._sync.sync_ended(event)
+
+    # ----------------------------------------------------------------- cancellation
+
+    def _cancel(self, task_id: str) -> None:
+        live = self._cluster.tasks.get(task_id)
+        if live is None or live.cancelled:
+            return
+        live.cancelled = True
+        if live.node is not None:
+            self._commands.append(CancelOnNode(task_id, live.node.node_id))
+        else:
+            self._drop(live)
+
+    def _cancel_job(self, job_id: str) -> None:
+        of_job = [
+            task_id
+            for task_id, live in self._cluster.tasks.items()
+            if isinstance(live, LiveTraining) and live.task.job_id == job_id
+        ]
+        for task_id in of_job:
+            self._cancel(task_id)
+
+    def _drop(self, live: LiveTask) -> None:
+        self._forget(live)
+        self._commands.append(Drop(live.task.task_id))
+
+    def _forget(self, live: LiveTask) -> None:
+        """The task reached its one end."""
+        cluster = self._cluster
+        task_id = live.task.task_id
+        del cluster.tasks[task_id]
+        if isinstance(live, LiveInference):
+            cluster.num_live_inference -= 1
+            cluster.waiting_inference.pop(task_id, None)
+        else:
+            cluster.waiting_training.pop(task_id, None)
+
+    # ----------------------------------------------------------------- nodes
+
+    def _node_joined(self, spec: NodeSpec) -> None:
+        cluster = self._cluster
+        known = cluster.nodes.get(spec.node_id)
+        if known is not None and known.spec.num_stages == spec.num_stages:
+            # The same node with a new profile or new bounds: it still holds its work.
+            known.spec = spec
+            known.costs = NodeCosts(spec.latency)
+            return
+        if known is not None:
+            self._node_lost(spec.node_id)
+        cluster.nodes[spec.node_id] = NodeState(
+            spec=spec,
+            costs=NodeCosts(spec.latency),
+            held=HeldTime(self._config.hold_s),
+            forecast=NodeForecast(spec.num_stages) if self._policy.uses_forecast else None,
+        )
+        self._set_roles()
+        self._look_again()
+
+    def _node_lost(self, node_id: str) -> None:
+        node = self._cluster.nodes.pop(node_id, None)
+        if node is None:
+            return
+        self._commands += self._sync.node_lost(node_id)
+        self._set_roles()
+        orphans: list[LiveTask] = [*node.inference.values(), *node.training.values()]
+        self._cluster.wait_again(live for live in orphans if not live.cancelled)
+        for live in orphans:
+            if live.cancelled:
+                self._drop(live)
+        self._look_again()
+
+    def _set_roles(self) -> None:
+        roles = self._policy.roles(sorted(self._cluster.nodes))
+        self._cluster.set_roles(roles)
+        self._sync.set_roles(roles)
+
+    def _look_again(self) -> None:
+        """Nodes came or went: who waits may wait for another reason now, or may never fit again."""
+        waiting = list(self._cluster.waiting_inference.values())
+        self._new_waiting = []
+        for live in waiting:
+            refusal = refuse(live.task, self._cluster.serving)
+            if refusal is None:
+                self._new_waiting.append(live)
+            else:
+                self._forget(live)
+                self._commands.append(refusal)
+
+    # ----------------------------------------------------------------- placement
+
+    def _place_inference(self, now_s: float) -> None:
+        cluster = self._cluster
+        free = [node for node in cluster.serving if node.has_room]
+        for live in list(cluster.waiting_inference.values()) if free else ():
+            task = live.task
+            needed = task.prompt_tokens + task.max_tokens
+            candidates = [node for node in free if needed <= node.max_request_tokens]
+            if not candidates:
+                continue
+            placement = self._policy.place_inference(now_s, live, candidates, cluster)
+            node = placement.node
+            self._give(now_s, live, node)
+            self._commands.append(Assign(task.task_id, node.spec.node_id, placement.terms))
+            if not node.has_room:
+                free.remove(node)
+                if not free:
+                    break
+        for live in self._new_waiting:
+            if live.task.task_id in cluster.waiting_inference:
+                self._defer(live, INFLIGHT_LIMIT if cluster.serving else NO_NODE)
+        self._new_waiting.clear()
+
+    def _release_training(self, now_s: float) -> None:
+        """A-PP: the next micro-batch of a node's stream leaves when the backward of one before it is over."""
+        cluster = self._cluster
+        self._hold_back_retry_s = math.inf
+        bound = self._config.max_inflight_training
+        while cluster.waiting_training:
+            live = next(iter(cluster.waiting_training.values()))
+            candidates = [node for node in cluster.training if node.num_outstanding_training < bound]
+            if not candidates:
+                self._defer(live, INFLIGHT_LIMIT if cluster.training else NO_NODE)
+                return
+            if not self._release_one(now_s, live, candidates):
+                self._defer(live, HELD_BACK)
+                return
+        for node in cluster.training:
+            node.held_back_since_s = None
+
+    def _release_one(self, now_s: float, live: LiveTraining, candidates: list[NodeState]) -> bool:
+        """Give the next micro-batch away, unless it is held back on every candidate."""
+        max_hold_s = self._config.max_hold_back_s
+        overdue = [
+            node
+            for node in candidates
+            if node.held_back_since_s is not None and now_s >= node.held_back_since_s + max_hold_s
+        ]
+        placement = self._policy.place_training(
+            now_s, live, overdue or candidates, self._cluster, may_hold=not overdue and max_hold_s > 0.0
+        )
+        for node in placement.held_back:
+            if node.held_back_since_s is None:
+                node.held_back_since_s = now_s
+            expiry_s = node.held_back_since_s + max_hold_s
+            retry_s = min(max(placement.retry_s, now_s + _MIN_RETRY_S), expiry_s)
+            self._hold_back_retry_s = min(self._hold_back_retry_s, retry_s)
+        chosen = placement.node
+        if chosen is None:
+            return False
+        chosen.held_back_since_s = None
+        self._give(now_s, live, chosen)
+        self._commands.append(Assign(live.task.task_id, chosen.spec.node_id, placement.terms))
+        return True
+
+    def _give(self, now_s: float, live: LiveTask, node: NodeState) -> None:
+        """Book a task on a node."""
+        cluster = self._cluster
+        if node.forecast is not None:
+            traces.commit(now_s, live.task, node, node.forecast, cluster)
+        if isinstance(live, LiveInference):
+            del cluster.waiting_inference[live.task.task_id]
+            node.add_inference(now_s, live)
+            node.lengths.observe(live.task.prompt_tokens)
+        else:
+            del cluster.waiting_training[live.task.task_id]
+            node.add_training(live)
+            node.lengths.observe(live.task.length)
+        live.defer_reason = ""
+        node.held.assigned(now_s)
+
+    def _defer(self, live: LiveTask, reason: str) -> None:
+        if live.defer_reason != reason:
+            live.defer_reason = reason
+            self._commands.append(Defer(live.task.task_id, reason))

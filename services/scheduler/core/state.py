@@ -1,0 +1,248 @@
+"""What the scheduler core knows: live tasks, nodes, waiting queues. Nothing here outlives the work it is about."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from services.latency import OpKind
+from services.scheduler.core.costs import NodeCosts
+from services.scheduler.core.estimator import Arrivals, OutputLengths, RunningMoments
+from services.scheduler.core.forecast import NodeForecast
+from services.scheduler.core.types import CoreConfig, InferenceTask, NodeRole, NodeSpec, TrainingTask
+
+
+@dataclass(slots=True, eq=False)
+class LiveInference:
+    """A request that has not ended. `sequence` is its place in the order of acceptance."""
+
+    task: InferenceTask
+    sequence: int
+    #: When its first token is due, seconds; infinite without a promise.
+    deadline_s: float
+    node: "NodeState | None" = None
+    cancelled: bool = False
+    #: Reason last told in a Defer.
+    defer_reason: str = ""
+    #: Predicted prefill on its node, and whether the prefill is over.
+    prefill_s: float = 0.0
+    has_first_token: bool = False
+    #: Tokens in its context now.
+    context_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class LiveTraining:
+    """A micro-batch that has not ended."""
+
+    task: TrainingTask
+    sequence: int
+    node: "NodeState | None" = None
+    cancelled: bool = False
+    defer_reason: str = ""
+    #: Longest single operation it brings to a stage of its node, seconds.
+    op_s: float = 0.0
+    #: Its backward left the first stage: it waits for the optimizer step of its group and blocks nothing.
+    backward_done: bool = False
+
+
+LiveTask = LiveInference | LiveTraining
+
+
+@dataclass(slots=True, eq=False)
+class HeldTime:
+    """Time a node is held: from an assignment until it has been idle for `hold_s` (tasks_per_held_node_s)."""
+
+    hold_s: float
+    #: First assignment and last end, seconds; the node's span (tasks_per_node_s).
+    first_assigned_s: float | None = None
+    last_ended_s: float | None = None
+    _closed_s: float = 0.0
+    _since_s: float | None = None
+    _idle_since_s: float | None = None
+
+    def assigned(self, now_s: float) -> None:
+        """The node got a task."""
+        if self.first_assigned_s is None:
+            self.first_assigned_s = now_s
+        self._close(now_s)
+        if self._since_s is None:
+            self._since_s = now_s
+        self._idle_since_s = None
+
+    def ended(self, now_s: float, *, idle: bool) -> None:
+        """A task of the node ended; `idle`: it was the last one."""
+        self.last_ended_s = now_s
+        if idle:
+            self._idle_since_s = now_s
+
+    def is_held(self, now_s: float) -> bool:
+        """Whether the node counts as held."""
+        if self._since_s is None:
+            return False
+        return self._idle_since_s is None or now_s - self._idle_since_s < self.hold_s
+
+    def total_s(self, now_s: float) -> float:
+        """Seconds held so far."""
+        if self._since_s is None:
+            return self._closed_s
+        end_s = now_s if self._idle_since_s is None else min(now_s, self._idle_since_s + self.hold_s)
+        return self._closed_s + end_s - self._since_s
+
+    def _close(self, now_s: float) -> None:
+        if self._since_s is not None and not self.is_held(now_s):
+            self._closed_s = self.total_s(now_s)
+            self._since_s = None
+
+
+@dataclass(slots=True, eq=False)
+class NodeState:
+    """A node and what it holds. The sums are kept up to date so that a decision need not walk its tasks."""
+
+    spec: NodeSpec
+    costs: NodeCosts
+    held: HeldTime
+    #: Only under policies that use it.
+    forecast: NodeForecast | None
+    role: NodeRole = NodeRole.BOTH
+    inference: dict[str, LiveInference] = field(default_factory=dict)
+    training: dict[str, LiveTraining] = field(default_factory=dict)
+    #: Requests whose prefill is not over, and their predicted prefill in total, seconds.
+    num_prefilling: int = 0
+    prefilling_s: float = 0.0
+    #: Tokens in the contexts of all its requests.
+    context_tokens: int = 0
+    #: Micro-batches whose backward is not over: what the A-PP rule counts.
+    num_outstanding_training: int = 0
+    #: Longest single training operation that may be running or waiting on a stage, seconds.
+    training_op_s: float = 0.0
+    #: Lengths of the tasks sent here.
+    lengths: RunningMoments = field(default_factory=RunningMoments)
+    #: Requests sent here.
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    weight_step: int = 0
+    #: Since when training that could come here has been held back.
+    held_back_since_s: float | None = None
+
+    @property
+    def node_id(self) -> str:
+        """Id of the node."""
+        return self.spec.node_id
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it may take another request."""
+        return len(self.inference) < self.spec.max_inflight_inference
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Longest prompt plus output it can ever run."""
+        return min(self.spec.max_context_tokens, self.spec.kv_capacity_tokens)
+
+    def add_inference(self, now_s: float, live: LiveInference) -> None:
+        """Take a request; its prefill is to come."""
+        self.arrivals.observe(now_s)
+        task = live.task
+        live.node = self
+        live.prefill_s = self.costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens)
+        live.has_first_token = False
+        live.context_tokens = task.prompt_tokens
+        self.inference[task.task_id] = live
+        self.num_prefilling += 1
+        self.prefilling_s += live.prefill_s
+        self.context_tokens += live.context_tokens
+
+    def first_token(self, live: LiveInference) -> None:
+        """The prefill of one of its requests is over."""
+        if live.has_first_token:
+            return
+        live.has_first_token = True
+        self._leave_prefill(live)
+
+    def decoded(self, live: LiveInference) -> None:
+        """One of its requests got one more token."""
+        live.context_tokens += 1
+        self.context_tokens += 1
+
+    def remove_inference(self, live: LiveInference) -> None:
+        """A request left."""
+        del self.inference[live.task.task_id]
+        if not live.has_first_token:
+            self._leave_prefill(live)
+        self.context_tokens -= live.context_tokens
+        live.node = None
+
+    def _leave_prefill(self, live: LiveInference) -> None:
+        self.num_prefilling -= 1
+        # Exactly zero when nothing waits, whatever rounding the sum has gathered.
+        self.prefilling_s = self.prefilling_s - live.prefill_s if self.num_prefilling else 0.0
+
+    def add_training(self, live: LiveTraining) -> None:
+        """Take a micro-batch."""
+        live.node = self
+        live.op_s = self.costs.training_op_s(live.task.batch, live.task.length)
+        live.backward_done = False
+        self.training[live.task.task_id] = live
+        self.num_outstanding_training += 1
+        self.training_op_s = max(self.training_op_s, live.op_s)
+
+    def backward_ended(self, live: LiveTraining) -> None:
+        """The backward of one of its micro-batches left the first stage."""
+        if not live.backward_done:
+            live.backward_done = True
+            self.num_outstanding_training -= 1
+
+    def remove_training(self, live: LiveTraining) -> None:
+        """A micro-batch left."""
+        del self.training[live.task.task_id]
+        self.backward_ended(live)
+        self.training_op_s = max((other.op_s for other in self.training.values()), default=0.0)
+        live.node = None
+
+
+@dataclass(slots=True, eq=False)
+class Cluster:
+    """All state of the core that policies may read."""
+
+    config: CoreConfig
+    nodes: dict[str, NodeState] = field(default_factory=dict)
+    #: Nodes by id that may serve, and that may train.
+    serving: tuple[NodeState, ...] = ()
+    training: tuple[NodeState, ...] = ()
+    tasks: dict[str, LiveTask] = field(default_factory=dict)
+    #: Tasks without a node, in order of acceptance.
+    waiting_inference: dict[str, LiveInference] = field(default_factory=dict)
+    waiting_training: dict[str, LiveTraining] = field(default_factory=dict)
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    #: Running mean of prompt lengths (tokens) and of a request's own execution time (seconds; the paper's SLO unit).
+    prompts: RunningMoments = field(default_factory=RunningMoments)
+    forward_s: RunningMoments = field(default_factory=RunningMoments)
+    outputs: OutputLengths = field(init=False)
+    #: Requests that have not ended.
+    num_live_inference: int = 0
+
+    def __post_init__(self) -> None:
+        self.outputs = OutputLengths(self.config.initial_output_tokens)
+
+    def set_roles(self, roles: dict[str, NodeRole]) -> None:
+        """Take over the roles a policy gave, after nodes came or went."""
+        for node_id, node in self.nodes.items():
+            node.role = roles[node_id]
+        ordered = sorted(self.nodes.values(), key=lambda node: node.node_id)
+        self.serving = tuple(node for node in ordered if node.role is not NodeRole.TRAIN)
+        self.training = tuple(node for node in ordered if node.role is not NodeRole.SERVE)
+
+    def wait_again(self, tasks: Iterable[LiveTask]) -> None:
+        """Put tasks of a lost node back into the queues, in order of acceptance among those that wait."""
+        for live in tasks:
+            live.node = None
+            live.defer_reason = ""
+            if isinstance(live, LiveInference):
+                self.waiting_inference[live.task.task_id] = live
+            else:
+                self.waiting_training[live.task.task_id] = live
+        self.waiting_inference = dict(sorted(self.waiting_inference.items(), key=lambda item: item[1].sequence))
+        self.waiting_training = dict(sorted(self.waiting_training.items(), key=lambda item: item[1].sequence))
+
+    @property
+    def slo_unit_s(self) -> float:
+        """Response-time unit: configured, or the mean execution time of a request alone; 0 while unknown."""
+        return self.config.slo_unit_s or self.forward_s.mean

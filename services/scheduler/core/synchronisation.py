@@ -1,0 +1,167 @@
+"""Weight synchronisation between replicas: when a round starts, who takes part, and how it ends.
+
+Phase one: every source copies its weights aside (TakeSnapshot). Phase two, when all copies exist: every target fetches
+the sources' copies and changes its weights (ApplyWeights). One round at a time; a round that takes longer than the
+timeout is abandoned, and the next one starts after the next `every_steps` steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.scheduler.core.types import (
+    ApplyWeights,
+    Command,
+    NodeRole,
+    SnapshotReady,
+    SyncEnded,
+    SyncMode,
+    TakeSnapshot,
+)
+
+
+@dataclass(slots=True)
+class _Round:
+    sync_id: str
+    deadline_s: float
+    #: Nodes whose weights are read, nodes whose weights change; by id.
+    sources: list[str]
+    targets: list[str]
+    #: Nodes still to answer in the phase that runs.
+    pending: set[str]
+    applying: bool = False
+
+
+class Synchroniser:
+    """Coordinates rounds for the nodes it is told about."""
+
+    def __init__(self, mode: SyncMode, *, every_steps: int, timeout_s: float) -> None:
+        self._mode = mode
+        self._every_steps = every_steps
+        self._timeout_s = timeout_s
+        self._roles: dict[str, NodeRole] = {}
+        #: Optimizer steps since the node joined, and since the last round began.
+        self._steps: dict[str, int] = {}
+        self._steps_since_round: dict[str, int] = {}
+        self._round: _Round | None = None
+        self._num_rounds = 0
+
+    @property
+    def sync_id(self) -> str:
+        """The round that runs, "" if none."""
+        return self._round.sync_id if self._round else ""
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When the running round is abandoned."""
+        return self._round.deadline_s if self._round else None
+
+    def set_interval(self, every_steps: int) -> None:
+        """Start rounds every so many steps of a node from now on; 0: none. A running round goes on."""
+        self._every_steps = every_steps
+
+    def set_roles(self, roles: dict[str, NodeRole]) -> None:
+        """Nodes came or got another role. Lost nodes are told through `node_lost`."""
+        self._roles = dict(sorted(roles.items()))
+        for node_id in self._roles:
+            self._steps.setdefault(node_id, 0)
+            self._steps_since_round.setdefault(node_id, 0)
+
+    def node_lost(self, node_id: str) -> list[Command]:
+        """A node is gone: it leaves the running round, which goes on while it has a source and a target."""
+        self._roles.pop(node_id, None)
+        self._steps.pop(node_id, None)
+        self._steps_since_round.pop(node_id, None)
+        return self._leave(node_id)
+
+    def optimizer_step(self, now_s: float, node_id: str) -> list[Command]:
+        """A node made a step; starts a round when it is due and none runs."""
+        if node_id not in self._steps:
+            return []
+        self._steps[node_id] += 1
+        self._steps_since_round[node_id] += 1
+        if self._round is not None or self._every_steps <= 0:
+            return []
+        if self._steps_since_round[node_id] < self._every_steps:
+            return []
+        return self._start(now_s)
+
+    def snapshot_ready(self, event: SnapshotReady) -> list[Command]:
+        """Phase one is done on a node."""
+        current = self._round
+        if current is None or current.sync_id != event.sync_id or current.applying:
+            return []
+        current.pending.discard(event.node_id)
+        return self._apply_when_ready()
+
+    def sync_ended(self, event: SyncEnded) -> list[Command]:
+        """Phase two is done on a node, or either phase failed there."""
+        current = self._round
+        if current is None or current.sync_id != event.sync_id:
+            return []
+        if not current.applying:
+            return [] if event.ok else self._leave(event.node_id)
+        current.pending.discard(event.node_id)
+        if not current.pending:
+            self._round = None
+        return []
+
+    def expire(self, now_s: float) -> None:
+        """Abandon the round when its time is up."""
+        if self._round is not None and now_s >= self._round.deadline_s:
+            self._round = None
+
+    def _start(self, now_s: float) -> list[Command]:
+        sources, targets = self._participants()
+        self._steps_since_round = dict.fromkeys(self._steps_since_round, 0)
+        if not _is_useful(sources, targets):
+            return []
+        self._num_rounds += 1
+        # The time keeps ids apart when the scheduler restarts and counts from one again.
+        sync_id = f"sync-{self._num_rounds}-{round(now_s * 1e3)}"
+        self._round = _Round(sync_id, now_s + self._timeout_s, sources, targets, set(sources))
+        return [TakeSnapshot(sync_id, node_id) for node_id in sources]
+
+    def _participants(self) -> tuple[list[str], list[str]]:
+        if self._mode is SyncMode.AVERAGE:
+            return list(self._roles), list(self._roles)
+        trainers = [node_id for node_id, role in self._roles.items() if role is not NodeRole.SERVE]
+        serving = [node_id for node_id, role in self._roles.items() if role is not NodeRole.TRAIN]
+        # max() keeps the first of equals: the lowest id.
+        source = max(trainers, key=lambda node_id: self._steps[node_id])
+        return [source], [node_id for node_id in serving if node_id != source]
+
+    def _apply_when_ready(self) -> list[Command]:
+        current = self._round
+        if current is None or current.pending:
+            return []
+        current.applying = True
+        current.pending = set(current.targets)
+        return [
+            ApplyWeights(
+                current.sync_id, target, self._mode, tuple(source for source in current.sources if source != target)
+            )
+            for target in current.targets
+        ]
+
+    def _leave(self, node_id: str) -> list[Command]:
+        current = self._round
+        if current is None or (node_id not in current.sources and node_id not in current.targets):
+            return []
+        if current.applying:
+            # The others have their commands; who cannot fetch from the lost node reports a failed end.
+            current.pending.discard(node_id)
+            if not current.pending:
+                self._round = None
+            return []
+        current.sources = [source for source in current.sources if source != node_id]
+        current.targets = [target for target in current.targets if target != node_id]
+        current.pending.discard(node_id)
+        if not _is_useful(current.sources, current.targets):
+            self._round = None
+            return []
+        return self._apply_when_ready()
+
+
+def _is_useful(sources: Sequence[str], targets: Sequence[str]) -> bool:
+    """Whether some target would get another node's weights."""
+    return any(source != target for source in sources for target in targets)

@@ -1,0 +1,115 @@
+"""What a finished operation tells: progress of requests, real durations, corrections of the paper's forecast."""
+
+from services.latency import OpKind
+from services.scheduler.core.forecast import NodeForecast
+from services.scheduler.core.state import Cluster, LiveInference, NodeState
+from services.scheduler.core.types import InferenceTask, OpFinished, Task, TrainingTask
+
+_INFERENCE_OPS = (OpKind.PREFILL, OpKind.DECODE)
+_TRAINING_OPS = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD)
+
+
+def observe(op: OpFinished, node: NodeState, cluster: Cluster) -> None:
+    """Bring the node's state up to date with an operation that ended on one of its stages."""
+    node.weight_step = max(node.weight_step, op.weight_step)
+    if op.op in _INFERENCE_OPS:
+        _calibrate_inference(op, node)
+        _observe_inference(op, node, cluster)
+    elif op.op in _TRAINING_OPS:
+        _observe_training(op, node)
+
+
+def forward_s_per_stage(task: InferenceTask, node: NodeState, cluster: Cluster) -> list[float]:
+    """F of a request per stage, seconds: its prefill plus its share of the decode iterations to come.
+
+    In the paper a request is one forward. Here it is a prefill and one iteration per further token, each shared with
+    the requests that run beside it, so its own share is the iteration time divided by their number.
+    """
+    costs = node.costs
+    iterations = cluster.outputs.expected_tokens(task.max_tokens) - 1.0
+    if iterations <= 0.0:
+        return [costs.stage_s(stage, OpKind.PREFILL, 1, task.prompt_tokens) for stage in range(costs.num_stages)]
+    batch = len(node.inference) or 1
+    share = iterations / batch
+    return [
+        costs.stage_s(stage, OpKind.PREFILL, 1, task.prompt_tokens)
+        + share * costs.stage_s(stage, OpKind.DECODE, batch, task.prompt_tokens)
+        for stage in range(costs.num_stages)
+    ]
+
+
+def _observe_inference(op: OpFinished, node: NodeState, cluster: Cluster) -> None:
+    is_last = op.stage == node.costs.num_stages - 1
+    batch = len(op.task_ids)
+    rest_s: dict[str, float] = {}
+    for task_id in op.task_ids:
+        live = node.inference.get(task_id)
+        if live is None:
+            continue
+        if is_last and op.op is OpKind.DECODE:
+            node.decoded(live)
+        if is_last and op.first_token:
+            node.first_token(live)
+        if node.forecast is not None:
+            rest_s[task_id] = _rest_s(op, batch, live, node, cluster)
+    if node.forecast is None or not rest_s:
+        return
+    if op.op is OpKind.PREFILL:
+        node.forecast.forward_ran(op.stage, op.begin_s, op.end_s, rest_s)
+    else:
+        node.forecast.decode_ran(op.stage, op.end_s, rest_s)
+
+
+def _rest_s(op: OpFinished, batch: int, live: LiveInference, node: NodeState, cluster: Cluster) -> float:
+    """Expected share of a stage that a running request still needs: iterations to come, each shared by the batch."""
+    task = live.task
+    if task.max_tokens <= 1:
+        return 0.0
+    produced = 1 + live.context_tokens - task.prompt_tokens
+    # Who has outlived the expectation is taken to need one more token.
+    iterations = max(1.0, cluster.outputs.expected_tokens(task.max_tokens) - produced)
+    if op.op is OpKind.DECODE:
+        return iterations * (op.end_s - op.begin_s) / batch
+    running = max(1, len(node.inference) - node.num_prefilling)
+    return iterations * node.costs.stage_s(op.stage, OpKind.DECODE, running, live.context_tokens) / running
+
+
+def _calibrate_inference(op: OpFinished, node: NodeState) -> None:
+    batch = len(op.task_ids)
+    if batch:
+        tokens = op.num_tokens if op.op is OpKind.PREFILL else op.context_tokens
+        node.costs.calibrate(op.stage, op.op, batch, tokens / batch, op.end_s - op.begin_s)
+
+
+def _observe_training(op: OpFinished, node: NodeState) -> None:
+    for task_id in op.task_ids:
+        live = node.training.get(task_id)
+        if live is None:
+            continue
+        task = live.task
+        if op.op is OpKind.TRAIN_BACKWARD and op.stage == 0:
+            node.backward_ended(live)
+        node.costs.calibrate(op.stage, op.op, task.batch, task.length, op.end_s - op.begin_s)
+        if node.forecast is None:
+            continue
+        if op.op is OpKind.TRAIN_FORWARD:
+            node.forecast.forward_ran(op.stage, op.begin_s, op.end_s, {task_id: 0.0})
+        else:
+            node.forecast.backward_ran(op.stage, task_id, op.begin_s, op.end_s)
+
+
+def training_s_per_stage(task: TrainingTask, node: NodeState, op: OpKind) -> list[float]:
+    """F or B of a micro-batch per stage, seconds."""
+    return [node.costs.stage_s(stage, op, task.batch, task.length) for stage in range(node.costs.num_stages)]
+
+
+def commit(now_s: float, task: Task, node: NodeState, forecast: NodeForecast, cluster: Cluster) -> None:
+    """Enter a task into the forecast of the node it goes to."""
+    if isinstance(task, InferenceTask):
+        forward_s = forward_s_per_stage(task, node, cluster)
+        cluster.forward_s.observe(sum(forward_s))
+        forecast.commit(task.task_id, now_s, forecast.compute_idleness(now_s, forward_s))
+    else:
+        path = forecast.compute_idleness(now_s, training_s_per_stage(task, node, OpKind.TRAIN_FORWARD))
+        backward_s = training_s_per_stage(task, node, OpKind.TRAIN_BACKWARD)
+        forecast.commit(task.task_id, now_s, path, backward_s)

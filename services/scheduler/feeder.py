@@ -1,0 +1,120 @@
+"""Cuts jobs into micro-batches and keeps a bounded look-ahead of them in the core."""
+
+import random
+
+import structlog
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import work_pb2
+from services.ledger import TaskState
+from services.scheduler.guard import LedgerGuard
+from services.scheduler.inbox import Ended, Inbox, Offered
+from services.scheduler.job_state import JobState
+from services.scheduler.jobs import JobRegistry
+
+_log = structlog.get_logger()
+
+
+class Feeder:
+    """Jobs take turns, one micro-batch each."""
+
+    def __init__(self, *, jobs: JobRegistry, guard: LedgerGuard, inbox: Inbox, look_ahead: int) -> None:
+        """look_ahead: most micro-batches offered that no node has."""
+        self._jobs = jobs
+        self._guard = guard
+        self._ledger = guard.ledger
+        self._inbox = inbox
+        self._look_ahead = look_ahead
+        self._last_job_id = ""
+        #: Order of the examples of one epoch, by job: the epoch being cut.
+        self._orders: dict[str, tuple[int, list[int]]] = {}
+
+    async def run(self) -> None:
+        """Feed until cancelled."""
+        while True:
+            self._jobs.fed.clear()
+            while self._jobs.num_waiting() < self._look_ahead and await self._feed_one():
+                pass
+            self._forget_ended()
+            await self._jobs.fed.wait()
+
+    async def _feed_one(self) -> bool:
+        """Offer one micro-batch of the next job that has one. False: there is none."""
+        for state in self._in_turn():
+            sequence = state.take_offer()
+            if sequence is not None:
+                self._last_job_id = state.job_id
+                await self._feed(state, sequence)
+                return True
+        return False
+
+    def _in_turn(self) -> list[JobState]:
+        running = sorted(self._jobs.running(), key=lambda state: state.job_id)
+        after = [state for state in running if state.job_id > self._last_job_id]
+        return after + [state for state in running if state.job_id <= self._last_job_id]
+
+    async def _feed(self, state: JobState, sequence: int) -> None:
+        if state.may_have_run(sequence) and await self._is_known(state, sequence):
+            return
+        positions = self._positions(state, sequence)
+        examples = await self._guard.until_done(lambda: self._ledger.read_examples(state.file_id, positions))
+        if len(examples) < len(positions):
+            error = LemixError(ErrorCode.NOT_FOUND, f"file {state.file_id} has lost examples or has expired")
+            await self._jobs.fail(state, error)
+            return
+        if state.ended:
+            return
+        state.held(sequence, waiting=True)
+        work = work_pb2.TrainingWork(
+            job_id=state.job_id,
+            sequence=sequence,
+            examples=examples,
+            hyperparameters=state.hyperparameters,
+            total_steps=_total_steps(state),
+        )
+        await self._inbox.put(Offered(work_pb2.WorkItem(task_id=_task_id(state, sequence), training=work)))
+
+    async def _is_known(self, state: JobState, sequence: int) -> bool:
+        """After a restart: whether the ledger holds it already, as waiting, on a node or done."""
+        record = await self._guard.until_done(lambda: self._ledger.record(_task_id(state, sequence)))
+        if record is None:
+            return False
+        if record.outcome is not None:
+            await self._inbox.put(Ended(record.outcome))
+        else:
+            # Comes back through the global stream or with its node.
+            state.held(sequence, waiting=record.state is TaskState.WAITING)
+        return True
+
+    def _positions(self, state: JobState, sequence: int) -> list[int]:
+        """Examples of a micro-batch. Replays agree: the order of an epoch depends on job and epoch alone."""
+        size = state.hyperparameters.batch_size
+        if state.endless:
+            return [sequence]
+        per_epoch = -(-state.num_examples // size)
+        epoch, index = divmod(sequence, per_epoch)
+        known_epoch, order = self._orders.get(state.job_id, (-1, []))
+        if known_epoch != epoch:
+            order = shuffled(state.job_id, epoch, state.num_examples)
+            self._orders[state.job_id] = (epoch, order)
+        return order[index * size : (index + 1) * size]
+
+    def _forget_ended(self) -> None:
+        running = {state.job_id for state in self._jobs.running()}
+        self._orders = {job_id: order for job_id, order in self._orders.items() if job_id in running}
+
+
+def shuffled(job_id: str, epoch: int, count: int) -> list[int]:
+    """Positions 0 .. count-1 in the order of this epoch."""
+    order = list(range(count))
+    # A string seeds through SHA-512: the same on every machine and in every process.
+    random.Random(f"{job_id}/{epoch}").shuffle(order)
+    return order
+
+
+def _task_id(state: JobState, sequence: int) -> str:
+    return f"{state.job_id}/{sequence}"
+
+
+def _total_steps(state: JobState) -> int:
+    return -(-state.total_microbatches // state.hyperparameters.gradient_accumulation_steps)

@@ -1,0 +1,35 @@
+"""Hyperparameters of a job: checked, defaults filled in."""
+
+import math
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.v1 import types_pb2
+
+_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+_WHOLE = {"num_epochs": (1, 1000), "batch_size": (1, 256), "gradient_accumulation_steps": (1, 256)}
+_POSITIVE = {"learning_rate": 1e-4, "max_grad_norm": 1.0}
+
+
+def resolve(given: types_pb2.Hyperparameters) -> types_pb2.Hyperparameters:
+    """Every field set. Raises INVALID_REQUEST naming the field that is out of range."""
+    resolved = types_pb2.Hyperparameters()
+    for name, (lowest, highest) in _WHOLE.items():
+        value = getattr(given, name) if given.HasField(name) else lowest
+        _check(lowest <= value <= highest, name, f"must be in [{lowest}, {highest}]")
+        setattr(resolved, name, value)
+    for name, default in _POSITIVE.items():
+        value = getattr(given, name) if given.HasField(name) else default
+        _check(math.isfinite(value) and value > 0.0, name, "must be a number > 0")
+        setattr(resolved, name, value)
+    _check(math.isfinite(given.weight_decay) and given.weight_decay >= 0.0, "weight_decay", "must be a number >= 0")
+    resolved.weight_decay = given.weight_decay
+    resolved.lr_schedule = given.lr_schedule if given.HasField("lr_schedule") else "constant"
+    _check(resolved.lr_schedule in _SCHEDULES, "lr_schedule", f"must be one of {', '.join(_SCHEDULES)}")
+    resolved.warmup_steps = given.warmup_steps
+    return resolved
+
+
+def _check(is_right: bool, name: str, problem: str) -> None:
+    if not is_right:
+        param = f"hyperparameters.{name}"
+        raise LemixError(ErrorCode.INVALID_REQUEST, f"{param} {problem}", param=param)

@@ -1,0 +1,259 @@
+"""One training job as it runs: what was offered, what came back, what happened."""
+
+import asyncio
+import heapq
+from collections import deque
+from collections.abc import Iterable
+
+from lemix.errors import LemixError
+from lemix.internal.v1 import work_pb2
+from lemix.v1 import types_pb2
+from services.ledger.types import MAX_JOB_EVENTS
+from services.runtime.clock import Clock
+
+_ENDED = frozenset({types_pb2.JOB_STATUS_SUCCEEDED, types_pb2.JOB_STATUS_FAILED, types_pb2.JOB_STATUS_CANCELLED})
+#: Micro-batches between the first untrained one and the newest offered: bounds memory, and the search after a restart.
+WINDOW = 1024
+
+
+class JobState:
+    """No I/O. Sequences count micro-batches from 0."""
+
+    def __init__(self, record: work_pb2.JobRecord, clock: Clock, *, resumed: bool = False) -> None:
+        """resumed: a predecessor of this scheduler may have offered micro-batches already."""
+        self._clock = clock
+        #: As stored: progress up to `next_sequence`, the first micro-batch not trained.
+        self._record = work_pb2.JobRecord()
+        self._record.CopyFrom(record)
+        #: Outcomes beyond that.
+        self._ahead: dict[int, work_pb2.WorkOutcome] = {}
+        #: Micro-batches in the core: without a node, and on one.
+        self.waiting: set[int] = set()
+        self._placed: set[int] = set()
+        self._released: list[int] = []
+        self._next_offer = record.next_sequence
+        self._known_until = record.next_sequence + WINDOW if resumed else record.next_sequence
+        self._num_available = record.job.total_microbatches
+        self._last_steps: dict[str, int] = {}
+        self._newest_loss: float | None = None
+        self._events: deque[types_pb2.JobEvent] = deque(maxlen=MAX_JOB_EVENTS)
+        self._unsaved: deque[types_pb2.JobEvent] = deque(maxlen=MAX_JOB_EVENTS)
+        #: Set once when anything a watcher sees has changed; then replaced by a new one.
+        self.changed = asyncio.Event()
+        #: Whether the ledger does not hold the newest progress.
+        self.dirty = False
+
+    # ------------------------------------------------------------- what it is
+
+    @property
+    def job_id(self) -> str:
+        """Id of the job."""
+        return self._record.job.job_id
+
+    @property
+    def status(self) -> types_pb2.JobStatus:
+        """State now."""
+        return self._record.job.status
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will run."""
+        return self.status in _ENDED
+
+    @property
+    def endless(self) -> bool:
+        """Whether it trains feedback as it comes."""
+        return not self._record.job.training_file
+
+    @property
+    def file_id(self) -> str:
+        """File with its examples."""
+        return self._record.job.training_file or f"file-{self.job_id}"
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the file."""
+        return self._record.job.num_examples
+
+    @property
+    def hyperparameters(self) -> types_pb2.Hyperparameters:
+        """In force, defaults filled in."""
+        return self._record.job.hyperparameters
+
+    @property
+    def total_microbatches(self) -> int:
+        """Of the whole job; 0 without an end."""
+        return self._record.job.total_microbatches
+
+    @property
+    def num_trained(self) -> int:
+        """Micro-batches trained."""
+        return self._record.job.trained_microbatches + len(self._ahead)
+
+    @property
+    def backlog(self) -> int:
+        """Micro-batches not trained that could be."""
+        return self._num_available - self.num_trained
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was trained."""
+        return not self.endless and self.num_trained >= self.total_microbatches
+
+    def view(self) -> types_pb2.TrainingJob:
+        """What the owner sees now."""
+        job = types_pb2.TrainingJob()
+        job.CopyFrom(self._record.job)
+        for sequence in sorted(self._ahead):
+            _add_progress(job, self._ahead[sequence])
+        if self._newest_loss is not None:
+            job.last_loss = self._newest_loss
+        return job
+
+    def durable_record(self) -> work_pb2.JobRecord:
+        """What to store; an ended job keeps all its progress."""
+        record = work_pb2.JobRecord()
+        record.CopyFrom(self._record)
+        if self.ended:
+            record.job.CopyFrom(self.view())
+        return record
+
+    # ------------------------------------------------------------- offering
+
+    def take_offer(self) -> int | None:
+        """The next micro-batch to give to the core; None: none now."""
+        if self.ended:
+            return None
+        while self._released:
+            sequence = heapq.heappop(self._released)
+            if not self._is_known(sequence):
+                return sequence
+        while self._next_offer < min(self._num_available, self._record.next_sequence + WINDOW):
+            sequence = self._next_offer
+            self._next_offer += 1
+            if not self._is_known(sequence):
+                return sequence
+        return None
+
+    def may_have_run(self, sequence: int) -> bool:
+        """Whether a predecessor of this scheduler may have offered it: ask the ledger before offering."""
+        return sequence < self._known_until
+
+    def held(self, sequence: int, *, waiting: bool) -> None:
+        """The core has it, with or without a node."""
+        (self.waiting if waiting else self._placed).add(sequence)
+        (self._placed if waiting else self.waiting).discard(sequence)
+        if not waiting and self.status == types_pb2.JOB_STATUS_QUEUED:
+            self._record.job.status = types_pb2.JOB_STATUS_RUNNING
+            self.add_event("info", "the job has started")
+
+    def release(self, sequence: int) -> None:
+        """The core does not have it any more; it is offered again."""
+        self._forget(sequence)
+        if sequence < self._next_offer:
+            heapq.heappush(self._released, sequence)
+
+    def grow(self, num_examples: int) -> None:
+        """Feedback has come: the job has this many examples, one per micro-batch."""
+        self._record.job.num_examples = max(num_examples, self._record.job.num_examples)
+        self._num_available = self._record.job.num_examples
+        self.dirty = True
+
+    def _is_known(self, sequence: int) -> bool:
+        return (
+            sequence < self._record.next_sequence
+            or sequence in self._ahead
+            or sequence in self.waiting
+            or sequence in self._placed
+        )
+
+    def _forget(self, sequence: int) -> None:
+        self.waiting.discard(sequence)
+        self._placed.discard(sequence)
+
+    # ------------------------------------------------------------- progress
+
+    def trained(self, outcome: work_pb2.WorkOutcome) -> bool:
+        """A micro-batch was trained. False when that was known."""
+        sequence = outcome.training.sequence
+        self._forget(sequence)
+        if sequence < self._record.next_sequence or sequence in self._ahead:
+            return False
+        if self.status == types_pb2.JOB_STATUS_QUEUED:
+            self._record.job.status = types_pb2.JOB_STATUS_RUNNING
+        self._count_step(outcome)
+        self._ahead[sequence] = outcome
+        while (done := self._ahead.pop(self._record.next_sequence, None)) is not None:
+            _add_progress(self._record.job, done)
+            self._record.next_sequence += 1
+        loss = outcome.training.loss if outcome.training.HasField("loss") else None
+        self._newest_loss = loss if loss is not None else self._newest_loss
+        of_total = f" of {self.total_microbatches}" if self.total_microbatches else ""
+        self.add_event("info", f"trained {self.num_trained}{of_total} micro-batches", loss=loss)
+        return True
+
+    def _count_step(self, outcome: work_pb2.WorkOutcome) -> None:
+        """Micro-batches of one optimizer step carry the same weights step."""
+        step = outcome.training.weight_step
+        if self._last_steps.get(outcome.node_id) != step:
+            self._last_steps[outcome.node_id] = step
+            self._record.job.steps_per_node[outcome.node_id] += 1
+
+    def set_error(self, error: LemixError) -> None:
+        """Why it fails."""
+        self._record.job.error.CopyFrom(error.to_proto())
+
+    def end(self, status: types_pb2.JobStatus, level: str, message: str) -> None:
+        """Nothing more will run."""
+        self._record.job.status = status
+        self._record.job.finished_unix_s = self._clock.unix_s()
+        self.waiting.clear()
+        self._placed.clear()
+        self.add_event(level, message)
+
+    # ------------------------------------------------------------- events
+
+    def add_event(self, level: str, message: str, *, loss: float | None = None) -> None:
+        """Note that something happened and wake watchers."""
+        event = types_pb2.JobEvent(
+            sequence=self._events[-1].sequence + 1 if self._events else 1,
+            created_unix_s=self._clock.unix_s(),
+            level=level,
+            message=message,
+            loss=loss,
+            trained_microbatches=self.num_trained,
+        )
+        self._events.append(event)
+        self._unsaved.append(event)
+        self.dirty = True
+        self.wake_watchers()
+
+    def restore_events(self, events: Iterable[types_pb2.JobEvent]) -> None:
+        """Take over a stored history."""
+        self._events.extend(events)
+
+    def events_after(self, sequence: int) -> list[types_pb2.JobEvent]:
+        """Kept events with a larger sequence, oldest first."""
+        return [event for event in self._events if event.sequence > sequence]
+
+    def unsaved_events(self) -> list[types_pb2.JobEvent]:
+        """Events that the ledger does not hold."""
+        return list(self._unsaved)
+
+    def events_saved(self, count: int) -> None:
+        """The oldest unsaved events are stored now."""
+        for _ in range(min(count, len(self._unsaved))):
+            self._unsaved.popleft()
+
+    def wake_watchers(self) -> None:
+        """Let everyone who waits for a change look again."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+def _add_progress(job: types_pb2.TrainingJob, outcome: work_pb2.WorkOutcome) -> None:
+    training = outcome.training
+    job.trained_microbatches += 1
+    job.trained_tokens += training.label_tokens
+    if training.HasField("loss"):
+        job.last_loss = training.loss

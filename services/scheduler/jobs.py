@@ -1,0 +1,332 @@
+"""Training jobs: created, followed, ended, and durable in the ledger.
+
+Progress is stored up to the first micro-batch that is not trained yet (`next_sequence`); what ran ahead of it is kept
+in memory and, after a restart, found again in the ledger's outcomes. So a restart trains nothing twice while outcomes
+are kept (`result_ttl_s`), and after that the micro-batches between at least once.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+
+import structlog
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import work_pb2
+from lemix.v1 import training_service_pb2, types_pb2
+from services.runtime.clock import Clock
+from services.scheduler import metrics
+from services.scheduler.core.types import Event, JobCancelled, SyncIntervalSet
+from services.scheduler.guard import LedgerGuard
+from services.scheduler.hyperparameters import resolve
+from services.scheduler.inbox import Inbox, Told
+from services.scheduler.job_state import JobState
+
+_log = structlog.get_logger()
+
+_MAX_LISTED = 100
+_RETRY_AFTER_S = 1.0
+
+
+class JobRegistry:
+    """Every job that runs; ended ones are in the ledger."""
+
+    def __init__(
+        self,
+        *,
+        guard: LedgerGuard,
+        inbox: Inbox,
+        clock: Clock,
+        max_running: int,
+        max_feedback_backlog: int,
+        derive_sync_interval: bool,
+        save_interval_s: float,
+    ) -> None:
+        self._guard = guard
+        self._ledger = guard.ledger
+        self._inbox = inbox
+        self._clock = clock
+        self._max_running = max_running
+        self._max_feedback_backlog = max_feedback_backlog
+        self._derive_sync_interval = derive_sync_interval
+        self._save_interval_s = save_interval_s
+        self._running: dict[str, JobState] = {}
+        #: Ended, and not stored as such yet.
+        self._ending: dict[str, JobState] = {}
+        self._feedback_lock = asyncio.Lock()
+        #: Set when the feeder may have something to do.
+        self.fed = asyncio.Event()
+        self._unsaved = asyncio.Event()
+        self._closing = False
+
+    # ------------------------------------------------------------- life of the registry
+
+    async def resume(self) -> None:
+        """Take up the jobs that a predecessor left running."""
+        records = await self._guard.until_done(self._ledger.list_jobs)
+        newest: JobState | None = None
+        for record in records:
+            state = JobState(record, self._clock, resumed=True)
+            if state.ended or state.job_id in self._running:
+                continue
+            await self._restore(state)
+            self._running[state.job_id] = newest = state
+        if newest is not None:
+            _log.info("jobs resumed", jobs=len(self._running))
+            await self._set_sync_interval(newest)
+        self._changed()
+
+    async def _restore(self, state: JobState) -> None:
+        state.restore_events(await self._guard.until_done(lambda: self._ledger.read_job_events(state.job_id)))
+        if state.endless:
+            file = await self._guard.until_done(lambda: self._ledger.get_file(state.file_id))
+            state.grow(0 if file is None else file.num_examples)
+        state.add_event("info", "the scheduler has restarted; the job goes on")
+
+    async def run_saver(self) -> None:
+        """Store progress at a bounded rate until cancelled."""
+        while True:
+            await self._unsaved.wait()
+            self._unsaved.clear()
+            await self._guard.until_done(self.save)
+            await asyncio.sleep(self._save_interval_s)
+
+    async def save(self) -> None:
+        """Store everything that changed. Raises LedgerUnavailable; call it again then."""
+        for state in [*self._running.values(), *self._ending.values()]:
+            if state.dirty:
+                await self._store(state)
+            if state.ended:
+                self._ending.pop(state.job_id, None)
+
+    async def _store(self, state: JobState) -> None:
+        events = state.unsaved_events()
+        record = state.durable_record()
+        state.dirty = False
+        try:
+            await self._ledger.append_job_events(state.job_id, events)
+            state.events_saved(len(events))
+            await self._ledger.put_job(record)
+        except BaseException:
+            state.dirty = True
+            raise
+
+    def close(self) -> None:
+        """End every watch because this scheduler stops."""
+        self._closing = True
+        for state in self._running.values():
+            state.wake_watchers()
+
+    # ------------------------------------------------------------- calls
+
+    async def create(self, request: training_service_pb2.CreateJobRequest, models: set[str]) -> types_pb2.TrainingJob:
+        """Make a durable job. Raises INVALID_REQUEST, NOT_FOUND, MODEL_NOT_FOUND, OVERLOADED, UNAVAILABLE."""
+        hyperparameters = resolve(request.hyperparameters)
+        if models and request.model and request.model not in models:
+            raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"no node serves model {request.model!r}", param="model")
+        file = await self.get_file(request.training_file)
+        if not file.num_examples:
+            raise LemixError(ErrorCode.INVALID_REQUEST, "the file has no examples", param="training_file")
+        if len(self._running) >= self._max_running:
+            message = f"{self._max_running} jobs are running already"
+            raise LemixError(ErrorCode.OVERLOADED, message, retry_after_s=_RETRY_AFTER_S)
+        batches_per_epoch = -(-file.num_examples // hyperparameters.batch_size)
+        job = types_pb2.TrainingJob(
+            job_id=f"job-{uuid.uuid4().hex[:16]}",
+            model=request.model,
+            training_file=file.file_id,
+            status=types_pb2.JOB_STATUS_QUEUED,
+            created_unix_s=self._clock.unix_s(),
+            hyperparameters=hyperparameters,
+            total_microbatches=batches_per_epoch * hyperparameters.num_epochs,
+            num_examples=file.num_examples,
+        )
+        state = await self._start(work_pb2.JobRecord(job=job, request_id=request.request_id))
+        return state.view()
+
+    async def _start(self, record: work_pb2.JobRecord) -> JobState:
+        stored = await self._guard.once(lambda: self._ledger.put_job(record))
+        known = self._running.get(stored.job.job_id)
+        if known is not None:
+            return known  # the same request made it before
+        state = JobState(stored, self._clock)
+        if stored.job.job_id != record.job.job_id:
+            return state
+        self._running[state.job_id] = state
+        state.add_event("info", "the job was accepted")
+        await self._set_sync_interval(state)
+        self._changed()
+        return state
+
+    async def get(self, job_id: str) -> types_pb2.TrainingJob:
+        """One job. Raises NOT_FOUND, UNAVAILABLE."""
+        return (await self._find(job_id)).view()
+
+    async def newest(self, limit: int) -> list[types_pb2.TrainingJob]:
+        """The newest jobs first, at most `limit` (1 to 100). Raises UNAVAILABLE."""
+        records = await self._guard.once(self._ledger.list_jobs)
+        found = [self._known(record.job.job_id) or JobState(record, self._clock) for record in records]
+        return [state.view() for state in reversed(found[-min(max(1, limit), _MAX_LISTED) :])]
+
+    async def cancel(self, job_id: str) -> types_pb2.TrainingJob:
+        """Stop a job. Raises NOT_FOUND, CONFLICT when it has ended otherwise, UNAVAILABLE."""
+        state = await self._find(job_id)
+        if not state.ended:
+            if not self._guard.available:
+                await self._guard.once(self._ledger.ping)
+            self._end(state, types_pb2.JOB_STATUS_CANCELLED, "info", "the job was cancelled")
+            await self._inbox.put(Told(JobCancelled(job_id)))
+            await self._guard.once(self.save)
+        elif state.status != types_pb2.JOB_STATUS_CANCELLED:
+            raise LemixError(ErrorCode.CONFLICT, f"job {job_id} has ended already")
+        return state.view()
+
+    async def watch(
+        self, job_id: str, after_sequence: int
+    ) -> AsyncGenerator[tuple[types_pb2.JobEvent, types_pb2.TrainingJob]]:
+        """Events with a larger sequence, each with the job after it, until the job ends.
+
+        Raises NOT_FOUND, UNAVAILABLE (also when the scheduler stops).
+        """
+        state = await self._find(job_id)
+        while True:
+            changed = state.changed
+            for event in state.events_after(after_sequence):
+                after_sequence = event.sequence
+                yield event, state.view()
+            if state.ended and not state.events_after(after_sequence):
+                return
+            if self._closing:
+                raise LemixError(ErrorCode.UNAVAILABLE, "the scheduler stops", retry_after_s=_RETRY_AFTER_S)
+            await changed.wait()
+
+    async def get_file(self, file_id: str) -> work_pb2.FileRecord:
+        """A stored file. Raises NOT_FOUND, UNAVAILABLE."""
+        file = await self._guard.once(lambda: self._ledger.get_file(file_id))
+        if file is None:
+            raise LemixError(ErrorCode.NOT_FOUND, f"no file {file_id[:200]!r}", param="training_file")
+        return file
+
+    async def submit_feedback(self, example: work_pb2.TrainingExample, request_id: str, model: str) -> tuple[str, int]:
+        """Add an example to the feedback job, made at the first one. Returns the job's id and the position from 1.
+
+        Raises INVALID_REQUEST, OVERLOADED, UNAVAILABLE.
+        """
+        if len(example.token_ids) <= max(1, example.num_context_tokens):
+            raise LemixError(ErrorCode.INVALID_REQUEST, "the example has no token to learn", param="example")
+        async with self._feedback_lock:
+            state = next((state for state in self._running.values() if state.endless), None)
+            state = state or await self._start_feedback(model)
+        if state.backlog >= self._max_feedback_backlog:
+            message = f"{state.backlog} feedback examples wait to be trained"
+            raise LemixError(ErrorCode.OVERLOADED, message, retry_after_s=_RETRY_AFTER_S)
+        position = await self._guard.once(lambda: self._ledger.append_feedback(state.file_id, example, request_id))
+        state.grow(position)
+        self._changed()
+        return state.job_id, position
+
+    async def _start_feedback(self, model: str) -> JobState:
+        now_unix_s = self._clock.unix_s()
+        job = types_pb2.TrainingJob(
+            job_id=f"feedback-{uuid.uuid4().hex[:16]}",
+            model=model,
+            status=types_pb2.JOB_STATUS_QUEUED,
+            created_unix_s=now_unix_s,
+            hyperparameters=resolve(types_pb2.Hyperparameters()),
+        )
+        record = work_pb2.JobRecord(job=job)
+        file = work_pb2.FileRecord(
+            file_id=JobState(record, self._clock).file_id, filename="feedback", created_unix_s=now_unix_s
+        )
+        await self._guard.once(lambda: self._ledger.put_file(file, []))
+        return await self._start(record)
+
+    # ------------------------------------------------------------- used by the feeder
+
+    def running(self) -> list[JobState]:
+        """Jobs that may have micro-batches to offer, oldest first."""
+        return list(self._running.values())
+
+    def num_waiting(self) -> int:
+        """Micro-batches offered that no node has."""
+        return sum(len(state.waiting) for state in self._running.values())
+
+    async def fail(self, state: JobState, error: LemixError) -> None:
+        """End a job that cannot go on."""
+        if not state.ended:
+            for event in self._fail_now(state, error):
+                await self._inbox.put(Told(event))
+
+    # ------------------------------------------------------------- told by the driver
+
+    def is_wanted(self, job_id: str) -> bool:
+        """Whether the job still runs."""
+        return job_id in self._running
+
+    def on_held(self, work: work_pb2.TrainingWork, *, waiting: bool) -> None:
+        """The core holds this micro-batch."""
+        state = self._running.get(work.job_id)
+        if state is not None:
+            state.held(work.sequence, waiting=waiting)
+            self.fed.set()
+
+    def on_refused(self, work: work_pb2.TrainingWork, error: LemixError) -> list[Event]:
+        """The core refused this micro-batch: for now, or for good."""
+        state = self._running.get(work.job_id)
+        if state is None:
+            return []
+        state.release(work.sequence)
+        # Too many wait: it is offered again after the next change, not in a loop.
+        return [] if error.code is ErrorCode.OVERLOADED else self._fail_now(state, error)
+
+    def on_outcome(self, outcome: work_pb2.WorkOutcome) -> list[Event]:
+        """A micro-batch ended. May come twice."""
+        training = outcome.training
+        state = self._running.get(training.job_id)
+        if state is None:
+            return []
+        if training.HasField("error"):
+            return self._fail_now(state, LemixError.from_proto(training.error))
+        if state.trained(outcome):
+            metrics.TRAINED.inc()
+            if state.complete:
+                self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
+            self._changed()
+        return []
+
+    # ------------------------------------------------------------- helpers
+
+    def _known(self, job_id: str) -> JobState | None:
+        return self._running.get(job_id) or self._ending.get(job_id)
+
+    async def _find(self, job_id: str) -> JobState:
+        known = self._known(job_id)
+        if known is not None:
+            return known
+        record = await self._guard.once(lambda: self._ledger.get_job(job_id))
+        if record is None:
+            raise LemixError(ErrorCode.NOT_FOUND, f"no job {job_id[:200]!r}", param="job_id")
+        state = JobState(record, self._clock)
+        state.restore_events(await self._guard.once(lambda: self._ledger.read_job_events(job_id)))
+        return state
+
+    def _end(self, state: JobState, status: types_pb2.JobStatus, level: str, message: str) -> None:
+        state.end(status, level, message)
+        self._running.pop(state.job_id, None)
+        self._ending[state.job_id] = state
+        _log.info("job ended", job=state.job_id, status=types_pb2.JobStatus.Name(status), reason=message)
+        self._changed()
+
+    def _fail_now(self, state: JobState, error: LemixError) -> list[Event]:
+        state.set_error(error)
+        self._end(state, types_pb2.JOB_STATUS_FAILED, "error", f"the job failed: {error.message}")
+        return [JobCancelled(state.job_id)]
+
+    async def _set_sync_interval(self, state: JobState) -> None:
+        if self._derive_sync_interval:
+            steps = max(1, min(100, state.num_examples // 2))
+            await self._inbox.put(Told(SyncIntervalSet(steps)))
+
+    def _changed(self) -> None:
+        self.fed.set()
+        self._unsaved.set()

@@ -1,0 +1,220 @@
+"""Sessions with node agents: who is there, what they report, what they are told."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+
+import structlog
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import scheduler_service_pb2 as pb
+from services.runtime.clock import Clock
+from services.scheduler.convert import ops_from_traces, spec_from_hello
+from services.scheduler.core.types import NodeSpec, QueueOrder, SnapshotReady, SyncEnded
+from services.scheduler.inbox import Ended, Inbox, NodeArrived, NodeGone, Told, Traced
+from services.scheduler.outbox import Outbox
+from services.scheduler.profiles import ProfileSource
+
+_log = structlog.get_logger()
+
+_MAX_ID_CHARS = 128
+_RETRY_AFTER_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class _Connection:
+    """One stream of a node."""
+
+    hello: pb.NodeHello
+    outbox: Outbox[pb.NodeSessionResponse]
+    #: Smallest seen difference between our clock at receipt and the node's at sending: offset plus shortest delay.
+    offset_s: float
+    weight_step: int = 0
+    lost_reason: str = ""
+
+
+class NodeRegistry:
+    """Every connected node. A node that connects again takes over its session; the older stream is closed."""
+
+    def __init__(
+        self,
+        *,
+        inbox: Inbox,
+        profiles: ProfileSource,
+        clock: Clock,
+        queue_order: QueueOrder,
+        lease_s: float,
+        max_queued_messages: int,
+    ) -> None:
+        self._inbox = inbox
+        self._profiles = profiles
+        self._clock = clock
+        self._token = 0
+        self._queue_order = queue_order
+        self._lease_s = lease_s
+        self._max_queued_messages = max_queued_messages
+        self._connections: dict[str, _Connection] = {}
+        #: Nodes that said hello and have no latency models yet.
+        self._joining: set[str] = set()
+        self._closing = False
+
+    # ------------------------------------------------------------- asked by the rest of the scheduler
+
+    @property
+    def models(self) -> set[str]:
+        """Models that connected nodes serve."""
+        return {connection.hello.model for connection in self._connections.values()}
+
+    @property
+    def joining(self) -> list[str]:
+        """Nodes that are being profiled."""
+        return sorted(self._joining)
+
+    def is_connected(self, node_id: str) -> bool:
+        """Whether the node has an open session."""
+        return node_id in self._connections
+
+    def address(self, node_id: str) -> str:
+        """host:port of a connected node's gRPC server, else empty."""
+        connection = self._connections.get(node_id)
+        return "" if connection is None else connection.hello.address
+
+    def send(self, node_id: str, message: pb.NodeSessionResponse) -> bool:
+        """Tell a node something. False when it is not connected."""
+        connection = self._connections.get(node_id)
+        return connection is not None and connection.outbox.send(message)
+
+    def lead(self, token: int) -> None:
+        """From now on nodes may join, under this fencing token."""
+        self._token = token
+
+    def close(self) -> None:
+        """End every session because this scheduler stops; the nodes keep their work."""
+        self._closing = True
+        for connection in self._connections.values():
+            connection.outbox.close("the scheduler stops")
+
+    # ------------------------------------------------------------- a session
+
+    async def session(self, requests: AsyncIterator[pb.NodeSessionRequest]) -> AsyncGenerator[pb.NodeSessionResponse]:
+        """One stream of a node, from its hello to its end.
+
+        Raises INVALID_REQUEST without a proper hello, the profiler's error without a profile, UNAVAILABLE after the
+        lease ran out or when the scheduler starts or stops, CONFLICT when the node has opened another stream.
+        """
+        if not self._token:
+            raise LemixError(ErrorCode.UNAVAILABLE, "the scheduler is starting", retry_after_s=_RETRY_AFTER_S)
+        connection, spec = await self._prepare(requests)
+        node_id = connection.hello.node_id
+        earlier = self._connections.get(node_id)
+        self._connections[node_id] = connection
+        if earlier is not None:
+            earlier.outbox.close("taken over")
+        _log.info("node joined", node=node_id, address=connection.hello.address, again=earlier is not None)
+        reader = asyncio.create_task(self._read(connection, spec, requests))
+        try:
+            async for message in connection.outbox.messages():
+                yield message
+            if self._connections.get(node_id) is not connection:
+                raise LemixError(ErrorCode.CONFLICT, f"node {node_id} has opened another session")
+            reason = connection.lost_reason or connection.outbox.closed_reason
+            raise LemixError(ErrorCode.UNAVAILABLE, reason, retry_after_s=_RETRY_AFTER_S)
+        finally:
+            reader.cancel()
+            await self._leave(connection)
+            results = await asyncio.gather(reader, return_exceptions=True)
+            if isinstance(results[0], Exception):
+                raise results[0]
+
+    async def _prepare(self, requests: AsyncIterator[pb.NodeSessionRequest]) -> tuple[_Connection, NodeSpec]:
+        hello = await self._hello(requests)
+        connection = _Connection(
+            hello, Outbox(self._max_queued_messages), self._clock.monotonic_s() - hello.sent_monotonic_s
+        )
+        self._joining.add(hello.node_id)
+        try:
+            latency = await self._profiles.latency(hello)
+            spec = spec_from_hello(hello, latency)
+        except ValueError as error:
+            raise LemixError(ErrorCode.CONFLICT, str(error)) from error
+        finally:
+            self._joining.discard(hello.node_id)
+        return connection, spec
+
+    async def _hello(self, requests: AsyncIterator[pb.NodeSessionRequest]) -> pb.NodeHello:
+        try:
+            async with asyncio.timeout(self._lease_s):
+                first = await anext(requests, None)
+        except TimeoutError:
+            first = None
+        if first is None or not first.HasField("hello"):
+            raise LemixError(ErrorCode.INVALID_REQUEST, "a session begins with a hello", param="hello")
+        hello = first.hello
+        if not 0 < len(hello.node_id) <= _MAX_ID_CHARS:
+            message = f"node_id must have 1 to {_MAX_ID_CHARS} characters"
+            raise LemixError(ErrorCode.INVALID_REQUEST, message, param="hello.node_id")
+        if not hello.address:
+            raise LemixError(ErrorCode.INVALID_REQUEST, "address is missing", param="hello.address")
+        return hello
+
+    async def _read(
+        self, connection: _Connection, spec: NodeSpec, requests: AsyncIterator[pb.NodeSessionRequest]
+    ) -> None:
+        reason = "its stream ended"
+        try:
+            await self._inbox.put(NodeArrived(spec))
+            welcome = pb.NodeWelcome(
+                fencing_token=self._token, queue_order=self._queue_order.value, lease_s=self._lease_s
+            )
+            connection.outbox.send(pb.NodeSessionResponse(welcome=welcome))
+            while True:
+                async with asyncio.timeout(self._lease_s):
+                    message = await anext(requests, None)
+                if message is None:
+                    break
+                await self._take(connection, message)
+        except TimeoutError:
+            reason = f"no sign of life for {self._lease_s:g} s"
+        finally:
+            connection.lost_reason = reason
+            connection.outbox.close(reason)
+
+    async def _leave(self, connection: _Connection) -> None:
+        node_id = connection.hello.node_id
+        if self._connections.get(node_id) is not connection:
+            return  # taken over
+        del self._connections[node_id]
+        if self._closing:
+            return
+        reason = connection.lost_reason or connection.outbox.closed_reason or "its stream was cut"
+        _log.warning("node lost", node=node_id, reason=reason)
+        await self._inbox.put(NodeGone(node_id, reason))
+
+    # ------------------------------------------------------------- reports
+
+    async def _take(self, connection: _Connection, message: pb.NodeSessionRequest) -> None:
+        match message.WhichOneof("message"):
+            case "heartbeat":
+                self._observe_clock(connection, message.heartbeat.sent_monotonic_s)
+                connection.weight_step = message.heartbeat.weight_step
+            case "traces":
+                node_id = connection.hello.node_id
+                self._inbox.put_trace(Traced(ops_from_traces(node_id, message.traces.ops, connection.offset_s)))
+            case "outcome":
+                await self._inbox.put(Ended(message.outcome))
+            case "sync_finished":
+                await self._inbox.put(Told(_sync_event(connection.hello.node_id, message.sync_finished)))
+            case other:
+                raise LemixError(ErrorCode.INVALID_REQUEST, f"unexpected message {other}")
+
+    def _observe_clock(self, connection: _Connection, sent_monotonic_s: float) -> None:
+        connection.offset_s = min(connection.offset_s, self._clock.monotonic_s() - sent_monotonic_s)
+
+
+def _sync_event(node_id: str, finished: pb.SyncFinished) -> SnapshotReady | SyncEnded:
+    if finished.HasField("error"):
+        _log.warning("synchronisation failed", node=node_id, sync=finished.sync_id, error=finished.error.message)
+        return SyncEnded(finished.sync_id, node_id, ok=False)
+    if finished.snapshot_only:
+        return SnapshotReady(finished.sync_id, node_id)
+    return SyncEnded(finished.sync_id, node_id, ok=True, weight_step=finished.weight_step)

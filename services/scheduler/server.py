@@ -1,0 +1,150 @@
+"""gRPC handlers of the scheduler."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc.aio
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import scheduler_service_pb2 as pb
+from lemix.internal.v1 import scheduler_service_pb2_grpc as pb_grpc
+from lemix.internal.v1 import work_pb2
+from services.runtime.clock import Clock
+from services.scheduler.convert import status_to_proto
+from services.scheduler.driver import Core
+from services.scheduler.gateways import GatewayRegistry
+from services.scheduler.guard import LedgerGuard
+from services.scheduler.jobs import JobRegistry
+from services.scheduler.nodes import NodeRegistry
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+#: Longest silence within an upload, seconds.
+_UPLOAD_TIMEOUT_S = 30.0
+
+
+class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
+    """Validates, converts, calls, converts."""
+
+    def __init__(
+        self,
+        *,
+        core: Core,
+        nodes: NodeRegistry,
+        gateways: GatewayRegistry,
+        jobs: JobRegistry,
+        guard: LedgerGuard,
+        clock: Clock,
+        max_file_examples: int,
+    ) -> None:
+        self._core = core
+        self._nodes = nodes
+        self._gateways = gateways
+        self._jobs = jobs
+        self._guard = guard
+        self._clock = clock
+        self._max_file_examples = max_file_examples
+
+    async def GatewaySession(  # noqa: N802  the name of the RPC
+        self, request_iterator: AsyncIterator[pb.GatewaySessionRequest], context: Context
+    ) -> AsyncIterator[pb.GatewaySessionResponse]:
+        """A gateway's stream."""
+        async with aclosing(self._gateways.session(aiter(request_iterator))) as messages:
+            async for message in messages:
+                yield message
+
+    async def NodeSession(  # noqa: N802  the name of the RPC
+        self, request_iterator: AsyncIterator[pb.NodeSessionRequest], context: Context
+    ) -> AsyncIterator[pb.NodeSessionResponse]:
+        """A node's stream."""
+        async with aclosing(self._nodes.session(aiter(request_iterator))) as messages:
+            async for message in messages:
+                yield message
+
+    async def StoreFile(  # noqa: N802  the name of the RPC
+        self, request_iterator: AsyncIterator[pb.StoreFileRequest], context: Context
+    ) -> pb.StoreFileResponse:
+        """Store the batches of a file under a new id."""
+        requests = aiter(request_iterator)
+        message = await _next_part(requests)
+        if message is None or not message.HasField("file"):
+            raise LemixError(ErrorCode.INVALID_REQUEST, "the first message carries the file's header", param="file")
+        record = work_pb2.FileRecord()
+        record.CopyFrom(message.file)
+        record.file_id = f"file-{uuid.uuid4().hex[:16]}"
+        record.created_unix_s = record.created_unix_s or self._clock.unix_s()
+        record.num_examples = 0
+        while message is not None:
+            examples = list(message.examples)
+            record.num_examples += len(examples)
+            if record.num_examples > self._max_file_examples:
+                message_text = f"the file has more than {self._max_file_examples} examples"
+                raise LemixError(ErrorCode.OVERLOADED, message_text, param="file")
+            record.max_tokens = max([record.max_tokens, *(len(example.token_ids) for example in examples)])
+            await self._store(record, examples)
+            message = await _next_part(requests)
+        return pb.StoreFileResponse(file=record)
+
+    async def _store(self, record: work_pb2.FileRecord, examples: list[work_pb2.TrainingExample]) -> None:
+        await self._guard.once(lambda: self._guard.ledger.put_file(record, examples))
+
+    async def GetFile(self, request: pb.GetFileRequest, context: Context) -> pb.GetFileResponse:  # noqa: N802
+        """A stored file."""
+        return pb.GetFileResponse(file=await self._jobs.get_file(request.file_id))
+
+    async def CreateJob(self, request: pb.CreateJobRequest, context: Context) -> pb.CreateJobResponse:  # noqa: N802
+        """A new job."""
+        return pb.CreateJobResponse(job=await self._jobs.create(request.request, self._nodes.models))
+
+    async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:  # noqa: N802
+        """One job."""
+        return pb.GetJobResponse(job=await self._jobs.get(request.job_id))
+
+    async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:  # noqa: N802
+        """The newest jobs."""
+        return pb.ListJobsResponse(jobs=await self._jobs.newest(request.limit or 20))
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:  # noqa: N802
+        """Stop a job."""
+        return pb.CancelJobResponse(job=await self._jobs.cancel(request.job_id))
+
+    async def WatchJob(  # noqa: N802  the name of the RPC
+        self, request: pb.WatchJobRequest, context: Context
+    ) -> AsyncIterator[pb.WatchJobResponse]:
+        """Follow a job."""
+        async with aclosing(self._jobs.watch(request.job_id, request.after_sequence)) as events:
+            async for event, job in events:
+                yield pb.WatchJobResponse(event=event, job=job)
+
+    async def SubmitFeedback(  # noqa: N802  the name of the RPC
+        self, request: pb.SubmitFeedbackRequest, context: Context
+    ) -> pb.SubmitFeedbackResponse:
+        """One example to learn from."""
+        job_id, sequence = await self._jobs.submit_feedback(request.example, request.request_id, request.model)
+        return pb.SubmitFeedbackResponse(job_id=job_id, sequence=sequence)
+
+    async def GetClusterState(  # noqa: N802  the name of the RPC
+        self, request: pb.GetClusterStateRequest, context: Context
+    ) -> pb.GetClusterStateResponse:
+        """The cluster now."""
+        snapshot = self._core.snapshot()
+        return pb.GetClusterStateResponse(status=status_to_proto(snapshot, self._not_ready_reason(len(snapshot.nodes))))
+
+    def _not_ready_reason(self, num_nodes: int) -> str:
+        if self._guard.outage:
+            return self._guard.outage
+        if num_nodes:
+            return ""
+        joining = self._nodes.joining
+        return f"measuring {', '.join(joining)}" if joining else "no node has joined"
+
+
+async def _next_part(requests: AsyncIterator[pb.StoreFileRequest]) -> pb.StoreFileRequest | None:
+    try:
+        async with asyncio.timeout(_UPLOAD_TIMEOUT_S):
+            return await anext(requests, None)
+    except TimeoutError as error:
+        raise LemixError(ErrorCode.DEADLINE_EXCEEDED, "the upload has stalled") from error

@@ -1,0 +1,184 @@
+"""Lost clients, lost sessions, lost nodes, deadlines, overload."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from lemix.errors import ErrorCode, LemixError
+from services.gateway.types import GenerationRequest, Sampling
+from tests.integration.gateway.conftest import MODEL, Gateway, eventually
+from tests.integration.gateway.fakes import FakeNode, FakeScheduler, Script
+
+_BODY = {"model": MODEL, "prompt": "abc", "lemix": {"request_id": "r"}}
+
+
+@pytest.fixture
+def overrides() -> dict[str, Any]:
+    return {"limits": {"max_concurrent_requests": 2}}
+
+
+async def _cancelled(gateway: Gateway) -> str:
+    async with asyncio.timeout(5):
+        return await gateway.scheduler.cancels.get()
+
+
+async def test_a_client_that_leaves_before_the_answer_frees_the_request(gateway: Gateway) -> None:
+    gateway.scheduler.script = Script(hold_after=1)
+    call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
+    await gateway.scheduler.submits.get()
+    call.cancel()
+    assert await _cancelled(gateway) == "r"
+    await eventually(lambda: gateway.application.link.num_pending == 0)
+
+
+async def test_a_client_that_leaves_a_stream_frees_the_request(gateway: Gateway) -> None:
+    gateway.scheduler.script = Script(hold_after=2)
+    async with gateway.http.stream("POST", "/v1/completions", json={**_BODY, "stream": True}) as answer:
+        async for line in answer.aiter_lines():
+            assert line.startswith("data: ")
+            break
+    assert await _cancelled(gateway) == "r"
+    await eventually(lambda: gateway.application.link.num_pending == 0)
+
+
+async def test_a_lost_session_is_opened_again_and_requests_survive(gateway: Gateway) -> None:
+    gateway.scheduler.hold = True
+    call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
+    await gateway.scheduler.submits.get()
+    gateway.scheduler.hold = False
+    gateway.scheduler.node.begin("r", gateway.scheduler.submitted[0][1], gateway.scheduler.script)
+    gateway.scheduler.drop_session()
+    answer = await call
+    assert answer.json()["choices"][0]["text"] == "hello world"
+    assert [request_id for request_id, _ in gateway.scheduler.submitted] == ["r", "r"]
+    assert gateway.scheduler.num_sessions == 2
+
+
+async def test_a_restarted_scheduler_is_found_again(gateway: Gateway) -> None:
+    address = gateway.scheduler.address
+    await gateway.scheduler.stop()
+    await eventually(lambda: not gateway.application.link.connected)
+    answer = await gateway.http.post("/v1/completions", json=_BODY)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert answer.headers["retry-after"] == "1"
+    again = FakeScheduler(gateway.node)
+    await again.start(address)
+    try:
+        async with asyncio.timeout(10):
+            await gateway.application.link.wait_connected()
+        assert (await gateway.http.post("/v1/completions", json=_BODY)).status_code == 200
+    finally:
+        await again.stop()
+
+
+async def test_a_broken_token_stream_goes_on_where_it_was(gateway: Gateway) -> None:
+    script = gateway.scheduler.script = Script(hold_after=4)
+    call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
+    await eventually(lambda: bool(gateway.node.attached))
+    await eventually(lambda: _received(gateway) == 4)
+    address = gateway.node.address
+    await gateway.node.stop()
+    script.go.set()
+    await gateway.node.start(address)
+    assert (await call).json()["choices"][0]["text"] == "hello world"
+    assert gateway.node.attached == [("r", 0), ("r", 4)]
+
+
+async def test_a_reassigned_request_delivers_only_what_lies_beyond(gateway: Gateway) -> None:
+    gateway.scheduler.script = Script(hold_after=4)
+    call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
+    await eventually(lambda: _received(gateway) == 4)
+    other = FakeNode("node-1")
+    await other.start()
+    try:
+        other.begin("r", gateway.scheduler.submitted[0][1], Script())
+        gateway.scheduler.assign("r", other)
+        body = (await call).json()
+    finally:
+        await other.stop()
+    assert body["choices"][0]["text"] == "hello world"
+    assert body["lemix"]["node_id"] == "node-1"
+    assert other.attached == [("r", 4)]
+
+
+async def test_a_node_error_reaches_the_client(gateway: Gateway) -> None:
+    gateway.scheduler.script = Script(error=LemixError(ErrorCode.RESOURCE_EXHAUSTED, "needs 9 blocks, 4 exist"))
+    answer = await gateway.http.post("/v1/completions", json=_BODY)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "resource_exhausted")
+    body = {**_BODY, "stream": True, "lemix": {"request_id": "r2"}}
+    async with gateway.http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = [line async for line in stream.aiter_lines() if line]
+    assert '"code":"resource_exhausted"' in lines[-1]
+
+
+async def test_more_requests_than_the_bound_get_429(gateway: Gateway) -> None:
+    script = gateway.scheduler.script = Script(hold_after=1)
+    calls = [
+        asyncio.create_task(gateway.http.post("/v1/completions", json={"model": MODEL, "prompt": "abc"}))
+        for _ in range(2)
+    ]
+    await eventually(lambda: gateway.application.link.num_pending == 2)
+    answer = await gateway.http.post("/v1/completions", json=_BODY)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert answer.headers["retry-after"] == "1"
+    script.go.set()
+    assert [(await call).status_code for call in calls] == [200, 200]
+    assert (await gateway.http.post("/v1/completions", json=_BODY)).status_code == 200
+
+
+async def test_an_id_in_flight_is_a_conflict(gateway: Gateway) -> None:
+    script = gateway.scheduler.script = Script(hold_after=1)
+    call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
+    await gateway.scheduler.submits.get()
+    answer = await gateway.http.post("/v1/completions", json=_BODY)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "conflict")
+    script.go.set()
+    assert (await call).status_code == 200
+
+
+class TestDeadline:
+    """A gateway that gives up soon."""
+
+    @pytest.fixture
+    def overrides(self) -> dict[str, Any]:
+        return {"request_timeout_s": 0.3}
+
+    async def test_deadline_cancels_and_tells(self, gateway: Gateway) -> None:
+        gateway.scheduler.script = Script(hold_after=3)
+        answer = await gateway.http.post("/v1/completions", json=_BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert await _cancelled(gateway) == "r"
+        assert gateway.application.link.num_pending == 0
+
+    async def test_a_request_may_ask_for_less(self, gateway: Gateway) -> None:
+        gateway.scheduler.script = Script(hold_after=0)
+        request = GenerationRequest(prompt="abc", sampling=Sampling(max_tokens=4), timeout_s=0.05)
+        with pytest.raises(LemixError) as raised:
+            await gateway.application.generation.generate(request)
+        assert raised.value.code is ErrorCode.DEADLINE_EXCEEDED
+        assert "0.05" in raised.value.message
+
+
+async def test_draining_answers_readyz_with_503(gateway: Gateway) -> None:
+    gateway.readiness.draining = True
+    answer = await gateway.http.get("/readyz")
+    assert (answer.status_code, answer.json()["reason"]) == (503, "the gateway is stopping")
+
+
+async def test_many_requests_share_one_stream_per_node(gateway: Gateway) -> None:
+    async def one(http: httpx.AsyncClient) -> str:
+        answer = await http.post("/v1/completions", json={"model": MODEL, "prompt": "abc"})
+        return str(answer.json()["choices"][0]["text"])
+
+    for _ in range(4):
+        assert await asyncio.gather(one(gateway.http), one(gateway.http)) == ["hello world"] * 2
+    assert len(gateway.application.streams._streams) == 1
+    await gateway.node.stop()  # a node that is gone and that nobody waits for is forgotten
+    await eventually(lambda: not gateway.application.streams._streams)
+
+
+def _received(gateway: Gateway) -> int:
+    pending = list(gateway.application.link._pending.values())
+    return pending[0].num_received if pending else 0

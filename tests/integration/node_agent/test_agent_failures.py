@@ -1,0 +1,328 @@
+"""What the node does when something around it, or in it, fails."""
+
+import contextlib
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
+from lemix.internal.v1 import profile_pb2, work_pb2
+from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from lemix.v1 import errors_pb2, types_pb2
+from services.ledger import Delivery, LedgerUnavailable, open_ledger
+from services.node_agent.engine.base import (
+    Decode,
+    OptimizerStep,
+    StageOp,
+    StageResult,
+    TrainBackward,
+    TrainForward,
+    WorkerDied,
+)
+from services.node_agent.loop import NodeBroken
+from tests.integration.node_agent.harness import Gate, cluster, expected_tokens, inference_item, training_item
+
+
+async def test_the_node_works_on_while_the_scheduler_is_away(tmp_path: Path) -> None:
+    gate = Gate()
+    async with cluster(tmp_path) as made:
+        await made.start_node(gate=gate)
+        gate.close()
+        await made.assign(inference_item("r1", [1, 2], 3))
+        await gate.until_waiting()
+        await made.scheduler.stop()
+        gate.open()
+        await made.assign(inference_item("r2", [3], 2))
+        while (record := await made.ledger.record("r2")) is None or record.outcome is None:
+            await made.ledger.read_global(count=1, block_s=0.01)  # passes time until the node has finished
+        assert not made.scheduler.outcomes
+        await made.scheduler.start()
+        assert list((await made.scheduler.outcome("r1")).inference.token_ids) == expected_tokens([1, 2], 3)
+        await made.scheduler.outcome("r2")
+        assert len(made.scheduler.hellos) == 2
+        assert made.scheduler.hellos[0].incarnation == made.scheduler.hellos[1].incarnation
+        assert any(trace.first_token for trace in made.scheduler.traces), "traces were kept"
+
+
+async def test_an_older_scheduler_is_not_followed(tmp_path: Path) -> None:
+    async with cluster(tmp_path, fencing_token=5) as made:
+        await made.start_node()
+        await made.scheduler.stop()
+        made.scheduler.welcome.fencing_token = 4
+        await made.scheduler.start()
+        await made.scheduler.until(lambda: len(made.scheduler.hellos) >= 3, "a second try after the refusal")
+        made.scheduler.welcome.fencing_token = 6
+        heartbeats = len(made.scheduler.heartbeats)
+        await made.scheduler.until(lambda: len(made.scheduler.heartbeats) > heartbeats, "a session again")
+
+
+async def test_queue_order_follows_the_scheduler(tmp_path: Path) -> None:
+    async with cluster(tmp_path, queue_order="fifo") as made:
+        node = await made.start_node()
+        await made.assign(training_item("job", 0, [[1, 2]]))
+        await made.scheduler.outcome("job/0")
+        await made.scheduler.stop()
+        made.scheduler.welcome.queue_order = "inference_first"
+        await made.scheduler.start()
+        await made.scheduler.until(lambda: len(made.scheduler.hellos) == 2, "the node's return")
+        await made.assign(training_item("job", 1, [[1, 2]]))
+        assert (await made.scheduler.outcome("job/1")).training.weight_step == 2, "the version went on"
+        assert node.agent._loop._core.config.queue_order == "inference_first"
+
+
+class _UnsteadyLedger:
+    """A ledger that can be away, and that delivers what a test puts into it."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+        self.away = False
+        self.reading_works = False
+        self.extra: list[Delivery] = []
+        self.refused = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    def _check(self) -> None:
+        if self.away:
+            self.refused += 1
+            raise LedgerUnavailable("redis://nowhere is away")
+
+    async def read_node(self, node_id: str, *, count: int, block_s: float) -> list[Delivery]:
+        if not self.reading_works:
+            self._check()
+        extra, self.extra = self.extra, []
+        return extra or await self._ledger.read_node(node_id, count=count, block_s=block_s)
+
+    async def finish(self, node_id: str, entry_id: str, outcome: work_pb2.WorkOutcome) -> bool:
+        self._check()
+        return bool(await self._ledger.finish(node_id, entry_id, outcome))
+
+
+async def test_outcomes_wait_for_the_ledger_and_nothing_new_is_taken(tmp_path: Path) -> None:
+    gate = Gate()
+    async with cluster(tmp_path) as made:
+        ledger = _UnsteadyLedger(await open_ledger(made.ledger_url))
+        node = await made.start_node(gate=gate, ledger=ledger, max_inflight_inference=1, max_queued_training=1)
+        gate.close()
+        await made.assign(inference_item("r1", [1], 1))
+        await gate.until_waiting()
+        ledger.away = True
+        gate.open()
+        tokens, outcome = (await node.stream(("r1", 0)))["r1"]
+        assert tokens == expected_tokens([1], 1), "the client has its answer"
+        assert outcome.finish_reason == types_pb2.FINISH_REASON_LENGTH
+        assert "r1" not in made.scheduler.outcomes
+        assert node.agent._intake.num_tasks == 1
+        ledger.away = False
+        await made.scheduler.outcome("r1")
+        assert node.agent._intake.num_tasks == 0
+
+
+async def test_a_stale_delivery_is_refused_unless_the_ledger_says_it_is_ours(tmp_path: Path) -> None:
+    async with cluster(tmp_path, fencing_token=9) as made:
+        ledger = _UnsteadyLedger(await open_ledger(made.ledger_url))
+        stale = inference_item("stale", [1], 1)
+        ledger.extra = [Delivery("0-0", stale)]
+        node = await made.start_node(ledger=ledger)
+        await made.assign(inference_item("ours", [2], 1))  # token 1, older than the welcome's, but on this node
+        await made.scheduler.outcome("ours")
+        assert "stale" not in made.scheduler.outcomes
+        assert await made.ledger.record("stale") is None
+        assert node.agent._intake.num_tasks == 0
+
+
+async def test_an_outcome_of_a_task_taken_away_is_not_reported(tmp_path: Path) -> None:
+    gate = Gate()
+    async with cluster(tmp_path) as made:
+        await made.start_node(gate=gate)
+        gate.close()
+        await made.assign(inference_item("r1", [1], 1))
+        await gate.until_waiting()
+        await made.ledger.take_back("node-0", token=made.token)
+        gate.open()
+        await made.assign(inference_item("r2", [1], 1))
+        await made.scheduler.outcome("r2")
+        assert "r1" not in made.scheduler.outcomes
+
+
+def _fail(kind: type, stage: int, **changes: Any) -> Any:
+    def tamper(where: int, op: StageOp, result: StageResult) -> StageResult:
+        return replace(result, **changes) if isinstance(op, kind) and where == stage else result
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("tamper", "expected"),
+    [
+        (_fail(TrainForward, 1, loss=math.nan), "loss is nan"),
+        (_fail(TrainForward, 0, error="RuntimeError: secret path"), "train_forward failed on stage 0: RuntimeError"),
+        (_fail(TrainBackward, 0, error="RuntimeError: boom"), "train_backward failed on stage 0: RuntimeError"),
+        (_fail(OptimizerStep, 1, error="ArithmeticError: the norm is inf"), "the norm is inf"),
+    ],
+)
+async def test_training_failures_are_reported_and_the_node_goes_on(tmp_path: Path, tamper: Any, expected: str) -> None:
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(tamper=tamper)
+        await made.assign(training_item("job", 0, [[1, 2]]))
+        await made.assign(inference_item("r1", [1], 3))
+        outcome = (await made.scheduler.outcome("job/0")).training
+        assert outcome.error.code == errors_pb2.ERROR_CODE_INTERNAL
+        assert expected in outcome.error.message
+        assert "secret" not in outcome.error.message
+        assert not outcome.HasField("loss")
+        assert list((await made.scheduler.outcome("r1")).inference.token_ids) == expected_tokens([1], 3)
+        await made.scheduler.until(lambda: not node.held_by_stages(), "freed memory")
+
+
+async def test_a_failed_decode_ends_its_requests_with_what_they_have(tmp_path: Path) -> None:
+    tamper = _fail(Decode, 1, error="OutOfMemoryError: tried to allocate 3 GiB", tokens=())
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(tamper=tamper)
+        await made.assign(inference_item("r1", [1], 3))
+        outcome = (await made.scheduler.outcome("r1")).inference
+        assert outcome.finish_reason == types_pb2.FINISH_REASON_ERROR
+        assert outcome.error.code == errors_pb2.ERROR_CODE_RESOURCE_EXHAUSTED
+        assert "3 GiB" in outcome.error.message
+        assert list(outcome.token_ids) == expected_tokens([1], 1)
+        await made.scheduler.until(lambda: not node.held_by_stages(), "freed KV caches")
+
+
+async def test_a_dead_worker_breaks_the_node_and_leaves_its_work(tmp_path: Path) -> None:
+    def tamper(stage: int, op: StageOp, result: StageResult) -> StageResult:
+        if stage == 1 and isinstance(op, Decode):
+            raise WorkerDied("stage 1 ended with exit code -9")
+        return result
+
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(tamper=tamper)
+        await made.assign(inference_item("r1", [1], 3))
+        with pytest.raises(NodeBroken, match="exit code -9"):
+            await node.agent.broken
+        assert [item.task_id for item in await made.ledger.unfinished("node-0")] == ["r1"]
+
+
+async def test_measuring(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        node = await made.start_node()
+        request = node_pb2.MeasureOpsRequest(
+            points=[
+                node_pb2.GridPoint(op=profile_pb2.OP_KIND_PREFILL, batch=2, length=8),
+                node_pb2.GridPoint(op=profile_pb2.OP_KIND_TRAIN_FORWARD, batch=1, length=16),
+            ],
+            repetitions=3,
+            samples=[work_pb2.TrainingExample(token_ids=[1, 2, 3])],
+        )
+        responses = [response async for response in node.stub.MeasureOps(request)]
+        kinds = [[(item.op, item.stage, len(item.durations_s)) for item in r.measurements] for r in responses]
+        forward, backward = profile_pb2.OP_KIND_TRAIN_FORWARD, profile_pb2.OP_KIND_TRAIN_BACKWARD
+        assert kinds == [
+            [(profile_pb2.OP_KIND_PREFILL, 0, 3), (profile_pb2.OP_KIND_PREFILL, 1, 3)],
+            [(forward, 0, 3), (backward, 0, 3), (forward, 1, 3), (backward, 1, 3)],
+            [],
+        ]
+        assert list(responses[-1].sample_losses) == pytest.approx([4.0])
+        assert list(responses[-1].peak_memory_bytes) == [1 << 20, 2 << 20]
+        await made.scheduler.until(lambda: not node.held_by_stages(), "freed activations")
+        assert {worker.stage.version for worker in node.engine.workers} == {0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"repetitions": 0},
+        {"repetitions": 101},
+        {"warmup": 11},
+        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_TRAIN_BACKWARD, batch=1, length=1)]},
+        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=0, length=1)]},
+        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=1, length=513)]},
+    ],
+)
+async def test_bad_measurements_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    async with cluster(tmp_path) as made:
+        node = await made.start_node()
+        with pytest.raises(Exception, match=r"must be|cannot be|at most|at least"):
+            _ = [r async for r in node.stub.MeasureOps(node_pb2.MeasureOpsRequest(**{"repetitions": 1, **changes}))]
+
+
+async def test_measuring_and_work_exclude_each_other(tmp_path: Path) -> None:
+    gate = Gate()
+    request = node_pb2.MeasureOpsRequest(
+        points=[node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=1, length=8)], repetitions=1
+    )
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(gate=gate)
+        gate.close()
+        await made.assign(inference_item("r1", [1], 1))
+        await gate.until_waiting()
+        with pytest.raises(Exception, match="the node has work"):
+            _ = [response async for response in node.stub.MeasureOps(request)]
+        gate.open()
+        await made.scheduler.outcome("r1")
+        gate.close()
+        call = node.stub.MeasureOps(request)
+        await gate.until_waiting()
+        await made.assign(inference_item("r2", [1], 2))
+        await made.scheduler.until(lambda: node.agent._intake.num_tasks == 1, "the task in the node")
+        assert node.held_by_stages() == []
+        gate.open()
+        assert len([response async for response in call]) == 2
+        await made.scheduler.outcome("r2")
+        # A caller that goes away in the middle gives the stages back.
+        gate.close()
+        call = node.stub.MeasureOps(request)
+        await gate.until_waiting()
+        call.cancel()
+        await made.assign(inference_item("r3", [1], 2))
+        gate.open()
+        await made.scheduler.outcome("r3")
+
+
+async def test_a_new_queue_order_waits_for_a_measurement(tmp_path: Path) -> None:
+    gate = Gate()
+    request = node_pb2.MeasureOpsRequest(
+        points=[node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=1, length=8)], repetitions=1
+    )
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(gate=gate)
+        gate.close()
+        call = node.stub.MeasureOps(request)
+        await gate.until_waiting()
+        node.agent.on_welcome(scheduler_pb2.NodeWelcome(fencing_token=1, queue_order="fifo", lease_s=1.0))
+        assert not node.agent._loop.accepts_work
+        gate.open()
+        assert len([response async for response in call]) == 2
+        assert node.agent._loop.accepts_work
+        await made.assign(inference_item("r1", [1], 1))
+        await made.scheduler.outcome("r1")
+        assert node.agent._loop._core.config.queue_order == "fifo"
+
+
+async def test_outcomes_are_stored_before_the_node_stops(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        ledger = _UnsteadyLedger(await open_ledger(made.ledger_url))
+        async with contextlib.AsyncExitStack() as life:
+            node = await made.start_node(ledger=ledger, stack=life)
+            ledger.away = True
+            await made.assign(inference_item("r1", [1], 1))
+            ledger.extra = (await made.ledger.read_node("node-0", count=1, block_s=0.0))[:1]
+            ledger.reading_works = True
+            await node.stream(("r1", 0))
+            ledger.away = False
+        record = await made.ledger.record("r1")
+        assert record is not None
+        assert record.outcome is not None
+
+
+async def test_node_info(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(num_stages=3, max_batch=5)
+        info = await node.stub.GetNodeInfo(node_pb2.GetNodeInfoRequest())
+        assert (info.node_id, info.model, info.num_stages, info.max_batch) == ("node-0", "model", 3, 5)
+        assert (info.vocab_size, info.max_context_tokens, info.weight_step) == (97, 512, 0)
+        assert info.profile_fingerprint == "fingerprint"
+        assert len(info.worker_pids) == 3

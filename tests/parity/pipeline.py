@@ -1,0 +1,167 @@
+"""Drives an engine's stages through whole-model operations, as the node agent does, one operation at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from services.node_agent.engine.base import (
+    Decode,
+    DecodeSequence,
+    EngineConfig,
+    Example,
+    Forget,
+    Handle,
+    LoadWeights,
+    OptimizerSpec,
+    OptimizerStep,
+    Prefill,
+    PrefillSequence,
+    Snapshot,
+    StageOp,
+    StageResult,
+    TrainBackward,
+    TrainForward,
+)
+from services.node_agent.engine.torch.engine import InProcessStageWorker, TorchEngine, load_inprocess_engine
+from services.node_agent.engine.torch.executor import StageExecutor
+
+
+@dataclass
+class Pipeline:
+    """`version` is the weights version the next op is stamped with."""
+
+    engine: TorchEngine
+    version: int = 0
+    grad_norm_sq: float = 0.0
+
+    @classmethod
+    def load(cls, path: Path, stages: int = 1, *, dtype: str = "float64", **config: object) -> "Pipeline":
+        """All stages in this process."""
+        settings = EngineConfig(model_path=str(path), num_stages=stages, dtype=dtype, **config)  # type: ignore[arg-type]
+        return cls(load_inprocess_engine(settings))
+
+    @property
+    def executors(self) -> list[StageExecutor]:
+        """The stages themselves (in-process engines only)."""
+        workers = self.engine.workers
+        return [worker.executor for worker in workers if isinstance(worker, InProcessStageWorker)]
+
+    async def run(self, stage: int, op: StageOp) -> StageResult:
+        """One op on one stage, which must not fail."""
+        result = await self.engine.workers[stage].run(op)
+        assert result.error == "", result.error
+        return result
+
+    async def up(self, make: Callable[[Handle | None], StageOp]) -> StageResult:
+        """A forward through all stages; the last stage's result."""
+        handle: Handle | None = None
+        for stage in range(len(self.engine.workers)):
+            result = await self.run(stage, make(handle))
+            handle = result.output
+        return result
+
+    async def prefill(self, *sequences: PrefillSequence) -> StageResult:
+        """Prefill requests together."""
+        return await self.up(lambda hidden: Prefill(0, self.version, sequences, hidden))
+
+    async def decode(self, *sequences: DecodeSequence) -> StageResult:
+        """One iteration."""
+        return await self.up(lambda hidden: Decode(0, self.version, sequences, hidden))
+
+    async def forward(self, task_id: str, examples: Sequence[Example], loss_scale: float = 1.0) -> StageResult:
+        """Training forward of a micro-batch."""
+        batch = tuple(examples)
+        return await self.up(lambda hidden: TrainForward(0, self.version, task_id, batch, loss_scale, hidden))
+
+    async def backward(self, task_id: str) -> None:
+        """Backward of a micro-batch; `grad_norm_sq` becomes the whole model's."""
+        gradient = tied = None
+        self.grad_norm_sq = 0.0
+        for stage in reversed(range(len(self.engine.workers))):
+            result = await self.run(stage, TrainBackward(0, task_id, gradient, tied if stage == 0 else None))
+            gradient, tied = result.output, result.tied_gradient or tied
+            assert result.grad_norm_sq is not None
+            self.grad_norm_sq += result.grad_norm_sq
+
+    async def step(self, optimizer: OptimizerSpec, job_id: str = "job") -> None:
+        """Optimizer step on every stage."""
+        last = len(self.engine.workers) - 1
+        tied: Handle | None = None
+        for stage in range(last + 1):
+            given = tied if stage == last else None
+            op = OptimizerStep(0, self.version, job_id, optimizer, self.grad_norm_sq, given)
+            result = await self.run(stage, op)
+            tied = result.output or tied
+        self.version += 1
+
+    async def snapshot(self, sync_id: str) -> list[str]:
+        """Snapshot every stage; the files."""
+        stages = range(len(self.engine.workers))
+        return [(await self.run(stage, Snapshot(0, self.version, sync_id))).weights_path for stage in stages]
+
+    async def load_weights(self, sync_id: str, path: Path, mode: str) -> None:
+        """Replace or average the weights of every stage."""
+        for stage in range(len(self.engine.workers)):
+            await self.run(stage, LoadWeights(0, self.version, sync_id, str(path), mode))
+        self.version += 1
+
+    async def forget(self, *task_ids: str) -> None:
+        """Forget tasks on every stage."""
+        for stage in range(len(self.engine.workers)):
+            await self.run(stage, Forget(0, task_ids))
+
+    async def generate(self, sequence: PrefillSequence) -> list[int]:
+        """Prefill one request and decode it to its end; its tokens."""
+        result = await self.prefill(sequence)
+        tokens = [result.tokens[0].token_id]
+        while len(tokens) < sequence.max_tokens and not result.tokens[0].is_end:
+            position = len(sequence.token_ids) + len(tokens) - 1
+            result = await self.decode(DecodeSequence(sequence.request_id, tokens[-1], position))
+            tokens.append(result.tokens[0].token_id)
+        return tokens
+
+    def record_logits(self) -> list[Tensor]:
+        """Everything the last stage's projection returns from now on."""
+        recorded: list[Tensor] = []
+        stage = self.executors[-1].stage
+        project = stage.logits
+
+        def logits(rows: Tensor) -> Tensor:
+            recorded.append(project(rows))
+            return recorded[-1]
+
+        stage.logits = logits  # type: ignore[method-assign]
+        return recorded
+
+    def weights(self) -> dict[str, Tensor]:
+        """Current parameters of all stages by full-model name."""
+        named: dict[str, Tensor] = {}
+        for executor in self.executors:
+            named |= {name: part.clone() for name, part in executor.stage.weights.named(with_borrowed=False).items()}
+        return named
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Accumulated gradients of all stages by full-model name."""
+        named: dict[str, Tensor] = {}
+        for executor in self.executors:
+            for weight in executor.stage.weights.owned:
+                assert weight.parameter.grad is not None
+                named |= dict(weight.parts(weight.parameter.grad))
+        return named
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    """Same names, and per tensor ||found - expected|| <= tolerance * ||expected||."""
+    assert set(found) == set(expected)
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= tolerance, f"{worst}: {errors[worst]}"
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    assert found.shape == expected.shape
+    return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))

@@ -1,0 +1,154 @@
+"""The client: open loop, and every way an answer can end."""
+
+import asyncio
+import json
+import time
+
+import httpx
+import pytest
+
+from bench.demo.client import Answer, Client
+from bench.demo.plan_file import read_plan, read_records, write_plan, write_records
+from bench.demo.records import RequestRecord, Status
+from bench.demo.workload import PlannedRequest
+
+_REPORT = {
+    "node_id": "node-1",
+    "weight_versions": ["node-1:2:7", "node-1:2:8"],
+    "staleness_s": 0.5,
+    "reference_loss": 2.25,
+}
+
+
+def _planned(index, at_s=0.0, tokens=2):
+    return PlannedRequest(f"r{index}", at_s, "prompt", "reference", tokens, "docs")
+
+
+def _record():
+    return RequestRecord("r0", "docs", 1.0, 1.001, Status.UNFINISHED)
+
+
+def _events(*texts, tokens=None):
+    chunks = [{"choices": [{"text": text}]} for text in texts]
+    chunks.append({"choices": [{"text": "", "finish_reason": "length"}]})
+    chunks.append({"choices": [], "usage": {"completion_tokens": tokens or len(texts)}, "lemix": _REPORT})
+    return [f"data: {json.dumps(chunk)}" for chunk in chunks] + ["data: [DONE]"]
+
+
+def _answer(lines):
+    answer = Answer()
+    for index, line in enumerate(lines):
+        answer.take(line, 2.0 + index)
+    return answer
+
+
+def test_a_whole_answer():
+    record = _answer(["", ": ping", *_events("a", "b", "c")]).finish(_record(), 3)
+    assert record.status is Status.OK
+    assert (record.first_token_s, record.last_token_s) == (4.0, 6.0)
+    assert record.output_tokens == 3
+    assert record.tpot_s == 1.0
+    assert (record.node_id, record.weight_steps) == ("node-1", (7, 8))
+    assert (record.staleness_s, record.reference_loss) == (0.5, 2.25)
+    assert record.error == ""
+
+
+def test_an_answer_shorter_than_planned_failed():
+    record = _answer(_events("a", "b")).finish(_record(), 3)
+    assert record.status is Status.FAILED
+    assert "2 tokens instead of 3" in record.error
+
+
+def test_a_stream_that_breaks_off_failed():
+    record = _answer(_events("a", "b")[:-1]).finish(_record(), 2)
+    assert record.status is Status.FAILED
+    assert record.error == "the stream ended early"
+
+
+def test_an_error_inside_the_stream_failed_even_if_done_follows():
+    lines = [f"data: {json.dumps({'error': {'code': 'node_lost', 'message': 'gone'}})}", "data: [DONE]"]
+    record = _answer(lines).finish(_record(), 2)
+    assert record.status is Status.FAILED
+    assert "node_lost" in record.error
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [(429, Status.REJECTED), (503, Status.REJECTED), (400, Status.FAILED), (500, Status.FAILED)]
+)
+def test_refusals(code, status):
+    answer = Answer()
+    answer.refused(code, "busy")
+    record = answer.finish(_record(), 2)
+    assert record.status is status
+    assert record.error == f"HTTP {code}: busy"
+
+
+async def _run(handler, requests, patience_s=5.0):
+    async with httpx.AsyncClient(transport=httpx.MockTransport(handler), base_url="http://server") as http:
+        client = Client(http, "demo", time.monotonic())
+        return await client.run(requests, patience_s), client.progress
+
+
+async def test_requests_carry_the_plan():
+    bodies = []
+
+    def handler(request):
+        bodies.append(json.loads(request.content))
+        return httpx.Response(200, text="\n".join(_events("a", "b")))
+
+    records, progress = await _run(handler, [_planned(0)])
+    assert records[0].status is Status.OK
+    assert bodies[0]["prompt"] == "prompt"
+    assert bodies[0]["max_tokens"] == 2
+    assert bodies[0]["ignore_eos"] is True
+    assert bodies[0]["lemix"] == {"reference": "reference", "request_id": "r0"}
+    assert (progress.sent, progress.ok, progress.bad) == (1, 1, 0)
+
+
+async def test_open_loop_sends_all_before_the_first_answer():
+    arrived, all_there = 0, asyncio.Event()
+
+    async def handler(_request):
+        nonlocal arrived
+        arrived += 1
+        if arrived == 5:
+            all_there.set()
+        await all_there.wait()  # a closed loop would wait here for ever
+        return httpx.Response(200, text="\n".join(_events("a", "b")))
+
+    records, _ = await _run(handler, [_planned(index, 0.001 * index) for index in range(5)])
+    assert [record.status for record in records] == [Status.OK] * 5
+
+
+async def test_what_never_ends_is_unfinished():
+    async def handler(_request):
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    records, progress = await _run(handler, [_planned(0)], patience_s=0.05)
+    assert records[0].status is Status.UNFINISHED
+    assert records[0].error
+    assert progress.bad == 1
+
+
+async def test_a_broken_connection_failed():
+    def handler(request):
+        raise httpx.ConnectError("refused", request=request)
+
+    records, _ = await _run(handler, [_planned(0)])
+    assert records[0].status is Status.FAILED
+    assert "ConnectError: refused" in records[0].error
+
+
+async def test_nothing_to_send():
+    records, _ = await _run(lambda request: httpx.Response(200), [])
+    assert records == []
+
+
+def test_plans_and_records_survive_their_files(tmp_path):
+    requests = [_planned(0), _planned(1, 0.5)]
+    write_plan(tmp_path / "plan", url="http://server", model="demo", drain_s=3.0, requests=requests)
+    assert read_plan(tmp_path / "plan") == ({"url": "http://server", "model": "demo", "drain_s": 3.0}, requests)
+    records = [_answer(_events("a", "b")).finish(_record(), 2), _record()]
+    write_records(tmp_path / "records", records)
+    assert read_records(tmp_path / "records") == records

@@ -1,0 +1,70 @@
+"""Failures before and during the start of the local cluster."""
+
+import socket
+
+import psutil
+import pytest
+
+from deploy.local import cluster as cluster_module
+from deploy.local.__main__ import build_parser, main
+from deploy.local.cluster import ClusterError, LocalCluster
+from deploy.local.settings import LocalClusterConfig
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    return path
+
+
+async def test_a_directory_without_a_model_is_named(tmp_path):
+    with pytest.raises(ClusterError, match=f"{tmp_path}/nothing is not a model directory"):
+        await LocalCluster(LocalClusterConfig(model_path=tmp_path / "nothing", directory=tmp_path)).start()
+
+
+@pytest.mark.parametrize(("field", "option"), [("http_port", "--port"), ("grpc_port", "--grpc-port")])
+async def test_a_port_in_use_is_named_with_the_way_out(tmp_path, model, field, option):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        config = LocalClusterConfig(model_path=model, directory=tmp_path / "run", **{field: port})
+        with pytest.raises(ClusterError, match=f"port {port} is in use; choose another one with {option}"):
+            await LocalCluster(config).start()
+
+
+async def test_a_service_that_dies_while_starting_is_reported_with_its_log_and_all_is_stopped(tmp_path, model):
+    config = LocalClusterConfig(
+        model_path=model, directory=tmp_path / "run", profiler={"repetitions": "many"}, stop_timeout_s=5.0
+    )
+    cluster = LocalCluster(config)
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(ClusterError, match="ended with exit code") as raised:
+        await cluster.start()
+    assert "run/logs/" in str(raised.value)
+    assert cluster.processes() == {}
+    assert set(psutil.Process().children(recursive=True)) <= before
+
+
+def test_the_services_environment(monkeypatch):
+    environment = cluster_module._child_environment(
+        {"LEMIX_REDIS_URL": "redis://other", "LEMIX_SCHEDULER_NODE_LEASE_S": "3", "PYTHONPATH": "/mine"}
+    )
+    assert "LEMIX_REDIS_URL" not in environment  # the cluster has decided; a service must not decide otherwise
+    assert environment["LEMIX_SCHEDULER_NODE_LEASE_S"] == "3"
+    assert environment["PYTHONPATH"].split(":")[-1] == "/mine"
+
+
+def test_make_up_reports_what_keeps_it_from_starting(tmp_path, capsys):
+    assert main(["--model", str(tmp_path), "--directory", str(tmp_path / "run")]) == 1
+    assert "is not a model directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--nodes", "0"], ["--stages", "-1"], ["--port", "x"], ["--unknown"]])
+def test_bad_options_are_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        build_parser().parse_args(arguments)
+    assert raised.value.code == 2
+    assert "error:" in capsys.readouterr().err

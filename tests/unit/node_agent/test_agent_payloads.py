@@ -1,0 +1,158 @@
+"""What stage workers get for the ops the core decides."""
+
+import pytest
+
+from services.latency import OpKind
+from services.node_agent.core.types import Op
+from services.node_agent.engine.base import (
+    Decode,
+    DecodeSequence,
+    Example,
+    Handle,
+    OptimizerSpec,
+    OptimizerStep,
+    Prefill,
+    Sampling,
+    StageResult,
+    TrainBackward,
+    TrainForward,
+)
+from services.node_agent.payloads import PayloadBuilder
+from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
+
+SPEC = OptimizerSpec(learning_rate=0.5)
+
+
+def _request(task_id: str, prompt: tuple[int, ...] = (1, 2)) -> RequestTask:
+    return RequestTask(task_id, 0.0, prompt, Sampling(), 8)
+
+
+def _microbatch(task_id: str, job_id: str = "job", spec: OptimizerSpec = SPEC) -> MicrobatchTask:
+    return MicrobatchTask(task_id, job_id, 0, (Example((1, 2)),), spec, accumulation=2)
+
+
+def _builder(*tasks: Task, num_stages: int = 2, states: int = 2) -> PayloadBuilder:
+    return PayloadBuilder({task.task_id: task for task in tasks}, num_stages, states)
+
+
+def _result(op: Op, **fields: object) -> StageResult:
+    return StageResult(op.op_id, 0.0, 1.0, op.version, **fields)  # type: ignore[arg-type]
+
+
+def test_a_batch_is_the_same_on_every_stage() -> None:
+    task = _request("r")
+    builder = _builder(task)
+    task.generated_ids.append(9)
+    op = Op(1, OpKind.DECODE, ("r",), 4)
+    assert builder.build(op, 0) == Decode(1, 4, (DecodeSequence("r", 9, 2),))
+    task.generated_ids.append(10)  # must not leak into an op that is on its way
+    handle = Handle("h")
+    builder.ended(op, 0, _result(op, output=handle))
+    assert builder.build(op, 1) == Decode(1, 4, (DecodeSequence("r", 9, 2),), handle)
+    builder.ended(op, 1, _result(op))
+    assert builder._travelling == {}
+
+
+def test_prefill_carries_prompt_reference_and_sampling() -> None:
+    task = _request("r")
+    task.reference_ids = (5, 6)
+    payload = _builder(task).build(Op(1, OpKind.PREFILL, ("r",), 0), 0)
+    assert isinstance(payload, Prefill)
+    sequence = payload.sequences[0]
+    assert (sequence.token_ids, sequence.reference_ids, sequence.max_tokens) == ((1, 2), (5, 6), 8)
+
+
+def test_a_step_clips_by_the_sum_over_stages_and_dates_its_tasks() -> None:
+    one, two = _microbatch("job/0"), _microbatch("job/1")
+    builder = _builder(one, two)
+    for op_id, task in ((1, one), (3, two)):
+        forward = Op(op_id, OpKind.TRAIN_FORWARD, (task.task_id,), 7)
+        payload = builder.build(forward, 0)
+        assert isinstance(payload, TrainForward)
+        assert payload.loss_scale == 0.5
+        for stage in (0, 1):
+            builder.ended(forward, stage, _result(forward, output=Handle(stage)))
+        backward = Op(op_id + 1, OpKind.TRAIN_BACKWARD, (task.task_id,), 7)
+        assert builder.build(backward, 1) == TrainBackward(op_id + 1, task.task_id)
+        builder.ended(backward, 1, _result(backward, output=Handle("g"), grad_norm_sq=float(op_id)))
+        assert builder.build(backward, 0) == TrainBackward(op_id + 1, task.task_id, Handle("g"))
+        builder.ended(backward, 0, _result(backward, grad_norm_sq=10.0))
+    step = Op(5, OpKind.OPTIMIZER_STEP, ("job/0", "job/1"), 7, subject="job", changes_weights=True)
+    expected = OptimizerStep(5, 7, "job", SPEC, 3.0 + 10.0)
+    assert builder.build(step, 0) == expected
+    builder.ended(step, 0, _result(step))
+    assert builder.build(step, 1) == expected, "one norm for all stages"
+    builder.ended(step, 1, _result(step))
+    assert (one.weight_step, two.weight_step) == (8, 8)
+    assert builder._travelling == {}
+
+
+def test_tied_embeddings_travel_between_the_ends_only() -> None:
+    builder = _builder(_microbatch("job/0"), num_stages=3)
+    forward = Op(1, OpKind.TRAIN_FORWARD, ("job/0",), 0)
+    for stage in range(3):
+        builder.build(forward, stage)
+        builder.ended(forward, stage, _result(forward))
+    backward = Op(2, OpKind.TRAIN_BACKWARD, ("job/0",), 0)
+    gradients = []
+    for stage in (2, 1, 0):
+        payload = builder.build(backward, stage)
+        assert isinstance(payload, TrainBackward)
+        gradients.append((payload.gradient, payload.tied_gradient))
+        tied = Handle("tied") if stage == 2 else None
+        builder.ended(backward, stage, _result(backward, output=Handle(stage), tied_gradient=tied))
+    assert gradients == [(None, None), (Handle(2), None), (Handle(1), Handle("tied"))]
+    step = Op(3, OpKind.OPTIMIZER_STEP, ("job/0",), 0, subject="job", changes_weights=True)
+    weights = []
+    for stage in range(3):
+        payload = builder.build(step, stage)
+        assert isinstance(payload, OptimizerStep)
+        weights.append(payload.tied_weight)
+        builder.ended(step, stage, _result(step, output=Handle("embedding") if stage == 0 else None))
+    assert weights == [None, None, Handle("embedding")]
+
+
+def test_a_step_of_cancelled_microbatches_keeps_the_job_s_optimizer() -> None:
+    task = _microbatch("job/0")
+    builder = _builder(task)
+    builder.build(Op(1, OpKind.TRAIN_FORWARD, ("job/0",), 0), 0)
+    builder.drop("job/0")
+    assert builder._travelling == {}
+    del builder.tasks["job/0"]
+    payload = builder.build(Op(2, OpKind.OPTIMIZER_STEP, (), 0, subject="job", changes_weights=True), 0)
+    assert payload == OptimizerStep(2, 0, "job", SPEC, None)
+
+
+def test_failed_ops_stay_only_when_they_travel_on() -> None:
+    builder = _builder(_request("r"), _microbatch("job/0"))
+    prefill = Op(1, OpKind.PREFILL, ("r",), 0)
+    builder.build(prefill, 0)
+    builder.ended(prefill, 0, _result(prefill, error="RuntimeError: x"))
+    assert builder._travelling == {}
+    builder.build(Op(2, OpKind.TRAIN_FORWARD, ("job/0",), 0), 0)
+    step = Op(3, OpKind.OPTIMIZER_STEP, ("job/0",), 0, subject="job", changes_weights=True)
+    builder.build(step, 0)
+    builder.ended(step, 0, _result(step, error="RuntimeError: x"))
+    assert step.op_id in builder._travelling
+
+
+def test_optimizer_states_are_bounded_without_touching_live_jobs() -> None:
+    tasks = [_microbatch(f"{job}/0", job) for job in ("a", "b", "c")]
+    builder = _builder(*tasks, states=1)
+    for op_id, task in enumerate(tasks):
+        builder.build(Op(op_id, OpKind.TRAIN_FORWARD, (task.task_id,), 0), 0)
+    assert builder.surplus_jobs() == []
+    del builder.tasks["b/0"]
+    assert builder.surplus_jobs() == ["b"]
+    del builder.tasks["a/0"]
+    assert builder.surplus_jobs() == ["a"]
+    del builder.tasks["c/0"]
+    assert builder.surplus_jobs() == []
+
+
+def test_kinds_must_match_their_tasks() -> None:
+    builder = _builder(_microbatch("job/0"), _request("r"))
+    with pytest.raises(TypeError, match="job/0 is not an inference request"):
+        builder.build(Op(1, OpKind.PREFILL, ("job/0",), 0), 0)
+    with pytest.raises(TypeError, match="r is not a micro-batch"):
+        builder.build(Op(2, OpKind.TRAIN_FORWARD, ("r",), 0), 0)

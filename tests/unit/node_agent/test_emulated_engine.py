@@ -1,0 +1,189 @@
+"""The emulated engine keeps the books of a real one."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from services.latency import LatencyModel, OpKind
+from services.node_agent.engine.base import (
+    Decode,
+    DecodeSequence,
+    EngineConfig,
+    Example,
+    Forget,
+    Handle,
+    LoadWeights,
+    Measure,
+    OptimizerSpec,
+    OptimizerStep,
+    Prefill,
+    PrefillSequence,
+    Sampling,
+    Snapshot,
+    StageOp,
+    StageResult,
+    TrainBackward,
+    TrainForward,
+)
+from services.node_agent.engine.emulated.engine import EmulatedEngine, emulated_fingerprint, load_emulated_engine
+from services.node_agent.engine.emulated.timing import EmulatedTiming
+from services.node_agent.engine.emulated.worker import next_token
+from services.runtime.clock import FakeClock
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 11, "eos_token_id": [3]}), encoding="utf-8")
+    return tmp_path
+
+
+def _engine(model: Path, num_stages: int = 1, **config: int) -> EmulatedEngine:
+    return load_emulated_engine(EngineConfig(model_path=str(model), num_stages=num_stages, **config))
+
+
+def _prefill(version: int = 0, tokens: tuple[int, ...] = (1, 2), hidden: Handle | None = None) -> Prefill:
+    return Prefill(1, version, (PrefillSequence("r", tokens, Sampling(), 4),), hidden)
+
+
+async def _run(engine: EmulatedEngine, stage: int, op: StageOp) -> StageResult:
+    result = await engine.workers[stage].run(op)
+    assert result.error == "", result.error
+    return result
+
+
+async def _error(engine: EmulatedEngine, stage: int, op: StageOp) -> str:
+    return (await engine.workers[stage].run(op)).error
+
+
+async def test_tokens_are_a_function_of_the_newest_token_and_its_place(model: Path) -> None:
+    engine = _engine(model)
+    first = (await _run(engine, 0, _prefill())).tokens[0]
+    assert first.token_id == next_token(2, 2, 11)
+    second = (await _run(engine, 0, Decode(2, 0, (DecodeSequence("r", first.token_id, 2),)))).tokens[0]
+    assert second.token_id == next_token(first.token_id, 3, 11)
+    assert second.is_end == (second.token_id == 3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "op", "complaint"),
+    [
+        (0, _prefill(version=1), "at version 0, the op wants 1"),
+        (0, _prefill(hidden=Handle(1.0)), "activations come from the previous stage"),
+        (1, _prefill(), "activations come from the previous stage"),
+        (0, _prefill(tokens=(1,) * 99), "KV cache of 8 tokens is full"),
+        (0, Decode(1, 0, (DecodeSequence("r", 1, 2),)), "holds None tokens, position 2"),
+        (0, TrainBackward(1, "t", Handle("g")), "no saved activations"),
+        (0, TrainBackward(1, "t"), "a gradient comes from the next stage"),
+        (0, LoadWeights(1, 0, "s", "/nowhere", "replace"), "No such file"),
+        (0, Measure(1, "dance", 1, 1, 1, 0), "dance"),
+    ],
+)
+async def test_mistakes_are_errors(model: Path, stage: int, op: StageOp, complaint: str) -> None:
+    assert complaint in await _error(_engine(model, 2, kv_capacity_tokens=8), stage, op)
+
+
+async def test_positions_and_double_prefills_are_checked(model: Path) -> None:
+    engine = _engine(model)
+    await _run(engine, 0, _prefill())
+    assert "in the KV cache already" in await _error(engine, 0, _prefill())
+    assert "holds 2 tokens, position 3" in await _error(engine, 0, Decode(2, 0, (DecodeSequence("r", 1, 3),)))
+    await _run(engine, 0, Forget(3, ("r", "unknown")))
+    await _run(engine, 0, _prefill())
+
+
+async def test_one_op_at_a_time(model: Path) -> None:
+    engine = _engine(model)
+    first = asyncio.create_task(engine.workers[0].run(_prefill()))
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="while another op is running"):
+        await engine.workers[0].run(Forget(2, ()))
+    await first
+
+
+async def test_training_lowers_the_loss_and_raises_the_version(model: Path) -> None:
+    engine = _engine(model, 2)
+    losses = []
+    for version in range(2):
+        forward = TrainForward(1, version, "t", (Example((1, 2, 3)), Example((1, 2), 1)))
+        hidden = (await _run(engine, 0, forward)).output
+        last = await _run(engine, 1, TrainForward(1, version, "t", forward.examples, hidden=hidden))
+        losses.append(last.loss)
+        assert last.label_tokens == 3
+        gradient = (await _run(engine, 1, TrainBackward(2, "t"))).output
+        assert (await _run(engine, 0, TrainBackward(2, "t", gradient))).grad_norm_sq == 1.0
+        for stage in (0, 1):
+            step = OptimizerStep(3, version, "job", OptimizerSpec(learning_rate=1e-3), 2.0)
+            assert (await _run(engine, stage, step)).version == version + 1
+    assert losses == pytest.approx([4.0, 3.6])
+
+
+async def test_snapshots_and_loads(model: Path) -> None:
+    engine = _engine(model)
+    path = (await _run(engine, 0, Snapshot(1, 0, "s"))).weights_path
+    await _run(engine, 0, OptimizerStep(2, 0, "job", OptimizerSpec(learning_rate=5e-3)))
+    assert (await _run(engine, 0, LoadWeights(3, 1, "s", path, "average"))).version == 2
+    assert engine.workers[0].stage.weight == 2.0, "the mean equals the snapshot: the step made since is kept"
+    await _run(engine, 0, LoadWeights(4, 2, "s", path, "replace"))
+    assert engine.workers[0].stage.weight == 4.0
+    failed = await engine.workers[0].run(LoadWeights(5, 3, "unknown", path, "average"))
+    assert failed.error
+    assert failed.version == 4, "stages stay in step"
+    await engine.close()
+    with pytest.raises(FileNotFoundError):
+        os.stat(path)
+
+
+async def test_measurements_tell_the_model(model: Path) -> None:
+    timing = EmulatedTiming({OpKind.TRAIN_BACKWARD: LatencyModel("affine", (0.0, 2.0))})
+    engine = load_emulated_engine(EngineConfig(model_path=str(model)), timing, sleep=lambda _: asyncio.sleep(0))
+    durations = dict((await _run(engine, 0, Measure(1, "train_forward", 2, 3, 2, 1))).durations_s)
+    assert durations == {"train_forward": (1e-6, 1e-6), "train_backward": (12.0, 12.0)}
+
+
+async def test_ops_take_the_time_of_their_model(model: Path) -> None:
+    clock = FakeClock()
+
+    async def sleep(seconds: float) -> None:
+        clock.advance(seconds)
+
+    timing = EmulatedTiming(
+        {
+            OpKind.PREFILL: LatencyModel("affine", (1.0, 0.5)),
+            OpKind.TRAIN_FORWARD: LatencyModel("affine", (0.0, 1.0)),
+            OpKind.TRAIN_BACKWARD: LatencyModel("affine", (0.0, 2.0)),
+        }
+    )
+    engine = load_emulated_engine(EngineConfig(model_path=str(model)), timing, clock=clock, sleep=sleep)
+    results = [
+        await _run(engine, 0, op)
+        for op in (
+            _prefill(),
+            TrainForward(2, 0, "t", (Example((1, 2, 3)), Example((1, 2)))),
+            TrainBackward(3, "t"),
+            Forget(4, ("t",)),
+        )
+    ]
+    assert [result.end_s - result.begin_s for result in results] == [2.0, 6.0, 12.0, 0.0]
+
+
+@pytest.mark.parametrize("content", [None, "no json", "[]", "{}", '{"vocab_size": "many"}'])
+def test_unusable_model_directories_are_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json: not a model configuration"):
+        _engine(tmp_path)
+
+
+def test_the_fingerprint_depends_on_what_durations_depend_on() -> None:
+    config = EngineConfig(model_path="x")
+    slow = EmulatedTiming({OpKind.DECODE: LatencyModel("constant", (1.0,))})
+    prints = {
+        emulated_fingerprint(config, EmulatedTiming()),
+        emulated_fingerprint(config, slow),
+        emulated_fingerprint(EngineConfig(model_path="x", num_stages=2), slow),
+    }
+    assert len(prints) == 3
+    assert emulated_fingerprint(EngineConfig(model_path="y"), slow) in prints

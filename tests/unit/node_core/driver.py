@@ -1,0 +1,243 @@
+"""A virtual clock that runs a node core's ops with given durations, and a checker of every promise of the core.
+
+The checker knows the rules only from the outside: from the events it is shown and the commands that come back.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from services.latency import OpKind
+from services.node_agent.core.node import NodeCore
+from services.node_agent.core.types import (
+    Command,
+    Event,
+    FreeKv,
+    InferenceRequest,
+    MicrobatchArrived,
+    NodeCoreConfig,
+    Op,
+    OpDone,
+    RequestArrived,
+    RunOp,
+    SyncRequested,
+    TaskDone,
+    Tick,
+    TrainingMicrobatch,
+)
+
+FORWARD_TYPES = (OpKind.PREFILL, OpKind.DECODE, OpKind.TRAIN_FORWARD)
+TRAINING = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD, OpKind.OPTIMIZER_STEP)
+SHORT = {
+    OpKind.PREFILL: "P",
+    OpKind.DECODE: "D",
+    OpKind.TRAIN_FORWARD: "F",
+    OpKind.TRAIN_BACKWARD: "B",
+    OpKind.OPTIMIZER_STEP: "S",
+    OpKind.WEIGHT_SYNC: "W",
+}
+DURATIONS = {
+    OpKind.PREFILL: 0.1,
+    OpKind.DECODE: 0.05,
+    OpKind.TRAIN_FORWARD: 0.2,
+    OpKind.TRAIN_BACKWARD: 0.4,
+    OpKind.OPTIMIZER_STEP: 0.1,
+    OpKind.WEIGHT_SYNC: 0.02,
+}
+
+
+class Checker:
+    """Asserts the core's invariants from events and commands alone."""
+
+    def __init__(self, config: NodeCoreConfig) -> None:
+        self.config = config
+        self.running: dict[int, Op] = {}
+        self.ended: Counter[str] = Counter()
+        self.freed: Counter[str] = Counter()
+        self.live: set[str] = set()
+        self._requests: dict[str, InferenceRequest] = {}
+        self._holding: dict[str, int] = {}
+        self._versions = [0] * config.num_stages
+        # Forward-type ops in the pipeline: op id -> (version, next stage to run on).
+        self._travelling: dict[int, tuple[int, int]] = {}
+        self._forward_of: dict[str, int] = {}
+        self._inflight: set[str] = set()
+
+    def before(self, event: Event) -> None:
+        """Take note of an event about to be given to the core."""
+        if isinstance(event, RequestArrived) and event.request.task_id not in self.live:
+            self._requests[event.request.task_id] = event.request
+            self.live.add(event.request.task_id)
+        elif isinstance(event, MicrobatchArrived):
+            self.live.add(event.microbatch.task_id)
+        elif isinstance(event, OpDone):
+            op = self.running.pop(event.stage)
+            if op.changes_weights:
+                self._versions[event.stage] += 1
+            last = event.stage == self.config.num_stages - 1
+            if op.op_id in self._travelling:
+                if last or event.failed:
+                    del self._travelling[op.op_id]
+                else:
+                    self._travelling[op.op_id] = (op.version, event.stage + 1)
+            if op.kind is OpKind.TRAIN_BACKWARD and event.stage == 0:
+                self._inflight.discard(op.task_ids[0])
+
+    def after(self, commands: Iterable[Command]) -> None:
+        """Check what the core said."""
+        for command in commands:
+            if isinstance(command, RunOp):
+                self._ran(command.stage, command.op)
+            elif isinstance(command, FreeKv):
+                self.freed[command.task_id] += 1
+                assert self.freed[command.task_id] == 1, f"{command.task_id} freed twice"
+                assert all(command.task_id not in op.task_ids for op in self.running.values())
+                self._holding.pop(command.task_id, None)
+                self._inflight.discard(command.task_id)
+            elif isinstance(command, TaskDone):
+                assert command.task_id in self.live, f"{command.task_id} ended but is not live"
+                self.live.discard(command.task_id)
+                self.ended[command.task_id] += 1
+                assert self.ended[command.task_id] == 1
+                assert command.task_id not in self._holding, f"{command.task_id} ended with its KV cache held"
+                # A micro-batch that ended takes its forward out of the pipeline.
+                self._travelling.pop(self._forward_of.pop(command.task_id, -1), None)
+
+    def _ran(self, stage: int, op: Op) -> None:
+        assert stage not in self.running, f"stage {stage} got two ops"
+        self.running[stage] = op
+        version = self._versions[stage]
+        if op.kind is OpKind.TRAIN_BACKWARD:
+            assert op.version <= version
+            if self.config.weight_handling == "drain":
+                assert op.version == version, "weights changed between a forward and its backward"
+        else:
+            assert op.version == version, f"op stamped {op.version} ran at {version}"
+        if op.kind in FORWARD_TYPES or (op.kind is OpKind.WEIGHT_SYNC and not op.changes_weights):
+            self._travelling.setdefault(op.op_id, (op.version, 0))
+        if op.changes_weights:
+            for op_id, (stamp, next_stage) in self._travelling.items():
+                assert not (stamp <= op.version and next_stage <= stage), f"{op.op_id} overtook {op_id} on {stage}"
+            if self.config.weight_handling == "drain" and stage == 0:
+                assert not self._inflight, "weights changed between a forward and its backward"
+        if op.kind is OpKind.TRAIN_FORWARD and stage == 0:
+            self._inflight.add(op.task_ids[0])
+            self._forward_of[op.task_ids[0]] = op.op_id
+            assert len(self._inflight) <= self.config.max_inflight_training
+        if op.kind is OpKind.PREFILL and stage == 0:
+            for task_id in op.task_ids:
+                request = self._requests[task_id]
+                self._holding[task_id] = request.prompt_tokens + request.max_tokens
+            assert sum(self._holding.values()) <= self.config.kv_capacity_tokens
+            assert len(op.task_ids) == 1 or op.num_tokens <= self.config.max_prefill_tokens
+        if op.kind in (OpKind.PREFILL, OpKind.DECODE):
+            assert 1 <= len(op.task_ids) <= self.config.max_batch
+            assert len(set(op.task_ids)) == len(op.task_ids)
+            twice = [other for other in self.running.values() if other is not op and other.op_id != op.op_id]
+            assert all(not set(other.task_ids) & set(op.task_ids) for other in twice)
+
+
+class Driver:
+    """Runs a core to its end on a virtual clock."""
+
+    def __init__(
+        self,
+        *,
+        durations: dict[OpKind, float] | Callable[[int, Op], float] = DURATIONS,
+        stop_after: dict[str, int] | None = None,
+        fail: Callable[[int, Op], bool] = lambda stage, op: False,
+        core: NodeCore | None = None,
+        **config: object,
+    ) -> None:
+        self.config = core.config if core else NodeCoreConfig(**config)  # type: ignore[arg-type]
+        self.core = core or NodeCore(self.config)
+        self.checker = Checker(self.config)
+        self.now_s = 0.0
+        self.runs: list[tuple[float, int, Op]] = []
+        self.log: list[str] = []
+        self.results: dict[str, str] = {}
+        self.ended_s: dict[str, float] = {}
+        self._durations = durations
+        self._stop_after = stop_after or {}
+        self._tokens: Counter[str] = Counter()
+        self._fail = fail
+        self._events: list[tuple[float, int, Event]] = []
+        self._serial = 0
+
+    def at(self, time_s: float, *events: Event) -> "Driver":
+        """Schedule events."""
+        for event in events:
+            self._serial += 1
+            heapq.heappush(self._events, (time_s, self._serial, event))
+        return self
+
+    def run(self, until_s: float = 1e6, max_events: int = 20_000) -> "Driver":
+        """Deliver events, and the ends of ops, until nothing is left."""
+        for _ in range(max_events):
+            wakeup_s = self.core.next_wakeup_s
+            if wakeup_s is not None and (not self._events or self._events[0][0] > wakeup_s):
+                self.at(max(wakeup_s, self.now_s), Tick())
+            if not self._events or self._events[0][0] > until_s:
+                return self
+            self.now_s, _, event = heapq.heappop(self._events)
+            self.give(event)
+        raise AssertionError("the core does not come to an end")
+
+    def give(self, event: Event) -> list[Command]:
+        """Give one event now."""
+        self.checker.before(event)
+        commands = self.core.step(self.now_s, event)
+        self.checker.after(commands)
+        for command in commands:
+            self._note(command)
+        return commands
+
+    def _note(self, command: Command) -> None:
+        if isinstance(command, RunOp):
+            stage, op = command.stage, command.op
+            self.runs.append((self.now_s, stage, op))
+            name = ",".join(op.task_ids) or op.subject
+            self.log.append(f"{self.now_s:7.3f} stage {stage}  {SHORT[op.kind]} v{op.version} {name}")
+            self.at(round(self.now_s + self._duration_s(stage, op), 9), self._end(stage, op))
+        elif isinstance(command, TaskDone):
+            self.results[command.task_id] = command.reason
+            self.ended_s[command.task_id] = self.now_s
+            self.log.append(f"{self.now_s:7.3f} done     {command.task_id} {command.reason}")
+
+    def _duration_s(self, stage: int, op: Op) -> float:
+        return self._durations(stage, op) if callable(self._durations) else self._durations[op.kind]
+
+    def _end(self, stage: int, op: Op) -> OpDone:
+        stopped: tuple[str, ...] = ()
+        if op.kind in (OpKind.PREFILL, OpKind.DECODE) and stage == self.config.num_stages - 1:
+            self._tokens.update(op.task_ids)
+            stopped = tuple(i for i in op.task_ids if self._tokens[i] == self._stop_after.get(i))
+        return OpDone(stage, op.op_id, stopped, self._fail(stage, op))
+
+    # ------------------------------------------------------------- reading the transcript
+
+    def order(self, stage: int = 0) -> str:
+        """Ops a stage ran, in order, as letters."""
+        return "".join(SHORT[op.kind] for _, where, op in self.runs if where == stage)
+
+    def ops(self, kind: OpKind, stage: int = 0) -> list[tuple[float, Op]]:
+        """Start times and ops of one kind on one stage."""
+        return [(time_s, op) for time_s, where, op in self.runs if where == stage and op.kind is kind]
+
+
+def request(
+    task_id: str, prompt: int = 10, max_tokens: int = 1, arrival_s: float = 0.0, **more: float
+) -> RequestArrived:
+    """A request arrives."""
+    return RequestArrived(InferenceRequest(task_id, arrival_s, prompt, max_tokens, **more))  # type: ignore[arg-type]
+
+
+def microbatch(task_id: str, job: str = "job", accumulation: int = 1, last: bool = False) -> MicrobatchArrived:
+    """A micro-batch named "<name><sequence>" arrives: 2 examples of 8 tokens."""
+    sequence = int("".join(c for c in task_id if c.isdigit()) or 0)
+    return MicrobatchArrived(TrainingMicrobatch(task_id, 0.0, job, sequence, 2, 8, accumulation, last))
+
+
+def sync(sync_id: str, changes_weights: bool) -> SyncRequested:
+    """A synchronisation is asked for."""
+    return SyncRequested(sync_id, changes_weights)

@@ -1,0 +1,152 @@
+"""Micro-batches, accumulation groups, the optimizer step and the version rule."""
+
+from services.latency import OpKind
+from services.node_agent.core.types import Cancelled, Op, QueueOrder
+from tests.unit.node_core.driver import DURATIONS, Driver, microbatch, request, sync
+
+
+def test_a_microbatch_goes_up_and_down_and_the_step_goes_up() -> None:
+    driver = Driver(num_stages=2).at(0.0, microbatch("m0")).run()
+    assert (driver.order(0), driver.order(1)) == ("FBS", "FBS")
+    assert driver.results == {"m0": "trained"}
+    assert driver.core.snapshot().versions == (1, 1)
+    forward = driver.ops(OpKind.TRAIN_FORWARD)[0][1]
+    assert (forward.num_tokens, forward.batch, forward.subject) == (16, 2, "job")
+
+
+def test_a_group_takes_one_step_for_all_its_microbatches() -> None:
+    driver = Driver(num_stages=1).at(0.0, *[microbatch(f"m{i}", accumulation=3) for i in range(6)]).run()
+    steps = [op for _, op in driver.ops(OpKind.OPTIMIZER_STEP)]
+    assert [(op.version, op.task_ids) for op in steps] == [(0, ("m0", "m1", "m2")), (1, ("m3", "m4", "m5"))]
+    assert set(driver.results.values()) == {"trained"}
+
+
+def test_microbatches_of_a_job_run_in_the_order_of_their_sequence() -> None:
+    driver = Driver(num_stages=1, max_inflight_training=1).at(0.0, request("busy"))
+    driver.at(0.01, *[microbatch(f"m{i}", accumulation=4) for i in (2, 0, 3, 1)]).run()
+    assert [op.task_ids[0] for _, op in driver.ops(OpKind.TRAIN_FORWARD)] == ["m0", "m1", "m2", "m3"]
+
+
+def test_the_next_forward_starts_while_earlier_microbatches_are_in_flight() -> None:
+    driver = Driver(num_stages=2, max_inflight_training=3)
+    driver.at(0.0, *[microbatch(f"m{i}", accumulation=4) for i in range(4)]).run()
+    assert driver.order(0) == "FFFBFBBBS"
+
+
+def test_drain_starts_the_next_group_only_behind_the_step_and_follows_it() -> None:
+    driver = Driver(num_stages=3, max_inflight_training=4).at(0.0, *[microbatch(f"m{i}") for i in range(3)]).run()
+    assert driver.order(0) == "FBSFBSFBS"
+    step_top = driver.ops(OpKind.OPTIMIZER_STEP, stage=2)[0][0]
+    assert driver.ops(OpKind.TRAIN_FORWARD)[1][0] < step_top
+    assert [op.version for _, op in driver.ops(OpKind.TRAIN_FORWARD, stage=2)] == [0, 1, 2]
+
+
+def test_stash_lets_the_next_groups_start_and_keeps_their_gradients_apart() -> None:
+    driver = Driver(num_stages=2, max_inflight_training=2, weight_handling="stash")
+    driver.at(0.0, *[microbatch(f"m{i}") for i in range(4)]).run()
+    assert driver.order(0).startswith("FF")
+    for stage in (0, 1):
+        seen = [
+            op.task_ids[0] + op.kind.value[0] for _, s, op in driver.runs if s == stage and op.kind != "train_forward"
+        ]
+        assert seen == [f"m{i}{letter}" for i in range(4) for letter in "to"], f"stage {stage} mixed groups"
+    stale = [op for _, op in driver.ops(OpKind.TRAIN_BACKWARD)]
+    assert [op.version for op in stale] == [0, 0, 1, 2], "gradients are one step late"
+
+
+def test_jobs_take_turns_group_by_group() -> None:
+    driver = Driver(num_stages=1).at(0.0, request("busy"))
+    driver.at(0.01, *[microbatch(f"{job}{i}", job=job, accumulation=2) for job in "ab" for i in range(4)]).run()
+    jobs = [op.subject for _, op in driver.ops(OpKind.OPTIMIZER_STEP)]
+    assert jobs == ["a", "b", "a", "b"]
+    assert all(len({i[0] for i in op.task_ids}) == 1 for _, op in driver.ops(OpKind.OPTIMIZER_STEP))
+
+
+def test_the_last_microbatch_of_a_job_closes_its_group() -> None:
+    driver = Driver(num_stages=1).at(0.0, microbatch("m0", accumulation=8), microbatch("m1", accumulation=8, last=True))
+    driver.run()
+    assert driver.order() in ("FFBBS", "FBFBS")
+    assert driver.now_s < driver.config.group_timeout_s + 0.5
+
+
+def test_an_unfinished_group_steps_after_its_timeout_and_blocks_no_other_job() -> None:
+    driver = Driver(num_stages=1, group_timeout_s=2.0)
+    driver.at(0.0, microbatch("a0", job="a", accumulation=8)).at(0.1, microbatch("b0", job="b")).run()
+    assert driver.results == {"a0": "trained", "b0": "trained"}
+    step_s, step = driver.ops(OpKind.OPTIMIZER_STEP)[0]
+    assert step.task_ids == ("a0",)
+    assert step_s == 0.6 + 2.0
+
+
+def test_a_late_microbatch_restarts_the_group_timeout() -> None:
+    driver = Driver(num_stages=1, group_timeout_s=1.0).at(0.0, microbatch("m0", accumulation=3))
+    driver.at(1.0, microbatch("m1", accumulation=3)).run()
+    assert [op.task_ids for _, op in driver.ops(OpKind.OPTIMIZER_STEP)] == [("m0", "m1")]
+    assert driver.ops(OpKind.OPTIMIZER_STEP)[0][0] == 1.6 + 1.0
+
+
+def test_an_iteration_runs_at_one_version_on_every_stage() -> None:
+    driver = Driver(num_stages=3).at(0.0, *[request(f"r{i}", max_tokens=60) for i in range(4)])
+    driver.at(0.0, *[microbatch(f"m{i}") for i in range(5)]).run()
+    versions: dict[int, set[int]] = {}
+    for _, _, op in driver.runs:
+        versions.setdefault(op.op_id, set()).add(op.version)
+    assert all(len(found) == 1 for found in versions.values())
+    assert {op.version for _, op in driver.ops(OpKind.DECODE)} >= {0, 1, 2}
+    assert driver.core.snapshot().versions == (5, 5, 5)
+
+
+def test_a_step_waits_on_an_upper_stage_for_older_ops_and_newer_ones_wait_for_it() -> None:
+    def durations(stage: int, op: Op) -> float:
+        return 1.0 if (stage, op.kind) == (1, OpKind.PREFILL) else DURATIONS[op.kind]
+
+    driver = Driver(num_stages=2, durations=durations, max_batch=1).at(0.0, microbatch("m0"))
+    driver.at(1.0, *[request(f"r{i}") for i in range(2)]).at(1.2, request("new", max_tokens=2)).run()
+    order = [(op.kind, op.version) for _, s, op in driver.runs if s == 1 and op.kind is not OpKind.DECODE]
+    step = order.index((OpKind.OPTIMIZER_STEP, 0))
+    assert all(version == 0 for _, version in order[:step])
+    assert all(version == 1 for _, version in order[step + 1 :])
+
+
+def test_a_snapshot_keeps_the_version_and_sees_one_version_everywhere() -> None:
+    driver = Driver(num_stages=3).at(0.0, microbatch("m0"), microbatch("m1")).at(0.65, sync("s", False))
+    driver.at(0.0, request("r", max_tokens=30)).run()
+    snapshots = [op for _, _, op in driver.runs if op.kind is OpKind.WEIGHT_SYNC]
+    assert len(snapshots) == 3
+    assert len({op.version for op in snapshots}) == 1
+    assert driver.core.snapshot().versions == (2, 2, 2)
+
+
+def test_applied_weights_raise_the_version_and_wait_for_microbatches_in_flight() -> None:
+    driver = Driver(num_stages=2, max_inflight_training=2).at(
+        0.0, *[microbatch(f"m{i}", accumulation=4) for i in range(4)]
+    )
+    driver.at(0.3, sync("average", True)).run()
+    apply_s = driver.ops(OpKind.WEIGHT_SYNC)[0][0]
+    backwards = [time_s for time_s, op in driver.ops(OpKind.TRAIN_BACKWARD) if op.version == 0]
+    assert apply_s >= max(backwards) + DURATIONS[OpKind.TRAIN_BACKWARD] - 1e-9
+    assert driver.core.snapshot().versions == (2, 2)
+    assert set(driver.results.values()) == {"trained"}
+
+
+def test_stash_applies_weights_without_waiting() -> None:
+    driver = (
+        Driver(num_stages=2, weight_handling="stash").at(0.0, microbatch("m0")).at(0.1, sync("replace", True)).run()
+    )
+    assert driver.ops(OpKind.WEIGHT_SYNC)[0][0] == 0.2
+    assert driver.ops(OpKind.TRAIN_BACKWARD)[0][1].version == 0
+
+
+def test_syncs_run_in_order_and_are_not_starved_by_serving() -> None:
+    driver = Driver(num_stages=2, max_batch=4).at(0.0, *[request(f"r{i}", max_tokens=50) for i in range(8)])
+    driver.at(1.0, sync("one", False), sync("two", True)).run()
+    syncs = driver.ops(OpKind.WEIGHT_SYNC)
+    assert [op.subject for _, op in syncs] == ["one", "two"]
+    assert syncs[-1][0] <= 1.0 + 2 * max(DURATIONS[OpKind.PREFILL], DURATIONS[OpKind.DECODE])
+
+
+def test_fifo_syncs_too() -> None:
+    driver = Driver(num_stages=2, queue_order=QueueOrder.FIFO).at(0.0, microbatch("m0"), request("r", max_tokens=5))
+    driver.at(0.1, sync("s", True), Cancelled("nobody")).run()
+    assert driver.core.snapshot().versions == (2, 2)
+    assert driver.core.snapshot().pending_syncs == 0

@@ -1,0 +1,153 @@
+"""Rounds of weight synchronisation: who takes part, in which order, and how a round ends."""
+
+from services.scheduler.core.scheduler import SchedulerCore
+from services.scheduler.core.types import (
+    ApplyWeights,
+    NodeJoined,
+    NodeLost,
+    SnapshotReady,
+    SyncEnded,
+    SyncIntervalSet,
+    SyncMode,
+    TakeSnapshot,
+    Tick,
+)
+from tests.unit.scheduler_core.support import core_with, node, step_ended
+
+
+def averaging(*node_ids: str, every: int = 2, **config: object) -> SchedulerCore:
+    return core_with(*(node(node_id) for node_id in node_ids), policy="round_robin", sync_every_steps=every, **config)
+
+
+def start_round(core: SchedulerCore, node_id: str, *, now_s: float = 1.0, steps: int = 2) -> list[TakeSnapshot]:
+    commands = [command for _ in range(steps) for command in core.step(now_s, step_ended(node_id))]
+    snapshots = [command for command in commands if isinstance(command, TakeSnapshot)]
+    assert len(snapshots) == len(commands)
+    return snapshots
+
+
+def test_average_round_takes_all_snapshots_before_anyone_applies() -> None:
+    core = averaging("a", "b", "c")
+    snapshots = start_round(core, "b")
+    assert [command.node_id for command in snapshots] == ["a", "b", "c"]
+    sync_id = snapshots[0].sync_id
+    assert core.snapshot().sync_id == sync_id
+    assert core.step(1.1, SnapshotReady(sync_id, "c")) == []
+    assert core.step(1.1, SnapshotReady(sync_id, "a")) == []
+    assert core.step(1.2, SnapshotReady(sync_id, "b")) == [
+        ApplyWeights(sync_id, "a", SyncMode.AVERAGE, ("b", "c")),
+        ApplyWeights(sync_id, "b", SyncMode.AVERAGE, ("a", "c")),
+        ApplyWeights(sync_id, "c", SyncMode.AVERAGE, ("a", "b")),
+    ]
+    for node_id in ("a", "b", "c"):
+        core.step(1.3, SyncEnded(sync_id, node_id, ok=True, weight_step=7))
+    assert core.snapshot().sync_id == ""
+    assert [status.weight_step for status in core.snapshot().nodes] == [7, 7, 7]
+
+
+def test_replace_round_copies_from_the_trainer_with_most_steps() -> None:
+    core = core_with(*(node(name) for name in "abcd"), policy="separate", sync_every_steps=3)
+    # "a" and "b" serve; "d" is ahead of "c".
+    start_round(core, "c", steps=1)
+    snapshots = start_round(core, "d", steps=3)
+    assert [command.node_id for command in snapshots] == ["d"]
+    assert core.step(1.1, SnapshotReady(snapshots[0].sync_id, "d")) == [
+        ApplyWeights(snapshots[0].sync_id, "a", SyncMode.REPLACE, ("d",)),
+        ApplyWeights(snapshots[0].sync_id, "b", SyncMode.REPLACE, ("d",)),
+    ]
+
+
+def test_only_steps_that_left_the_last_stage_count() -> None:
+    core = core_with(node("a", 2), node("b", 2), policy="round_robin", sync_every_steps=1)
+    assert core.step(1.0, step_ended("a", stage=0)) == []
+    assert len(core.step(1.0, step_ended("a", stage=1))) == 2
+
+
+def test_no_round_without_k_or_without_a_peer() -> None:
+    assert start_round(averaging("a", "b", every=0), "a", steps=10) == []
+    assert start_round(averaging("a"), "a", steps=10) == []
+
+
+def test_interval_can_be_set_while_running() -> None:
+    core = averaging("a", "b", every=0)
+    assert start_round(core, "a", steps=3) == []
+    assert core.step(1.0, SyncIntervalSet(4)) == []
+    assert len(start_round(core, "a", steps=1)) == 2
+    core.step(1.0, SyncIntervalSet(0))
+    assert core.snapshot().sync_id != ""  # a running round goes on
+    core.step(1.0, NodeLost("b"))
+    assert start_round(core, "a", steps=10) == []
+
+
+def test_one_round_at_a_time_and_the_next_after_its_end() -> None:
+    core = averaging("a", "b")
+    sync_id = start_round(core, "a")[0].sync_id
+    assert start_round(core, "a", steps=5) == []
+    for node_id in ("a", "b"):
+        core.step(2.0, SnapshotReady(sync_id, node_id))
+    for node_id in ("a", "b"):
+        core.step(2.0, SyncEnded(sync_id, node_id, ok=True))
+    following = start_round(core, "a", steps=1)
+    assert len(following) == 2
+    assert following[0].sync_id != sync_id
+
+
+def test_timeout_abandons_the_round_and_late_answers_are_ignored() -> None:
+    core = averaging("a", "b", sync_timeout_s=5.0)
+    sync_id = start_round(core, "a", now_s=1.0)[0].sync_id
+    assert core.next_wakeup_s() == 6.0
+    core.step(5.9, Tick())
+    assert core.snapshot().sync_id == sync_id
+    core.step(6.0, Tick())
+    assert core.snapshot().sync_id == ""
+    assert core.next_wakeup_s() is None
+    assert core.step(6.1, SnapshotReady(sync_id, "a")) == []
+    assert core.step(6.1, SnapshotReady(sync_id, "b")) == []
+
+
+def test_lost_node_leaves_and_the_others_go_on() -> None:
+    core = averaging("a", "b", "c")
+    sync_id = start_round(core, "a")[0].sync_id
+    core.step(1.1, SnapshotReady(sync_id, "a"))
+    core.step(1.1, SnapshotReady(sync_id, "b"))
+    assert core.step(1.2, NodeLost("c")) == [
+        ApplyWeights(sync_id, "a", SyncMode.AVERAGE, ("b",)),
+        ApplyWeights(sync_id, "b", SyncMode.AVERAGE, ("a",)),
+    ]
+    core.step(1.3, SyncEnded(sync_id, "a", ok=True))
+    core.step(1.3, NodeLost("b"))
+    assert core.snapshot().sync_id == ""
+
+
+def test_round_of_two_ends_with_the_loss_of_one() -> None:
+    core = averaging("a", "b")
+    start_round(core, "a")
+    assert core.step(1.2, NodeLost("b")) == []
+    assert core.snapshot().sync_id == ""
+
+
+def test_failed_snapshot_takes_the_node_out_of_the_round() -> None:
+    core = averaging("a", "b", "c")
+    sync_id = start_round(core, "a")[0].sync_id
+    assert core.step(1.1, SyncEnded(sync_id, "c", ok=False)) == []
+    core.step(1.1, SnapshotReady(sync_id, "a"))
+    commands = core.step(1.2, SnapshotReady(sync_id, "b"))
+    assert [command.node_id for command in commands if isinstance(command, ApplyWeights)] == ["a", "b"]
+
+
+def test_failed_source_of_a_replace_round_ends_it() -> None:
+    core = core_with(node("a"), node("b"), policy="separate", sync_every_steps=1)
+    sync_id = start_round(core, "b", steps=1)[0].sync_id
+    assert core.step(1.1, SyncEnded(sync_id, "b", ok=False)) == []
+    assert core.snapshot().sync_id == ""
+
+
+def test_node_that_joins_during_a_round_takes_part_in_the_next() -> None:
+    core = averaging("a", "b")
+    sync_id = start_round(core, "a")[0].sync_id
+    core.step(1.1, NodeJoined(node("c")))
+    core.step(1.1, SnapshotReady(sync_id, "a"))
+    assert len(core.step(1.1, SnapshotReady(sync_id, "b"))) == 2
+    for node_id in ("a", "b"):
+        core.step(1.2, SyncEnded(sync_id, node_id, ok=True))
+    assert [command.node_id for command in start_round(core, "c")] == ["a", "b", "c"]

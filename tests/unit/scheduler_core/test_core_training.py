@@ -1,0 +1,196 @@
+"""Micro-batches: the A-PP rule, the order of a job, hold-back and its starvation bound."""
+
+import pytest
+
+from services.scheduler.core.scheduler import SchedulerCore
+from services.scheduler.core.types import (
+    CancelOnNode,
+    Command,
+    Defer,
+    Drop,
+    JobCancelled,
+    NodeLost,
+    Reject,
+    SloTarget,
+    TaskArrived,
+    TaskEnded,
+    Tick,
+)
+from tests.unit.scheduler_core.support import (
+    assigned,
+    backward_ended,
+    constant_latency,
+    core_with,
+    microbatch,
+    node,
+    request,
+)
+
+
+def offer(core: SchedulerCore, num: int, *, now_s: float = 0.0, job_id: str = "job") -> list[Command]:
+    return [
+        command
+        for index in range(num)
+        for command in core.step(now_s, TaskArrived(microbatch(f"{job_id}-{index}", job_id=job_id, arrival_s=now_s)))
+    ]
+
+
+def test_each_node_gets_a_stream_up_to_its_window() -> None:
+    core = core_with(node("a"), node("b"), policy="round_robin", max_inflight_training=2)
+    commands = offer(core, 6)
+    assert assigned(commands) == [("job-0", "a"), ("job-1", "b"), ("job-2", "a"), ("job-3", "b")]
+    assert Defer("job-4", "inflight_limit") in commands
+    assert core.snapshot().waiting_training == 2
+
+
+def test_end_of_a_backward_releases_the_next_before_the_optimizer_step() -> None:
+    core = core_with(node("a"), policy="round_robin", max_inflight_training=1)
+    offer(core, 3)
+    assert assigned(core.step(1.0, backward_ended("a", "job-0", 1.0))) == [("job-1", "a")]
+    # The group of two steps now; the end of the tasks releases nothing twice.
+    assert assigned(core.step(2.0, TaskEnded("job-0", "a", ok=True))) == []
+    assert core.snapshot().nodes[0].inflight_training == 1
+    assert assigned(core.step(2.0, TaskEnded("job-1", "a", ok=True))) == [("job-2", "a")]
+
+
+def test_accumulation_larger_than_the_window_fills() -> None:
+    core = core_with(node("a"), policy="lemix", max_inflight_training=2)
+    offer(core, 8)
+    for index in range(6):
+        assert assigned(core.step(1.0 + index, backward_ended("a", f"job-{index}", 1.0 + index))) == [
+            (f"job-{index + 2}", "a")
+        ]
+    assert core.snapshot().nodes[0].inflight_training == 8
+
+
+def test_more_than_the_bound_is_refused() -> None:
+    core = core_with(policy="round_robin", max_waiting_training=2)
+    offer(core, 2)
+    (command,) = core.step(0.0, TaskArrived(microbatch("x")))
+    assert isinstance(command, Reject)
+    assert command.code == "OVERLOADED"
+
+
+def test_cancelled_job_drops_what_waits_and_cancels_what_runs() -> None:
+    core = core_with(node("a"), policy="round_robin", max_inflight_training=1)
+    offer(core, 2, job_id="one")
+    offer(core, 1, job_id="two")
+    commands = core.step(1.0, JobCancelled("one"))
+    assert commands == [CancelOnNode("one-0", "a"), Drop("one-1"), Defer("two-0", "inflight_limit")]
+    assert assigned(core.step(2.0, TaskEnded("one-0", "a", ok=False))) == [("two-0", "a")]
+
+
+def test_training_of_a_lost_node_moves_before_what_waits() -> None:
+    core = core_with(node("a"), node("b"), policy="round_robin", max_inflight_training=1)
+    offer(core, 4)
+    core.step(1.0, NodeLost("a"))
+    assert assigned(core.step(2.0, TaskEnded("job-1", "b", ok=True))) == [("job-0", "b")]
+    assert assigned(core.step(3.0, TaskEnded("job-0", "b", ok=True))) == [("job-2", "b")]
+
+
+def test_separate_trains_only_on_its_training_nodes() -> None:
+    core = core_with(node("a"), node("b"), node("c"), policy="separate", max_inflight_training=1)
+    assert assigned(offer(core, 3)) == [("job-0", "b"), ("job-1", "c")]
+
+
+# ----------------------------------------------------------------------------- hold-back
+
+
+def lemix_with_long_training(**config: object) -> SchedulerCore:
+    """One node whose training forward (1 s) alone breaks a promise of 0.5 s."""
+    spec = node("a", latency=constant_latency(train_forward=1.0))
+    return core_with(
+        spec,
+        policy="lemix",
+        default_slo=SloTarget(ttft_s=0.5),
+        max_inflight_training=1,
+        **{"max_hold_back_s": 3.0, **config},
+    )
+
+
+def arrive(core: SchedulerCore, now_s: float, task_id: str) -> list[Command]:
+    return core.step(now_s, TaskArrived(request(task_id, arrival_s=now_s)))
+
+
+def test_lemix_releases_training_while_no_inference_comes() -> None:
+    assert assigned(offer(lemix_with_long_training(), 1)) == [("job-0", "a")]
+
+
+def test_lemix_holds_training_back_that_would_break_a_waiting_request() -> None:
+    core = lemix_with_long_training()
+    arrive(core, 1.0, "r1")
+    assert core.step(1.1, TaskArrived(microbatch("m", arrival_s=1.1))) == [Defer("m", "held_back")]
+    assert core.snapshot().nodes[0].held_back_since_s == 1.1
+    wakeup_s = core.next_wakeup_s()
+    assert wakeup_s is not None
+    assert 1.1 < wakeup_s <= 4.1
+    assert assigned(core.step(1.2, TaskEnded("r1", "a", ok=True, output_tokens=1))) == [("m", "a")]
+    assert core.snapshot().nodes[0].held_back_since_s is None
+
+
+def test_lemix_holds_training_back_while_requests_keep_arriving_and_releases_at_the_bound() -> None:
+    core = lemix_with_long_training()
+    now_s = 1.0
+    arrive(core, 0.9, "before")
+    core.step(1.0, TaskEnded("before", "a", ok=True, output_tokens=1))
+    arrive(core, now_s, "r0")
+    core.step(now_s, TaskArrived(microbatch("m", arrival_s=now_s)))
+    released_s = None
+    for index in range(1, 60):
+        now_s = 1.0 + index * 0.1
+        commands = core.step(now_s, TaskEnded(f"r{index - 1}", "a", ok=True, output_tokens=1))
+        commands += arrive(core, now_s, f"r{index}")
+        commands += core.step(now_s, Tick())
+        if ("m", "a") in assigned(commands):
+            released_s = now_s
+            break
+    assert released_s == pytest.approx(1.0 + 3.0, abs=0.11)
+
+
+def test_hold_back_ends_with_a_tick_even_if_nothing_happens() -> None:
+    core = lemix_with_long_training()
+    arrive(core, 1.0, "r1")
+    arrive(core, 1.5, "r2")
+    core.step(1.5, TaskArrived(microbatch("m", arrival_s=1.5)))
+    for _ in range(200):
+        wakeup_s = core.next_wakeup_s()
+        assert wakeup_s is not None
+        if assigned(core.step(wakeup_s, Tick())):
+            assert wakeup_s == pytest.approx(4.5)
+            return
+    pytest.fail("never released")
+
+
+def test_no_hold_back_when_it_is_switched_off() -> None:
+    core = lemix_with_long_training(max_hold_back_s=0.0)
+    arrive(core, 1.0, "r1")
+    assert assigned(core.step(1.1, TaskArrived(microbatch("m", arrival_s=1.1)))) == [("m", "a")]
+
+
+def test_lemix_holds_back_only_where_the_requests_are() -> None:
+    specs = [node(name, latency=constant_latency(train_forward=1.0)) for name in ("a", "b")]
+    core = core_with(*specs, policy="lemix", default_slo=SloTarget(ttft_s=0.5), max_inflight_training=1)
+    arrive(core, 1.0, "r1")
+    commands = offer(core, 2, now_s=1.1)
+    assert assigned(commands) == [("job-0", "b")]
+    assert core.snapshot().nodes[0].held_back_since_s == 1.1
+
+
+def test_paper_defers_training_whose_own_response_is_late_while_inference_arrives() -> None:
+    core = core_with(node("a"), policy="paper_additive", slo_unit_s=0.1, max_inflight_training=8)
+    # Before any inference nothing is held back, whatever its response.
+    assert len(assigned(offer(core, 2))) == 2
+    arrive(core, 0.1, "r")
+    # Forwards and backwards committed: the next micro-batch would respond after more than 5 units of 0.1 s.
+    commands = core.step(0.1, TaskArrived(microbatch("late", arrival_s=0.1)))
+    assert commands == [Defer("late", "held_back")]
+    wakeup_s = core.next_wakeup_s()
+    assert wakeup_s is not None
+    core.step(0.2, TaskEnded("r", "a", ok=True, output_tokens=1))
+    commands = []
+    while not commands:
+        wakeup_s = core.next_wakeup_s()
+        assert wakeup_s is not None
+        assert wakeup_s < 1.5
+        commands = core.step(wakeup_s, Tick())
+    assert assigned(commands) == [("late", "a")]

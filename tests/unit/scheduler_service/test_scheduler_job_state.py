@@ -1,0 +1,184 @@
+"""Progress of one job, without I/O."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import work_pb2
+from lemix.v1 import types_pb2
+from services.ledger.types import MAX_JOB_EVENTS
+from services.runtime.clock import FakeClock
+from services.scheduler.feeder import shuffled
+from services.scheduler.hyperparameters import resolve
+from services.scheduler.job_state import WINDOW, JobState
+
+
+def state(total: int, *, next_sequence: int = 0, resumed: bool = False, file: str = "f") -> JobState:
+    job = types_pb2.TrainingJob(
+        job_id="j",
+        training_file=file,
+        total_microbatches=total,
+        trained_microbatches=next_sequence,
+        status=types_pb2.JOB_STATUS_QUEUED,
+    )
+    return JobState(work_pb2.JobRecord(job=job, next_sequence=next_sequence), FakeClock(), resumed=resumed)
+
+
+def outcome(sequence: int, *, node: str = "n", step: int = 1, loss: float = 1.0) -> work_pb2.WorkOutcome:
+    training = work_pb2.TrainingOutcome(job_id="j", sequence=sequence, loss=loss, label_tokens=10, weight_step=step)
+    return work_pb2.WorkOutcome(task_id=f"j/{sequence}", node_id=node, training=training)
+
+
+def offers(job: JobState) -> list[int]:
+    found = []
+    while (sequence := job.take_offer()) is not None:
+        found.append(sequence)
+    return found
+
+
+def test_everything_is_offered_once_and_what_comes_back_again() -> None:
+    job = state(4)
+    assert offers(job) == [0, 1, 2, 3]
+    for sequence in range(4):
+        job.held(sequence, waiting=True)
+    job.release(2)
+    job.release(1)
+    assert offers(job) == [1, 2]
+
+
+def test_offers_stay_within_a_window_of_the_first_untrained() -> None:
+    job = state(3 * WINDOW)
+    assert len(offers(job)) == WINDOW
+    for sequence in range(1, 10):
+        job.trained(outcome(sequence))
+    assert offers(job) == []  # 0 holds the window
+    job.trained(outcome(0))
+    assert offers(job) == list(range(WINDOW, WINDOW + 10))
+
+
+@given(st.permutations(range(12)), st.integers(0, 12))
+def test_what_is_stored_at_any_time_is_a_prefix_and_the_view_is_everything(order: list[int], cut: int) -> None:
+    job = state(12)
+    for sequence in order[:cut]:
+        assert job.trained(outcome(sequence))
+        assert not job.trained(outcome(sequence))
+    stored = job.durable_record()
+    trained = set(order[:cut])
+    prefix = next(number for number in range(13) if number not in trained)
+    assert stored.next_sequence == stored.job.trained_microbatches == prefix
+    assert stored.job.trained_tokens == 10 * prefix
+    assert (job.view().trained_microbatches, job.view().trained_tokens) == (cut, 10 * cut)
+    assert job.complete == (cut == 12)
+    successor = JobState(stored, FakeClock(), resumed=True)
+    for sequence in order[:cut]:
+        successor.trained(outcome(sequence))
+    assert successor.num_trained == cut
+    assert sorted(offers(successor)) == sorted(set(range(12)) - trained)
+
+
+def test_after_a_restart_the_ledger_is_asked_about_what_may_have_run() -> None:
+    assert not state(5).may_have_run(0)
+    job = state(5000, next_sequence=3, resumed=True)
+    assert job.may_have_run(3)
+    assert not job.may_have_run(3 + WINDOW)
+
+
+def test_steps_are_counted_per_node() -> None:
+    job = state(6)
+    for sequence, (node, step) in enumerate([("a", 1), ("a", 1), ("b", 1), ("a", 2), ("b", 1), ("b", 5)]):
+        job.trained(outcome(sequence, node=node, step=step))
+    assert dict(job.view().steps_per_node) == {"a": 2, "b": 2}
+
+
+def test_the_newest_loss_is_the_one_that_came_last() -> None:
+    job = state(3)
+    job.trained(outcome(2, loss=5.0))
+    job.trained(outcome(0, loss=7.0))
+    assert job.view().last_loss == 7.0
+
+
+def test_feedback_grows_the_job() -> None:
+    job = state(0, file="")
+    assert job.endless
+    assert offers(job) == []
+    job.grow(2)
+    assert offers(job) == [0, 1]
+    job.trained(outcome(0))
+    assert (job.backlog, job.complete) == (1, False)
+    job.grow(1)  # an older count that came late
+    assert job.num_examples == 2
+
+
+def test_a_job_is_queued_until_a_node_has_a_microbatch() -> None:
+    job = state(2)
+    job.held(0, waiting=True)
+    assert job.status == types_pb2.JOB_STATUS_QUEUED
+    job.held(0, waiting=False)
+    assert job.status == types_pb2.JOB_STATUS_RUNNING
+    assert job.waiting == set()
+
+
+def test_an_ended_job_offers_nothing_and_stores_all_its_progress() -> None:
+    job = state(5)
+    job.trained(outcome(3))
+    job.set_error(LemixError(ErrorCode.INTERNAL, "x"))
+    job.end(types_pb2.JOB_STATUS_FAILED, "error", "x")
+    assert offers(job) == []
+    assert job.durable_record().job.trained_microbatches == 1
+    assert job.view().HasField("finished_unix_s")
+
+
+async def test_watchers_wake_and_history_is_bounded() -> None:
+    job = state(1)
+    before = job.changed
+    for number in range(MAX_JOB_EVENTS + 5):
+        job.add_event("info", str(number))
+    assert before.is_set()
+    kept = job.events_after(0)
+    assert len(kept) == MAX_JOB_EVENTS
+    assert [event.sequence for event in kept] == list(range(6, MAX_JOB_EVENTS + 6))
+    unsaved = job.unsaved_events()
+    job.add_event("info", "during the save")
+    job.events_saved(len(unsaved) - 1)  # the bound has dropped one meanwhile
+    assert job.unsaved_events()[-1].message == "during the save"
+
+
+def test_replays_agree_on_the_order_of_an_epoch() -> None:
+    first = shuffled("job-1", 0, 100)
+    assert first == shuffled("job-1", 0, 100)
+    assert sorted(first) == list(range(100))
+    assert first != shuffled("job-1", 1, 100)
+    assert first != shuffled("job-2", 0, 100)
+
+
+def test_defaults_are_filled_in() -> None:
+    resolved = resolve(types_pb2.Hyperparameters(batch_size=4))
+    assert (resolved.batch_size, resolved.num_epochs, resolved.gradient_accumulation_steps) == (4, 1, 1)
+    assert (resolved.lr_schedule, resolved.warmup_steps, resolved.weight_decay) == ("constant", 0, 0.0)
+    assert (resolved.learning_rate, resolved.max_grad_norm) == (1e-4, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_epochs", 0),
+        ("num_epochs", 1001),
+        ("batch_size", 257),
+        ("gradient_accumulation_steps", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("max_grad_norm", -1.0),
+        ("weight_decay", -0.1),
+        ("weight_decay", math.inf),
+        ("lr_schedule", "exponential"),
+    ],
+)
+def test_a_hyperparameter_out_of_range_is_named(field: str, value: float | str) -> None:
+    given_values = types_pb2.Hyperparameters()
+    setattr(given_values, field, value)
+    with pytest.raises(LemixError, match=field) as caught:
+        resolve(given_values)
+    assert caught.value.param == f"hyperparameters.{field}"

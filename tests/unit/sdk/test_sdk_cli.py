@@ -1,0 +1,127 @@
+"""The `lemix` command over a fake cluster."""
+
+import builtins
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lemix.cli.app import run
+from lemix.client import Client
+from lemix.errors import ErrorCode, LemixError
+from lemix.testing import FakeLemix
+
+Result = tuple[int, str, str]
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def fake() -> FakeLemix:
+    return FakeLemix(["hello [bold] world"])
+
+
+@pytest.fixture
+def lemix_command(fake: FakeLemix, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str) -> Result:
+        code = run(arguments, connect=lambda _: fake.client())
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_generate_prints_the_text_as_it_is(lemix_command: Run, fake: FakeLemix) -> None:
+    code, out, _ = lemix_command("generate", "Hi", "--temperature", "0", "--stop", "x")
+    assert (code, out) == (0, "hello [bold] world\n")
+    assert fake.prompts == ["Hi"]
+
+
+def test_chat_keeps_the_conversation(lemix_command: Run, fake: FakeLemix, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["one", "", "two"])
+
+    def read(_: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(builtins, "input", read)
+    code, out, _ = lemix_command("chat", "--system", "be brief")
+    assert code == 0
+    assert out.count("hello [bold] world") == 2
+    reply = ("assistant", "hello [bold] world")
+    assert fake.prompts[-1] == [("system", "be brief"), ("user", "one"), reply, ("user", "two")]
+
+
+def test_train_watch_jobs_and_cancel(lemix_command: Run, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "a"}\n')
+    code, out, _ = lemix_command("train", str(file), "--epochs", "2", "--watch")
+    assert code == 0
+    assert "job-1: 1 examples" in out
+    assert "job-1: succeeded" in out
+    code, out, _ = lemix_command("jobs")
+    assert (code, "job-1" in out) == (0, True)
+    code, out, _ = lemix_command("watch", "job-1")
+    assert (code, "done" in out) == (0, True)
+    assert lemix_command("cancel", "job-1") == (1, "", "lemix: the job has ended\n")
+
+
+def test_feedback(lemix_command: Run, fake: FakeLemix) -> None:
+    code, out, _ = lemix_command("feedback", "--prompt", "q", "--completion", "a")
+    assert (code, out) == (0, "accepted as example 1 of feedback\n")
+    assert fake.feedback[0].pair.completion == "a"
+
+
+def test_status(lemix_command: Run) -> None:
+    code, out, _ = lemix_command("status")
+    assert code == 0
+    assert "ready" in out
+    assert "fake-node" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (LemixError(ErrorCode.NOT_FOUND, "there is no job x"), "lemix: there is no job x\n"),
+        (LemixError(ErrorCode.OVERLOADED, "full [b]"), "lemix: full [b]\n"),
+    ],
+)
+def test_failures_are_one_line(lemix_command: Run, fake: FakeLemix, error: LemixError, line: str) -> None:
+    fake.fail_next(error)
+    assert lemix_command("watch", "x") == (1, "", line)
+
+
+def test_an_unreachable_cluster_names_the_address(lemix_command: Run, fake: FakeLemix) -> None:
+    fake.fail_next(*[LemixError(ErrorCode.UNAVAILABLE, "connection refused")] * 10)
+    code, _, err = lemix_command("--address", "10.0.0.1:7", "status")
+    assert code == 1
+    assert "10.0.0.1:7" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("nothing",), ("generate",), ("generate", "x", "--max-tokens", "0"), ("train", "/no/such/file")]
+)
+def test_wrong_usage_is_exit_code_2(lemix_command: Run, arguments: tuple[str, ...]) -> None:
+    assert lemix_command(*arguments)[0] == 2
+
+
+def test_an_interrupt_is_exit_code_130() -> None:
+    def connect(_: str) -> Client:
+        raise KeyboardInterrupt
+
+    assert run(["status"], connect=connect) == 130
+
+
+def test_the_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEMIX_ADDRESS", "host:1")
+    seen: list[Any] = []
+
+    def connect(address: str) -> Client:
+        seen.append(address)
+        return FakeLemix().client()
+
+    assert run(["status"], connect=connect) == 0
+    assert seen == ["host:1"]

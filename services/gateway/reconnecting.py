@@ -73,7 +73,10 @@ class ReconnectingStream(Generic[Sent, Received]):
             if not self._wanted():
                 return
             backoff_s = _FIRST_BACKOFF_S if heard else min(2 * backoff_s, self._max_backoff_s)
-            _log.warning("stream lost", stream=self._name, reason=reason, retry_in_s=round(backoff_s, 3))
+            if heard:
+                _log.warning("stream lost", stream=self._name, reason=reason, retry_in_s=round(backoff_s, 3))
+            else:  # usual at start-up: services come up in any order
+                _log.info("not connected yet", stream=self._name, retry_in_s=round(backoff_s, 3))
             await asyncio.sleep(backoff_s)
 
     async def _one_connection(self, receive: Callable[[Received], None]) -> str:

@@ -333,7 +333,7 @@ class RedisLedger:
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_is_transient),
             wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.5),
-            stop=tenacity.stop_after_delay(self._timeout_s),
+            stop=tenacity.stop_before_delay(self._timeout_s),
             reraise=True,
         )
 

@@ -69,10 +69,10 @@ def load_settings(cls: type[T], service: str, argv: Sequence[str], environment: 
         if not separator:
             raise ConfigError(f"--set {assignment}: write KEY=VALUE")
         _put(values, key.split("."), _scalar(text), f"--set {key}")
-    return validate(cls, values, service)
+    return validate(cls, values)
 
 
-def validate(cls: type[T], values: Mapping[str, Any], service: str) -> T:
+def validate(cls: type[T], values: Mapping[str, Any]) -> T:
     """Settings from a plain mapping. Raises ConfigError listing every bad key."""
     try:
         return cls.model_validate(values)
@@ -81,7 +81,7 @@ def validate(cls: type[T], values: Mapping[str, Any], service: str) -> T:
             f"{'.'.join(str(part) for part in item['loc']) or '(settings)'}: {_explain(item['type'], item['msg'])}"
             for item in error.errors()
         )
-        raise ConfigError(f"{service}: {problems}") from error
+        raise ConfigError(problems) from error
 
 
 def _explain(kind: str, message: str) -> str:

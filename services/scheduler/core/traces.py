@@ -11,7 +11,9 @@ _TRAINING_OPS = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD)
 
 def observe(op: OpFinished, node: NodeState, cluster: Cluster) -> None:
     """Bring the node's state up to date with an operation that ended on one of its stages."""
-    node.weight_step = max(node.weight_step, op.weight_step)
+    # An op tells the version it ran with; a step leads to the next.
+    stepped = op.op is OpKind.OPTIMIZER_STEP and op.stage == node.costs.num_stages - 1
+    node.weight_step = max(node.weight_step, op.weight_step + stepped)
     if op.op in _INFERENCE_OPS:
         _calibrate_inference(op, node)
         _observe_inference(op, node, cluster)

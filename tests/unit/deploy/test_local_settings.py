@@ -29,7 +29,7 @@ def test_services_come_in_the_order_of_dependence(config):
 def test_every_service_accepts_its_settings(config, tmp_path):
     config = dataclasses.replace(config, event_log=tmp_path / "events", core={"sync_every_steps": 4})
     for service in services(config).values():
-        validate(settings_class(service.module), service.settings, service.module)
+        validate(settings_class(service.module), service.settings)
 
 
 def test_overrides_win_and_the_policy_is_the_core_s(config):

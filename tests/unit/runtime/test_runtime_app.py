@@ -55,7 +55,7 @@ def test_a_signal_stops_it_in_order(number):
     ("arguments", "code", "message"),
     [
         (["--set", "fail=startup"], 1, "example: cannot reach the store at redis://x\n"),
-        (["--set", "nonsense=1"], 2, "example: example: nonsense: unknown key\n"),
+        (["--set", "nonsense=1"], 2, "example: nonsense: unknown key\n"),
         (["--set", "log.level=loud"], 2, "example: log.level: 'loud' is not one of debug, info, warning, error\n"),
         (["--set", "log.format=xml"], 2, "example: log.format: 'xml' is not one of console, json\n"),
     ],

@@ -69,8 +69,8 @@ def test_another_service_s_environment_is_not_ours():
 @pytest.mark.parametrize(
     ("argv", "environment", "message"),
     [
-        (["--set", "leese_s=1"], {}, "example: leese_s: unknown key"),
-        (["--set", "core.polici=x"], {}, "example: core.polici: unknown key"),
+        (["--set", "leese_s=1"], {}, "leese_s: unknown key"),
+        (["--set", "core.polici=x"], {}, "core.polici: unknown key"),
         ([], {"LEMIX_EXAMPLE_LEESE_S": "1"}, "leese_s: unknown key"),
         ([], {"LEMIX_EXAMPLE_CORE__POLICI": "x"}, "core.polici: unknown key"),
         (["--set", "lease_s=soon"], {}, "lease_s: Input should be a valid number"),
@@ -100,7 +100,7 @@ def test_an_empty_file_changes_nothing(file):
 
 def test_every_mistake_is_listed_at_once():
     with pytest.raises(ConfigError, match=r"(?s)one: unknown key.*two: unknown key"):
-        validate(Example, {"one": 1, "two": 2}, "example")
+        validate(Example, {"one": 1, "two": 2})
 
 
 def test_settings_cannot_be_changed_afterwards():

@@ -36,6 +36,8 @@ _MODEL_S, _PROFILE_S, _START_S = 45.0, 25.0, 15.0
 #: `--quick`: enough to see that everything works, too short for figures.
 _QUICK_MODEL = ModelConfig(hidden=64, layers=2, pretrain_steps=20)
 _QUICK_SECONDS = 8.0
+#: So small a model answers faster than the control plane on the same cores can ask.
+_QUICK_LOAD = 0.04
 _CONTEXT_TOKENS = 512
 _MAX_PROBLEMS_SHOWN = 10
 
@@ -49,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=defaults.cluster.nodes, help="node agents (default 2)")
     parser.add_argument("--stages", type=int, default=defaults.cluster.stages, help="stages per node (default 1)")
     parser.add_argument("--seconds", type=float, help="length of the traffic (default 40)")
-    parser.add_argument("--load", type=float, default=defaults.traffic.load, help="share of one node's capacity")
+    parser.add_argument("--load", type=float, help="mean request rate / one node's capacity (default 0.45)")
     parser.add_argument("--trace", type=Path, help="CSV with arrival_s,prompt_tokens,output_tokens to follow")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the traffic (default 0)")
     parser.add_argument("--out", type=Path, default=defaults.out, help="where results go (default out/demo)")
@@ -61,7 +63,9 @@ def parse(arguments: Sequence[str]) -> DemoConfig:
     """The configuration. Raises DemoError naming what makes no sense."""
     options = build_parser().parse_args(arguments)
     defaults = DemoConfig()
-    seconds = options.seconds or (_QUICK_SECONDS if options.quick else defaults.traffic.seconds)
+    seconds, load = defaults.traffic.seconds, defaults.traffic.load
+    if options.quick:
+        seconds, load = _QUICK_SECONDS, _QUICK_LOAD
     config = DemoConfig(
         policies=tuple(name.strip() for name in options.policies.split(",") if name.strip()),
         repeat=options.repeat,
@@ -69,7 +73,9 @@ def parse(arguments: Sequence[str]) -> DemoConfig:
         out=options.out,
         model=_QUICK_MODEL if options.quick else defaults.model,
         traffic=TrafficConfig(
-            seconds=seconds, load=options.load, trace=None if options.trace is None else str(options.trace)
+            seconds=seconds if options.seconds is None else options.seconds,
+            load=load if options.load is None else options.load,
+            trace=None if options.trace is None else str(options.trace),
         ),
         cluster=ClusterConfig(nodes=options.nodes, stages=options.stages),
     )
@@ -89,7 +95,7 @@ async def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     with screen.running():
         model, facts = await _prepare_model(config, corpus, screen)
         runner = Runner(config, corpus, model)
-        with screen.step("measuring what one node can do", _PROFILE_S):
+        with screen.step("measuring what a node can do while all run", _PROFILE_S):
             promised = await runner.profile()
         _say_promise(screen, config, promised)
         measured, first, problems, workload = await _run_policies(config, corpus, runner, promised, screen)

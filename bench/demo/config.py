@@ -105,7 +105,7 @@ class DemoConfig:
     repeat: int = 1
     seed: int = 0
     out: Path = Path("out/demo")
-    #: SLO in units of the predicted time of the mean request alone on an idle node.
+    #: SLO in units of the predicted time of the mean request alone on its node.
     slo_units: float = 5.0
     #: Time after the last planned arrival within which every answer must be there.
     drain_s: float = 60.0

@@ -72,12 +72,14 @@ def promise(
     reference_tokens: int,
     max_batch: int,
     slo_units: float,
+    core_share: float = 1.0,
 ) -> Promise:
     """Capacity and SLO at the workload's mean lengths.
 
-    The reference continuation is computed with the prompt, so it counts as prompt here. Capacity: a request costs every
-    stage one prefill and its share of full decode batches; the slowest stage bounds the pipeline. Raises DemoError when
-    the profile predicts no time at all.
+    The reference continuation is computed with the prompt, so it counts as prompt here. Capacity: a request costs
+    every stage one prefill and its share of full decode batches; the slowest stage bounds the pipeline. `core_share`
+    is the part of a core each stage has when all stages run (the profile times one stage of every node at a time).
+    Raises DemoError when the profile predicts no time at all.
     """
     length = mean_prompt + reference_tokens
     context = mean_prompt + mean_output / 2.0
@@ -91,4 +93,6 @@ def promise(
     )
     if min(prefill_s, decode_s, cost_s) <= 0.0:
         raise DemoError(f"profile {profile_id} predicts no time for prefill or decode; delete it and profile again")
-    return Promise(profile_id, prefill_s, decode_s, 1.0 / cost_s, Slo(slo_units * prefill_s, slo_units * decode_s))
+    return Promise(
+        profile_id, prefill_s, decode_s, core_share / cost_s, Slo(slo_units * prefill_s, slo_units * decode_s)
+    )

@@ -167,12 +167,15 @@ def _responses(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> str:
 
 
 def _loss(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> str:
+    burst_s = summary["workload"]["burst_s"]
+    parts = [figures.loss_over_time(runs, burst_s)]
+    if len(runs) > 1:
+        parts.append(figures.loss_against(runs, runs[0], burst_s))
     return (
         "<h2>Loss of what is served</h2><p>How well the serving weights predict the true continuation of each prompt, "
-        "measured while the prompt is served. After the drift it falls only where training reaches the serving "
-        "weights.</p>"
-        f'{figures.policy_legend(runs)}<div class="figure">'
-        f"{figures.loss_over_time(runs, summary['workload']['burst_s'])}</div>"
+        "measured while the prompt is served. It goes up and down with how hard the prompts are, for all policies "
+        "alike; the second chart takes that out. After the drift it falls where training reaches the serving "
+        f"weights.</p>{figures.policy_legend(runs)}" + "".join(f'<div class="figure">{part}</div>' for part in parts)
     )
 
 

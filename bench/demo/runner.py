@@ -51,13 +51,13 @@ class Runner:
         self._profiles = config.out / "profiles"
 
     async def profile(self) -> Promise:
-        """Measure one node on an otherwise idle machine; what it predicts becomes capacity and SLO.
+        """Measure the nodes, all at once as they will run; what one of them predicts becomes capacity and SLO.
 
         Old measurements are dropped first: the promise is about the machine as it is now.
         """
         shutil.rmtree(self._profiles, ignore_errors=True)
         async with AsyncExitStack() as stack:
-            await self._start_cluster(stack, "profile", policy="lemix", nodes=1, core={})
+            await self._start_cluster(stack, "profile", policy="lemix", nodes=self._config.cluster.nodes, core={})
         config = self._config
         profile = newest_profile(self._profiles, config.cluster.stages)
         mean_prompt, mean_output = mean_lengths(config.traffic)
@@ -69,6 +69,7 @@ class Runner:
             reference_tokens=config.traffic.reference_tokens,
             max_batch=config.cluster.max_batch,
             slo_units=config.slo_units,
+            core_share=min(1.0, usable_cores() / (config.cluster.nodes * config.cluster.stages)),
         )
 
     async def run(

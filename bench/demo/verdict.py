@@ -105,13 +105,15 @@ CLAIMS = (
         True,
     ),
 )
+#: Ratios and shares of one and the same policy differ by about this much from run to run.
+_SINGLE_RUN_NOISE = 0.03
 
 
 def verdicts(repetitions: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Every claim whose two policies ran: values per repetition (paired), median, and the verdict.
 
     "held" or "missed" when every repetition agrees, "unresolved" when their spread spans the threshold or nothing was
-    measured.
+    measured. A single repetition has no spread: within `_SINGLE_RUN_NOISE` of the threshold it decides nothing.
     """
     if "lemix" not in repetitions:
         return []
@@ -122,7 +124,8 @@ def _judge(claim: Claim, repetitions: Mapping[str, Sequence[Mapping[str, Any]]])
     pairs = zip(repetitions["lemix"], repetitions[claim.against], strict=True)
     values = [_compare(claim, _at(mine, claim.path), _at(theirs, claim.path)) for mine, theirs in pairs]
     known = [value for value in values if value is not None]
-    if len(known) < len(values):
+    too_close = len(values) == 1 and bool(known) and abs(known[0] - claim.threshold) < _SINGLE_RUN_NOISE
+    if len(known) < len(values) or too_close:
         verdict = "unresolved"
     else:
         good = [value >= claim.threshold if claim.at_least else value <= claim.threshold for value in known]

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from deploy.local.ports import pick_free
+
 #: Names that serve the Redis protocol, in order of preference.
 _NAMES: Final = ("redis-server", "valkey-server")
 _HINT: Final = (
@@ -91,7 +93,7 @@ class LocalRedis:
         """Run the server and return when it answers. Raises RedisServerError with its last log lines."""
         binary = self._binary or find_redis_binary()
         self._directory.mkdir(parents=True, exist_ok=True)
-        self.port = self.port or _free_port()
+        self.port = self.port or pick_free(1)[0]
         log = self._directory / "redis.log"
         self._process = subprocess.Popen(
             [sys.executable, "-ISc", _BECOME_SERVER, str(os.getpid()), str(binary), *self._arguments(log)],
@@ -152,12 +154,6 @@ def redis_for_cluster(environment: Mapping[str, str], directory: Path) -> tuple[
     server = LocalRedis(directory)
     server.start()
     return server.url, server
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers(port: int) -> bool:

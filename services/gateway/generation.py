@@ -25,6 +25,8 @@ _log = structlog.get_logger()
 #: After a stop string the node is told to stop and asked, for this long, what it measured.
 _REPORT_WAIT_S = 1.0
 _RETRY_AFTER_S = 1.0
+#: Longest prompt that is tokenised on the event loop.
+_MAX_INLINE_CHARS = 4096
 
 
 class GenerationService:
@@ -83,20 +85,20 @@ class GenerationService:
         self._admit()
         result = "cancelled"
         try:
-            deadline = asyncio.get_running_loop().time() + self._timeout_s(request)
+            timeout_s = self._timeout_s(request)
+            deadline = asyncio.get_running_loop().time() + timeout_s
             run = _Run(await self._submit(request), request, self._tokenizer, self._clock, arrival_s)
+            # One timer for the whole request: a timeout around every wait costs more than the wait.
+            timer = asyncio.get_running_loop().call_at(deadline, self._expire, run.pending, timeout_s)
             try:
-                async with aclosing(run.pieces(self._link, deadline)) as pieces:
+                async with aclosing(run.pieces(self._link)) as pieces:
                     async for piece in pieces:
                         yield piece
                 result = "ok"
             finally:
+                timer.cancel()
                 self._link.cancel(run.pending)
                 self._link.release(run.pending)
-        except TimeoutError:
-            result = "deadline_exceeded"
-            seconds = self._timeout_s(request)
-            raise LemixError(ErrorCode.DEADLINE_EXCEEDED, f"not finished within {seconds:g} s") from None
         except LemixError as error:
             result = error.code.value
             raise
@@ -104,6 +106,10 @@ class GenerationService:
             self._num_active -= 1
             metrics.GENERATIONS_IN_FLIGHT.dec()
             metrics.GENERATIONS.labels(result).inc()
+
+    def _expire(self, pending: PendingRequest, timeout_s: float) -> None:
+        self._link.cancel(pending)
+        pending.on_failed(LemixError(ErrorCode.DEADLINE_EXCEEDED, f"not finished within {timeout_s:g} s"))
 
     def _admit(self) -> None:
         if self._num_active >= self._max_concurrent_requests:
@@ -118,7 +124,11 @@ class GenerationService:
     async def _submit(self, request: GenerationRequest) -> PendingRequest:
         check_id(request.request_id, "request_id")
         # Long prompts take milliseconds per hundred thousand characters: off the loop, so that streams do not stall.
-        work = await asyncio.to_thread(self._prompts.work, request)
+        # For the others the way to a thread and back would take longer than the work.
+        if request.num_chars > _MAX_INLINE_CHARS:
+            work = await asyncio.to_thread(self._prompts.work, request)
+        else:
+            work = self._prompts.work(request)
         arrival_unix_s = self._clock.unix_s()
         work.gateway_id = self._gateway_id
         work.arrival_unix_s = arrival_unix_s
@@ -150,9 +160,9 @@ class _Run:
         self._last_s = arrival_s
         self._text = OutputText(tokenizer.decode, request.sampling.stop, tokenizer.eos_token_ids)
 
-    async def pieces(self, link: SchedulerLink, deadline: float) -> AsyncGenerator[Piece]:
-        """deadline: on the event loop's clock. Raises TimeoutError after it."""
-        while tokens := await self._next_tokens(deadline):
+    async def pieces(self, link: SchedulerLink) -> AsyncGenerator[Piece]:
+        """The output until its end. Raises what the request failed with."""
+        while tokens := await self.pending.next_tokens():
             self._last_s = self._clock.monotonic_s()
             if self._first_s is None:
                 self._first_s = self._last_s
@@ -167,11 +177,6 @@ class _Run:
         text = self._text.finish()
         reason = types_pb2.FINISH_REASON_STOP if self._text.stopped else self._reported_reason()
         yield self._piece(text, [], self._ending(reason))
-
-    async def _next_tokens(self, deadline: float) -> list[int]:
-        # The timeout spans this wait alone: around a `yield` it would cancel whatever the consumer is doing.
-        async with asyncio.timeout_at(deadline):
-            return await self.pending.next_tokens()
 
     async def _stop_early(self, link: SchedulerLink) -> None:
         """Stop the node, and give it a moment to tell which weights it used."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from contextlib import suppress
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ B = TypeVar("B", bound=Body)
 
 #: What a form adds to the file in it.
 _FORM_OVERHEAD_BYTES = 64 * 1024
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DISCARD_BYTES = 16 * 1024 * 1024
 _DISCARD_TIMEOUT_S = 5.0
 
@@ -73,8 +75,10 @@ async def read_json(request: Request, schema: type[B]) -> B:
     if kind != "application/json":
         raise HttpProblem(415, "unsupported_media_type", f"send application/json, not {kind[:100]!r}")
     try:
-        content = json.loads((await request.body()).decode("utf-8"))
-        json.dumps(content, ensure_ascii=False).encode("utf-8")  # an escape may be half of a surrogate pair
+        text = (await request.body()).decode("utf-8")
+        content = json.loads(text)
+        if _SURROGATE.search(text):  # an escape may be half of a pair: only then is the whole body looked at again
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise LemixError(ErrorCode.INVALID_JSON, f"the body is not JSON: {error}") from error
     if not isinstance(content, dict):

@@ -17,11 +17,12 @@ T = TypeVar("T")
 _WRITE_TIMEOUT_S = 60.0
 
 DONE = b"data: [DONE]\n\n"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: json.dumps makes one per call
 
 
 def event(value: Mapping[str, Any]) -> bytes:
     """One event with a JSON object."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(value).encode() + b"\n\n"
 
 
 async def until_disconnect(request: Request, work: Awaitable[T]) -> T:

@@ -22,7 +22,7 @@ class SchedulerLink:
     """Tracks every request between submit and end.
 
     A lost session loses nothing: submits are idempotent, so each unfinished request is submitted again on the next one
-    and the scheduler answers with where it stands. Cancels that were not sent are sent then.
+    and the scheduler answers with where it stands. Cancels whose effect was not seen are told again.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class SchedulerLink:
         self._streams = streams
         self._max_requests = max_requests
         self._pending: dict[str, PendingRequest] = {}
+        #: Cancels whose effect the scheduler has not told: they may have been lost with a session.
         self._cancels: dict[str, None] = {}
         self._connected = asyncio.Event()
         stub = pb_grpc.SchedulerServiceStub(channel)
@@ -100,10 +101,11 @@ class SchedulerLink:
         if pending.finished or pending.cancel_sent or pending.request_id not in self._pending:
             return
         pending.cancel_sent = True
+        self._cancels[pending.request_id] = None
+        while len(self._cancels) > self._max_requests:
+            del self._cancels[next(iter(self._cancels))]
         if self.connected:
             self._session.send(_cancel(pending.request_id))
-        else:
-            self._cancels[pending.request_id] = None
 
     def release(self, pending: PendingRequest) -> None:
         """Stop tracking a request."""
@@ -123,9 +125,10 @@ class SchedulerLink:
 
     def _on_welcome(self) -> None:
         self._connected.set()
-        for request_id in self._cancels:
+        # Once more each, and only once: the scheduler is silent about a cancel of what had ended.
+        carried, self._cancels = self._cancels, {}
+        for request_id in carried:
             self._session.send(_cancel(request_id))
-        self._cancels.clear()
         _log.info("scheduler session open", gateway_id=self._gateway_id)
 
     def _receive(self, message: pb.GatewaySessionResponse) -> None:
@@ -133,6 +136,8 @@ class SchedulerLink:
         if kind == "welcome":
             self._on_welcome()
             return
+        if kind in ("rejected", "finished"):
+            self._cancels.pop(message.request_id, None)
         pending = self._pending.get(message.request_id)
         if pending is None:
             return  # released meanwhile

@@ -56,14 +56,21 @@ class SloBody(Strict):
     tpot_ms: Number | None = None
 
 
+#: Defaults are frozen and shared: pydantic would copy one in depth for every request.
+_NO_SLO = SloBody()
+
+
 class LemixOptions(Strict):
     """Our extension of generation requests."""
 
     reference: StrictStr | None = None
     reference_token_ids: list[StrictInt] = []
-    slo: SloBody = SloBody()
+    slo: SloBody = Field(default_factory=lambda: _NO_SLO)
     session_id: StrictStr = ""
     request_id: StrictStr = ""
+
+
+_NO_OPTIONS = LemixOptions()
 
 
 class StreamOptions(Strict):
@@ -112,7 +119,7 @@ class GenerationBody(Body):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: StrictBool = False
-    lemix: LemixOptions = LemixOptions()
+    lemix: LemixOptions = Field(default_factory=lambda: _NO_OPTIONS)
 
 
 class CompletionBody(GenerationBody):

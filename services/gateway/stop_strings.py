@@ -14,6 +14,8 @@ class StopFilter:
 
     def feed(self, text: str) -> str:
         """Text that is certain to come before any stop string. Empty once `stopped`."""
+        if not self._stops:
+            return text
         if self.stopped:
             return ""
         self._held += text

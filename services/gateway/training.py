@@ -1,6 +1,7 @@
 """Training: files, jobs and feedback, whoever asks."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
@@ -22,8 +23,6 @@ from services.runtime.clock import Clock
 #: Tokens per message of an upload: about 300 kB.
 _BATCH_TOKENS = 65_536
 _RETRY_AFTER_S = 2.0
-#: A watch without this much silence is still telling history.
-_HISTORY_PAUSE_S = 0.25
 #: Longest watch; clients go on from the last sequence they saw.
 MAX_WATCH_S = 3600.0
 _MAX_LISTED_EVENTS = 1000
@@ -122,15 +121,18 @@ class TrainingService:
         return (await call(self._stub.CancelJob, pb.CancelJobRequest(job_id=job_id), self._timeout_s)).job
 
     async def watch_job(
-        self, job_id: str, after_sequence: int, timeout_s: float = MAX_WATCH_S
+        self, job_id: str, after_sequence: int, timeout_s: float = MAX_WATCH_S, *, existing_only: bool = False
     ) -> AsyncGenerator[pb.WatchJobResponse]:
-        """Events with a larger sequence, until the job ends or the deadline (DEADLINE_EXCEEDED). Raises NOT_FOUND."""
+        """Events with a larger sequence, until the job ends or the deadline (DEADLINE_EXCEEDED).
+
+        existing_only: only those there are now. Raises NOT_FOUND, OVERLOADED.
+        """
         check_required_id(job_id, "job_id")
         if self._num_watches >= self._limits.max_concurrent_watches:
             raise _overloaded(f"{self._limits.max_concurrent_watches} jobs are being watched already")
         self._num_watches += 1
         try:
-            request = pb.WatchJobRequest(job_id=job_id, after_sequence=after_sequence)
+            request = pb.WatchJobRequest(job_id=job_id, after_sequence=after_sequence, existing_only=existing_only)
             async with aclosing(follow(self._stub.WatchJob, request, timeout_s)) as messages:
                 async for message in messages:
                     yield message
@@ -144,15 +146,13 @@ class TrainingService:
         """
         if not 1 <= limit <= _MAX_LISTED_EVENTS:
             raise invalid(f"limit must be in [1, {_MAX_LISTED_EVENTS}]", "limit")
-        await self.get_job(job_id)
-        newest: list[types_pb2.JobEvent] = []
-        async with aclosing(self._history(job_id)) as events:
-            async for event in events:
-                if before_sequence and event.sequence >= before_sequence:
+        newest: deque[types_pb2.JobEvent] = deque(maxlen=limit + 1)
+        async with aclosing(self.watch_job(job_id, 0, self._timeout_s, existing_only=True)) as messages:
+            async for message in messages:
+                if before_sequence and message.event.sequence >= before_sequence:
                     break
-                newest.append(event)
-                del newest[: -limit - 1]
-        return newest[::-1][:limit], len(newest) > limit
+                newest.append(message.event)
+        return list(reversed(newest))[:limit], len(newest) > limit
 
     async def submit_feedback(
         self, model: str, example: work_pb2.TrainingExample, request_id: str
@@ -164,17 +164,6 @@ class TrainingService:
         response = await call(self._stub.SubmitFeedback, request, self._timeout_s)
         metrics.TRAINING_EXAMPLES.labels("feedback").inc()
         return response
-
-    async def _history(self, job_id: str) -> AsyncGenerator[types_pb2.JobEvent]:
-        """Events there are already: a watch tells them without pause and then falls silent until something happens."""
-        async with aclosing(self.watch_job(job_id, 0, self._timeout_s)) as watch:
-            while True:
-                try:
-                    async with asyncio.timeout(_HISTORY_PAUSE_S):
-                        message = await anext(watch)
-                except (TimeoutError, StopAsyncIteration):
-                    return
-                yield message.event
 
 
 def check_required_id(value: str, param: str) -> None:

@@ -46,6 +46,13 @@ class GenerationRequest:
     reference_token_ids: tuple[int, ...] = ()
     timeout_s: float | None = None
 
+    @property
+    def num_chars(self) -> int:
+        """Size of prompt and reference: characters, or tokens where those are given."""
+        parts = (len(part.content) if isinstance(part, Turn) else 1 for part in self.prompt)
+        num_prompt = len(self.prompt) if isinstance(self.prompt, str) else sum(parts)
+        return num_prompt + len(self.reference or "") + len(self.reference_token_ids)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:

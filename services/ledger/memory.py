@@ -142,6 +142,10 @@ class MemoryLedger:
         """Read accepted tasks."""
         return await self._read("", self._store.global_stream, count, block_s)
 
+    def read_global_again(self) -> None:
+        """Begin again with what was delivered and never moved."""
+        self._cursors.pop("", None)
+
     async def assign(self, item: work_pb2.WorkItem, node_id: str, *, entry_id: str | None, token: int) -> bool:
         """Move a task to a node."""
         self._check_token(token)

@@ -93,6 +93,10 @@ class RedisLedger:
         """Read accepted tasks."""
         return await self._read(scripts.GLOBAL, scripts.GLOBAL_GROUP, count, block_s)
 
+    def read_global_again(self) -> None:
+        """Begin again with what was delivered and never moved."""
+        self._cursors.pop(scripts.GLOBAL, None)
+
     async def assign(self, item: work_pb2.WorkItem, node_id: str, *, entry_id: str | None, token: int) -> bool:
         """Move a task to a node."""
         reply = await self._run(
@@ -201,18 +205,15 @@ class RedisLedger:
 
     async def append_feedback(self, file_id: str, example: work_pb2.TrainingExample, request_id: str) -> int:
         """Append one example to a file that has no end."""
-        return int(
-            await self._run(
-                scripts.APPEND_FEEDBACK,
-                [
-                    scripts.file_key(file_id),
-                    scripts.examples_key(file_id),
-                    # Without a request id only this call's own retries must find the example again.
-                    scripts.feedback_key(file_id, request_id or _op()),
-                ],
-                [example.SerializeToString(), self._retention_ms],
-            )
-        )
+        # Without a request id only this call's own retries must find the example again.
+        known_ms = self._retention_ms if request_id else round(2e3 * self._timeout_s)
+        keys = [
+            scripts.file_key(file_id),
+            scripts.examples_key(file_id),
+            scripts.feedback_key(file_id, request_id or _op()),
+        ]
+        values = [example.SerializeToString(), self._retention_ms, known_ms]
+        return int(await self._run(scripts.APPEND_FEEDBACK, keys, values))
 
     async def put_job(self, record: work_pb2.JobRecord) -> work_pb2.JobRecord:
         """Create or overwrite a job."""
@@ -330,6 +331,23 @@ class RedisLedger:
 
     async def _call(self, operation: Callable[[], Awaitable[T]], *, extra_s: float = 0.0) -> T:
         """Run with bounded retries. Raises LedgerUnavailable after the operation timeout (plus `extra_s`)."""
+        try:
+            async with asyncio.timeout(self._timeout_s + extra_s):
+                try:
+                    return await operation()
+                except (OSError, redis.exceptions.RedisError) as error:
+                    if not _is_transient(error):
+                        raise
+                return await self._retry(operation)
+        except TimeoutError as error:
+            raise LedgerUnavailable(f"no answer from the ledger at {self.name} in {self._timeout_s:g} s") from error
+        except (OSError, redis.exceptions.RedisError) as error:
+            if not _is_transient(error):
+                raise
+            raise LedgerUnavailable(f"cannot reach the ledger at {self.name}: {error}") from error
+
+    async def _retry(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Apart from the first try, which nearly always works: setting this up costs as much as a command."""
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_is_transient),
             wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.5),
@@ -340,15 +358,7 @@ class RedisLedger:
         async def attempt() -> T:
             return await operation()
 
-        try:
-            async with asyncio.timeout(self._timeout_s + extra_s):
-                return await attempts(attempt)
-        except TimeoutError as error:
-            raise LedgerUnavailable(f"no answer from the ledger at {self.name} in {self._timeout_s:g} s") from error
-        except (OSError, redis.exceptions.RedisError) as error:
-            if not _is_transient(error):
-                raise
-            raise LedgerUnavailable(f"cannot reach the ledger at {self.name}: {error}") from error
+        return await attempts(attempt)
 
     def _check_token(self, reply: Any, token: int) -> None:
         if reply == -1:

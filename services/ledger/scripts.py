@@ -44,7 +44,7 @@ def examples_key(file_id: str) -> str:
 
 
 def feedback_key(file_id: str, request_id: str) -> str:
-    """Position that a request's example got. TTL: retention."""
+    """Position that a request's example got. TTL: retention; without a request id as long as a call may retry."""
     return f"{_PREFIX}feedback:{file_id}:{request_id}"
 
 
@@ -164,13 +164,13 @@ redis.call('PEXPIRE', KEYS[2], ARGV[3])
 return 1
 """
 
-#: KEYS file, examples, feedback; ARGV example, retention in ms. The example's position from 1.
+#: KEYS file, examples, feedback; ARGV example, retention in ms, TTL of the position in ms. The position from 1.
 APPEND_FEEDBACK: Final = """
 local known = redis.call('GET', KEYS[3])
 if known then return tonumber(known) end
 local position = redis.call('HLEN', KEYS[2]) + 1
 redis.call('HSET', KEYS[2], position - 1, ARGV[1])
-redis.call('SET', KEYS[3], position, 'PX', ARGV[2])
+redis.call('SET', KEYS[3], position, 'PX', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return position

@@ -88,6 +88,13 @@ class Ledger(Protocol):
         """
         ...
 
+    def read_global_again(self) -> None:
+        """Let the next `read_global` begin again with what was delivered and never moved.
+
+        A predecessor that does not know yet that it is deposed may have read, after us, what nobody else would see.
+        """
+        ...
+
     async def assign(self, item: work_pb2.WorkItem, node_id: str, *, entry_id: str | None, token: int) -> bool:
         """Move a task to a node.
 

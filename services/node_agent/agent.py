@@ -64,6 +64,8 @@ class NodeAgent:
             config=_core_config(settings),
             clock=clock,
             listener=self,
+            op_timeout_s=settings.op_timeout_s,
+            max_optimizer_states=settings.max_optimizer_states,
         )
         self._session = SchedulerSession(
             channel=scheduler,
@@ -93,6 +95,7 @@ class NodeAgent:
         self._measurer = Measurer(self._loop, engine.info)
         self._welcomed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
 
     # ------------------------------------------------------------- life cycle
 
@@ -123,6 +126,7 @@ class NodeAgent:
 
     async def stop(self) -> None:
         """Leave the session, take nothing more, close the server. Tasks are not ended: they stay in the ledger."""
+        self._stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -151,9 +155,10 @@ class NodeAgent:
             await asyncio.sleep(1.0)
 
     def _task_ended(self, task: "asyncio.Task[None]") -> None:
-        """None of the node's tasks ends by itself; one that failed must not go unnoticed."""
-        if not task.cancelled():
-            self._loop.fail(task.exception() or RuntimeError("a task of the node ended"))
+        """None of the node's tasks ends by itself; one that does, in whatever way, must not go unnoticed."""
+        if not self._stopping:
+            error = None if task.cancelled() else task.exception()
+            self._loop.fail(error or RuntimeError("a task of the node ended"))
 
     # ------------------------------------------------------------- what the loop reports
 

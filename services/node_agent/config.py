@@ -56,9 +56,14 @@ class NodeAgentSettings(ServiceSettings):
     max_inflight_training: int = Field(2, ge=1)
     #: Most micro-batches taken from the ledger and not finished there.
     max_queued_training: int = Field(16, ge=1)
+    #: Jobs whose optimizer state a stage keeps (two more copies of its weights each). At least as many as train at
+    #: once: a job crowded out by others starts its moments and its schedule anew when it comes back.
+    max_optimizer_states: int = Field(8, ge=1, le=8)
     #: "drain" or "stash"; see the node core.
     weight_handling: Literal["drain", "stash"] = "drain"
 
+    #: A stage worker that does not answer an op (or one measurement) for this long is given up, and the node with it.
+    op_timeout_s: float = Field(600.0, gt=0.0)
     #: Longest time a trace waits for others before it is sent, seconds.
     trace_flush_s: float = Field(0.02, ge=0.0, le=1.0)
     #: Tokens of a finished request are kept this long for a gateway that has not fetched them, seconds.

@@ -82,6 +82,7 @@ def microbatch_from_proto(
         examples=examples,
         optimizer=optimizer_from_proto(work.hyperparameters, work.total_steps),
         accumulation=accumulation,
+        last=work.last,
     )
     microbatch = TrainingMicrobatch(
         task_id=task_id,
@@ -91,6 +92,7 @@ def microbatch_from_proto(
         batch=len(examples),
         length=max(len(example.token_ids) for example in examples),
         accumulation=accumulation,
+        last=work.last,
     )
     return task, microbatch
 

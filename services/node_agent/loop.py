@@ -92,7 +92,8 @@ class AgentLoop:
         config: NodeCoreConfig,
         clock: Clock,
         listener: Listener,
-        max_optimizer_states: int = 2,
+        op_timeout_s: float,
+        max_optimizer_states: int,
     ) -> None:
         self.node_id = node_id
         self.ages = WeightAges()
@@ -104,7 +105,9 @@ class AgentLoop:
         self._core = NodeCore(config)
         self._tasks: dict[str, Task] = {}
         self._payloads = PayloadBuilder(self._tasks, config.num_stages, max_optimizer_states)
-        self._runners = [StageRunner(stage, worker, self.fail) for stage, worker in enumerate(workers)]
+        self._runners = [
+            StageRunner(stage, worker, self.fail, op_timeout_s=op_timeout_s) for stage, worker in enumerate(workers)
+        ]
         self._weight_ops: dict[str, tuple[WeightOp, asyncio.Future[WeightOp]]] = {}
         # Events that wait for a measurement; None when none runs.
         self._held: list[Event] | None = None
@@ -130,9 +133,9 @@ class AgentLoop:
             self.broken.cancel()
 
     def fail(self, error: BaseException) -> None:
-        """Give the node up: `broken` ends with this error."""
-        _log.error("node broken", error=f"{type(error).__name__}: {error}", exc_info=error)
+        """Give the node up: `broken` ends with the first such error."""
         if not self.broken.done():
+            _log.error("node broken", error=f"{type(error).__name__}: {error}", exc_info=error)
             broken = error if isinstance(error, NodeBroken) else NodeBroken(f"{type(error).__name__}: {error}")
             self.broken.set_exception(broken)
 
@@ -233,8 +236,13 @@ class AgentLoop:
             self._step(event)
 
     def _step(self, event: Event) -> None:
-        for command in self._core.step(self._clock.monotonic_s(), event):
-            self._perform(command)
+        try:
+            for command in self._core.step(self._clock.monotonic_s(), event):
+                self._perform(command)
+        except Exception as error:
+            # Whoever fed the event (a timer, a measurement, a command) may not end with it; the node must.
+            self.fail(error)
+            raise
         self._set_timer()
         if self._queue_order is not None:
             self._change_order_when_idle()
@@ -259,7 +267,7 @@ class AgentLoop:
         else:
             payload = self._payloads.build(op, stage)
         if stage == 0 and op.batch:
-            metrics.BATCH_SIZE.labels(op.kind).observe(op.batch)
+            metrics.batch_size(op.kind).observe(op.batch)
         self._runners[stage].submit(payload, lambda result: self._op_ended(stage, op, result))
 
     def _set_timer(self) -> None:
@@ -359,7 +367,8 @@ class AgentLoop:
         now_s = self._clock.monotonic_s()
         self._listener.on_outcome(outcome_to_proto(task, done.reason, node_id=self.node_id, now_s=now_s))
         if isinstance(task, MicrobatchTask):
-            for job_id in self._payloads.surplus_jobs():
+            for job_id in self._payloads.jobs_to_forget(task):
+                _log.info("optimizer state dropped", job=job_id, complete=job_id == task.job_id and task.last)
                 for runner in self._runners:
                     runner.forget(job_id)
 
@@ -370,10 +379,10 @@ class AgentLoop:
         return task
 
     def _count(self, stage: int, op: Op, result: StageResult, failed: bool) -> None:
-        metrics.OPS.labels(stage, op.kind, "error" if failed else "ok").inc()
-        metrics.OP_SECONDS.labels(stage, op.kind).inc(result.end_s - result.begin_s)
+        metrics.ops(stage, op.kind, "error" if failed else "ok").inc()
+        metrics.op_seconds(stage, op.kind).inc(result.end_s - result.begin_s)
         if stage == 0 and not failed:
-            metrics.TOKENS.labels(op.kind).inc(op.num_tokens)
+            metrics.tokens(op.kind).inc(op.num_tokens)
 
 
 def _unusable(op: Op, result: StageResult) -> str:

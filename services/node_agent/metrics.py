@@ -1,5 +1,7 @@
 """Prometheus metrics of a node."""
 
+from functools import cache
+
 import prometheus_client as prometheus
 
 OPS = prometheus.Counter("lemix_node_ops_total", "Ops that ended", ["stage", "op", "result"])
@@ -19,3 +21,9 @@ TRACES_DROPPED = prometheus.Counter("lemix_node_traces_dropped_total", "Traces d
 REPORTS_DROPPED = prometheus.Counter(
     "lemix_node_reports_dropped_total", "Reports dropped while the scheduler was away; outcomes stay in the ledger"
 )
+
+# Looking a child up by its labels costs more than counting does; what is counted with every op is looked up once.
+ops = cache(OPS.labels)
+op_seconds = cache(OP_SECONDS.labels)
+batch_size = cache(BATCH_SIZE.labels)
+tokens = cache(TOKENS.labels)

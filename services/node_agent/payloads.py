@@ -1,5 +1,6 @@
 """Builds what a stage worker runs from what the core decided."""
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -26,7 +27,8 @@ class _Travelling:
     """An op between its first and its last stage: what every stage gets, and the newest stage's output."""
 
     task_ids: tuple[str, ...]
-    sequences: tuple[PrefillSequence, ...] | tuple[DecodeSequence, ...] = ()
+    prompts: tuple[PrefillSequence, ...] = ()
+    newest_tokens: tuple[DecodeSequence, ...] = ()
     grad_norm_sq_total: float | None = None
     output: Handle | None = None
     #: What the two ends of a model with tied embeddings send each other: a gradient down, a new embedding up.
@@ -44,10 +46,12 @@ class PayloadBuilder:
     tasks: dict[str, Task]
     num_stages: int
     #: Jobs whose optimizer state a stage keeps (two more copies of the weights each).
-    max_optimizer_states: int = 2
+    max_optimizer_states: int
     _optimizers: OrderedDict[str, OptimizerSpec] = field(default_factory=OrderedDict)
     _travelling: dict[int, _Travelling] = field(default_factory=dict)
     _grad_norms_sq: list[float | None] = field(default_factory=list)
+    # Jobs with gradients in the stages' accumulators: their optimizers are needed until the step left the last stage.
+    _unstepped: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._grad_norms_sq = [None] * self.num_stages
@@ -61,9 +65,9 @@ class PayloadBuilder:
         handle, state.output = state.output, None
         match op.kind:
             case OpKind.PREFILL:
-                return Prefill(op.op_id, op.version, self._prefill_sequences(state), handle)
+                return Prefill(op.op_id, op.version, state.prompts, handle)
             case OpKind.DECODE:
-                return Decode(op.op_id, op.version, self._decode_sequences(state), handle)
+                return Decode(op.op_id, op.version, state.newest_tokens, handle)
             case OpKind.TRAIN_FORWARD:
                 task = self._microbatch(op.task_ids[0])
                 scale = 1.0 / task.accumulation
@@ -79,8 +83,12 @@ class PayloadBuilder:
     def ended(self, op: Op, stage: int, result: StageResult) -> None:
         """Take over a result: the output for the next stage, and the norm of the stage's gradient."""
         state = self._travelling.get(op.op_id)
-        if op.kind is OpKind.TRAIN_BACKWARD and not result.error:
-            self._grad_norms_sq[stage] = result.grad_norm_sq
+        if op.kind is OpKind.TRAIN_BACKWARD:
+            self._unstepped.add(op.subject)  # a failed one is followed by a step as well
+            if not result.error:
+                self._grad_norms_sq[stage] = result.grad_norm_sq
+        elif op.kind is OpKind.OPTIMIZER_STEP and stage == self.num_stages - 1:
+            self._unstepped.discard(op.subject)
         if state is None:  # its task was dropped while the op ran
             return
         if op.kind is OpKind.OPTIMIZER_STEP:
@@ -98,13 +106,17 @@ class PayloadBuilder:
         for op_id in [op_id for op_id, state in self._travelling.items() if state.task_ids == (task_id,)]:
             del self._travelling[op_id]
 
-    def surplus_jobs(self) -> list[str]:
-        """Jobs to forget, least recently trained first: beyond the bound and without a live micro-batch."""
-        surplus = len(self._optimizers) - self.max_optimizer_states
-        if surplus <= 0:
-            return []
-        live = {task.job_id for task in self.tasks.values() if isinstance(task, MicrobatchTask)}
-        jobs = [job_id for job_id in self._optimizers if job_id not in live][:surplus]
+    def jobs_to_forget(self, ended: MicrobatchTask) -> list[str]:
+        """Jobs whose optimizer state goes now that this micro-batch has ended.
+
+        Its own when it was the job's last one; beyond the bound the least recently trained, whose moments and schedule
+        start anew if it comes back. Never one with live micro-batches or with gradients that wait for their step.
+        """
+        live = self._unstepped | {task.job_id for task in self.tasks.values() if isinstance(task, MicrobatchTask)}
+        idle = [job_id for job_id in self._optimizers if job_id not in live]
+        jobs = idle[: max(0, len(self._optimizers) - self.max_optimizer_states)]
+        if ended.last and ended.job_id in idle and ended.job_id not in jobs:
+            jobs.append(ended.job_id)
         for job_id in jobs:
             del self._optimizers[job_id]
         return jobs
@@ -114,9 +126,9 @@ class PayloadBuilder:
     def _begin(self, op: Op) -> _Travelling:
         state = _Travelling(op.task_ids, stages_left=self.num_stages)
         if op.kind is OpKind.PREFILL:
-            state.sequences = tuple(_prefill_sequence(self._request(task_id)) for task_id in op.task_ids)
+            state.prompts = tuple(_prefill_sequence(self._request(task_id)) for task_id in op.task_ids)
         elif op.kind is OpKind.DECODE:
-            state.sequences = tuple(_decode_sequence(self._request(task_id)) for task_id in op.task_ids)
+            state.newest_tokens = tuple(_decode_sequence(self._request(task_id)) for task_id in op.task_ids)
         elif op.kind is OpKind.TRAIN_FORWARD:
             # Remembered for the step: its group may consist of cancelled micro-batches by then.
             task = self._microbatch(op.task_ids[0])
@@ -127,9 +139,14 @@ class PayloadBuilder:
         return state
 
     def _begin_step(self, op: Op, state: _Travelling) -> None:
-        """All stages clip by one norm: the whole model's, summed over the stages' last backwards."""
+        """All stages clip by one norm: the whole model's, summed over the stages' last backwards.
+
+        When some stages hold no gradient (the only micro-batches were dropped on their way down) it is NaN: every
+        stage skips the step then, instead of some changing their weights without the others.
+        """
         norms = [norm for norm in self._grad_norms_sq if norm is not None]
-        state.grad_norm_sq_total = sum(norms) if norms else None
+        if norms:
+            state.grad_norm_sq_total = sum(norms) if len(norms) == self.num_stages else math.nan
         self._grad_norms_sq = [None] * self.num_stages
         for task_id in op.task_ids:
             self._microbatch(task_id).weight_step = op.version + 1
@@ -145,14 +162,6 @@ class PayloadBuilder:
         if not isinstance(task, MicrobatchTask):
             raise TypeError(f"{task_id} is not a micro-batch")
         return task
-
-    @staticmethod
-    def _prefill_sequences(state: _Travelling) -> tuple[PrefillSequence, ...]:
-        return tuple(sequence for sequence in state.sequences if isinstance(sequence, PrefillSequence))
-
-    @staticmethod
-    def _decode_sequences(state: _Travelling) -> tuple[DecodeSequence, ...]:
-        return tuple(sequence for sequence in state.sequences if isinstance(sequence, DecodeSequence))
 
 
 def _prefill_sequence(task: RequestTask) -> PrefillSequence:

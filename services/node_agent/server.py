@@ -42,7 +42,7 @@ class NodeAgentServicer:
             async for response in reader.responses():
                 yield response
             if attaching.done():
-                attaching.result()  # an attach beyond the bound ends the stream with its error
+                attaching.result()  # an attach that failed ends the stream with its error
         finally:
             self._hub.close(reader)
             attaching.cancel()
@@ -76,11 +76,11 @@ class NodeAgentServicer:
 
 
 async def _attach(reader: TokenReader, requests: AsyncIterator[node_pb2.StreamTokensRequest]) -> None:
-    """Attach what the gateway names. An attach that is refused ends the stream."""
+    """Attach what the gateway names. An attach that is refused, or anything else that fails, ends the stream."""
     try:
         async for request in requests:
             reader.attach(request.request_id, request.offset)
-    except LemixError:
+    except BaseException:
         reader.end()
         raise
     reader.end_attaching()

@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from services.node_agent.engine.base import Forget, Prefill, StageOp, StageResult, StageWorker, TrainForward
+from services.node_agent.engine.base import Forget, Prefill, StageOp, StageResult, StageWorker, TrainForward, WorkerDied
 
 #: More finished tasks than this are forgotten before the next op, whatever it is.
 _MAX_PENDING_FORGETS = 64
@@ -20,23 +20,21 @@ class StageRunner:
     """One stage: takes ops in order and frees what ended tasks hold in between.
 
     Tasks are forgotten when the stage is idle, and at the latest before an op that takes memory. `on_broken` is called
-    once with the exception when the worker died or anything unexpected was raised; the runner has ended then.
+    once with the exception when the worker died, did not answer an op within `op_timeout_s`, or anything unexpected was
+    raised; the runner has ended then.
     """
 
-    def __init__(self, stage: int, worker: StageWorker, on_broken: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, stage: int, worker: StageWorker, on_broken: Callable[[BaseException], None], *, op_timeout_s: float
+    ) -> None:
         self.stage = stage
         self._worker = worker
         self._on_broken = on_broken
+        self._op_timeout_s = op_timeout_s
         self._ops: deque[tuple[StageOp, Done]] = deque()
         self._forgets: dict[str, None] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._busy = False
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing runs and nothing is queued."""
-        return not self._busy and not self._ops and not self._forgets
 
     def start(self) -> None:
         """Begin to take ops."""
@@ -71,16 +69,24 @@ class StageRunner:
                     await self._flush_forgets()
                 elif self._ops:
                     op, done = self._ops.popleft()
-                    self._busy = True
-                    result = await self._worker.run(op)
-                    self._busy = False
-                    done(result)
+                    done(await self._ask(op))
                 else:
                     await self._wait()
         except asyncio.CancelledError:
             raise
         except BaseException as error:
             self._on_broken(error)
+
+    async def _ask(self, op: StageOp) -> StageResult:
+        try:
+            async with asyncio.timeout(self._op_timeout_s) as deadline:
+                return await self._worker.run(op)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            worker = f"stage {self.stage} worker (pid {self._worker.pid})"
+            message = f"{worker} did not answer {type(op).__name__} within {self._op_timeout_s:g} s"
+            raise WorkerDied(message) from error
 
     def _must_forget_first(self, op: StageOp) -> bool:
         return isinstance(op, Prefill | TrainForward) or len(self._forgets) >= _MAX_PENDING_FORGETS
@@ -97,8 +103,6 @@ class StageRunner:
     async def _flush_forgets(self) -> None:
         task_ids = tuple(self._forgets)
         self._forgets.clear()
-        self._busy = True
-        result = await self._worker.run(Forget(AGENT_OP_ID, task_ids))
-        self._busy = False
+        result = await self._ask(Forget(AGENT_OP_ID, task_ids))
         if result.error:
             raise RuntimeError(f"stage {self.stage} cannot free {len(task_ids)} tasks: {result.error}")

@@ -35,6 +35,8 @@ class MicrobatchTask:
     examples: tuple[Example, ...]
     optimizer: OptimizerSpec
     accumulation: int = 1
+    #: The job's last micro-batch.
+    last: bool = False
     loss: float | None = None
     label_tokens: int = 0
     #: Weights step after its optimizer step; 0 until that step was started.

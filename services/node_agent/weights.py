@@ -1,7 +1,6 @@
 """Synchronisation of weights between nodes: snapshots for peers, and applying theirs."""
 
 import asyncio
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from services.node_agent.combine import Replica, write_copy, write_mean
 from services.node_agent.engine.base import LoadWeights, Snapshot
 from services.node_agent.loop import AgentLoop, WeightOp
 from services.node_agent.peer_weights import FetchedReplica, fetch_replica
+from services.node_agent.scratch import ScratchFolder
 from services.node_agent.tensor_file import TensorFile
 
 _log = structlog.get_logger()
@@ -62,7 +62,7 @@ class WeightSync:
         self._snapshots: OrderedDict[str, KeptSnapshot] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_applied = 0
-        self._folder = tempfile.TemporaryDirectory(prefix="lemix-weights-")
+        self._folder = ScratchFolder("weights")
 
     async def close(self) -> None:
         """Give up what is running and remove the files."""
@@ -71,7 +71,7 @@ class WeightSync:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         while self._snapshots:
             self._snapshots.popitem()[1].close()
-        self._folder.cleanup()
+        self._folder.remove()
 
     def snapshot(self, sync_id: str) -> KeptSnapshot:
         """The snapshot taken for a synchronisation. Raises LemixError NOT_FOUND."""
@@ -151,7 +151,7 @@ class WeightSync:
             raise LemixError(ErrorCode.INVALID_REQUEST, f"{name or mode} cannot use {len(peers)} peers")
         async with self._lock:
             self._num_applied += 1
-            path = Path(self._folder.name) / f"combined-{self._num_applied}.safetensors"
+            path = self._folder.path / f"combined-{self._num_applied}.safetensors"
             try:
                 async with asyncio.timeout(self._timeout_s):
                     trained_unix_s = await self._combine(sync_id, name, peers, path)
@@ -186,7 +186,7 @@ class WeightSync:
 
         async def fetch(index: int, address: str) -> FetchedReplica:
             async with slots:
-                return await fetch_replica(address, sync_id, Path(self._folder.name) / f"peer-{index}")
+                return await fetch_replica(address, sync_id, self._folder.path / f"peer-{index}")
 
         tasks = [asyncio.create_task(fetch(index, address)) for index, address in enumerate(peers)]
         try:

@@ -1,7 +1,9 @@
 """What every gRPC server does around a handler: map errors and count."""
 
+import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
@@ -71,8 +73,13 @@ def _single(method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
 def _streaming(method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in behaviour(request, context):
-                yield response
+            responses = behaviour(request, context)
+            if inspect.isawaitable(responses):  # writes to the context itself, as grpc's own health service does
+                await responses
+            else:
+                async with aclosing(responses):  # a cancelled call ends its handler now, not when it is collected
+                    async for response in responses:
+                        yield response
         except Exception as error:
             await _abort(method, context, error)
         else:

@@ -43,9 +43,7 @@ def latency_from_profile(profile: profile_pb2.Profile) -> NodeLatency:
         if fit.stage >= len(stages):
             raise ValueError(f"profile {profile.profile_id} has {len(stages)} stages and a fit for stage {fit.stage}")
         op = _OPS[fit.op]
-        # The wire has one "full"; for decode its features are others.
-        form = "full_decode" if fit.model == "full" and op is OpKind.DECODE else fit.model
-        stages[fit.stage][op] = LatencyModel(form, tuple(fit.coefficients), fit.mape, fit.interval_p90)
+        stages[fit.stage][op] = LatencyModel(fit.model, tuple(fit.coefficients), fit.mape, fit.interval_p90)
     for stage, models in enumerate(stages):
         if OpKind.PREFILL not in models:
             raise ValueError(f"profile {profile.profile_id} has no chosen fit for prefill on stage {stage}")

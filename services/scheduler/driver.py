@@ -361,9 +361,10 @@ class Driver:
             error = LemixError(ErrorCode.NOT_FOUND, "the result of this request has expired")
             self._tell_end(failed_outcome(held.item, error))
         else:
-            # On another node, which will report it.
             _log.warning("task held elsewhere", task=task_id, node=record.node_id, wanted=node_id)
-            self._tasks[task_id] = _Held(held.item, node_id=record.node_id)
+            # Another node will report it. On none (the store lost the assignment), the ledger delivers it again.
+            if record.state is TaskState.ASSIGNED:
+                self._tasks[task_id] = _Held(held.item, node_id=record.node_id)
         return event
 
     async def _reject(self, command: Reject) -> None:

@@ -71,6 +71,7 @@ class Feeder:
             examples=examples,
             hyperparameters=state.hyperparameters,
             total_steps=_total_steps(state),
+            last=sequence == state.total_microbatches - 1,
         )
         await self._inbox.put(Offered(work_pb2.WorkItem(task_id=_task_id(state, sequence), training=work)))
 

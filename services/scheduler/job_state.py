@@ -4,6 +4,7 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import Iterable
+from itertools import takewhile
 
 from lemix.errors import LemixError
 from lemix.internal.v1 import work_pb2
@@ -229,12 +230,15 @@ class JobState:
         self.wake_watchers()
 
     def restore_events(self, events: Iterable[types_pb2.JobEvent]) -> None:
-        """Take over a stored history."""
-        self._events.extend(events)
+        """Take over a stored history. What a retry stored twice is taken once."""
+        for event in events:
+            if not self._events or event.sequence > self._events[-1].sequence:
+                self._events.append(event)
 
     def events_after(self, sequence: int) -> list[types_pb2.JobEvent]:
         """Kept events with a larger sequence, oldest first."""
-        return [event for event in self._events if event.sequence > sequence]
+        newest_first = takewhile(lambda event: event.sequence > sequence, reversed(self._events))
+        return list(newest_first)[::-1]
 
     def unsaved_events(self) -> list[types_pb2.JobEvent]:
         """Events that the ledger does not hold."""

@@ -57,6 +57,8 @@ class JobRegistry:
         #: Set when the feeder may have something to do.
         self.fed = asyncio.Event()
         self._unsaved = asyncio.Event()
+        #: One save at a time: an older record must not overwrite a newer one.
+        self._saving = asyncio.Lock()
         self._closing = False
 
     # ------------------------------------------------------------- life of the registry
@@ -93,11 +95,12 @@ class JobRegistry:
 
     async def save(self) -> None:
         """Store everything that changed. Raises LedgerUnavailable; call it again then."""
-        for state in [*self._running.values(), *self._ending.values()]:
-            if state.dirty:
-                await self._store(state)
-            if state.ended:
-                self._ending.pop(state.job_id, None)
+        async with self._saving:
+            for state in [*self._running.values(), *self._ending.values()]:
+                if state.dirty:
+                    await self._store(state)
+                if state.ended and not state.dirty:  # it may have ended while what came before was being stored
+                    self._ending.pop(state.job_id, None)
 
     async def _store(self, state: JobState) -> None:
         events = state.unsaved_events()
@@ -165,8 +168,8 @@ class JobRegistry:
     async def newest(self, limit: int) -> list[types_pb2.TrainingJob]:
         """The newest jobs first, at most `limit` (1 to 100). Raises UNAVAILABLE."""
         records = await self._guard.once(self._ledger.list_jobs)
-        found = [self._known(record.job.job_id) or JobState(record, self._clock) for record in records]
-        return [state.view() for state in reversed(found[-min(max(1, limit), _MAX_LISTED) :])]
+        newest = reversed(records[-min(max(1, limit), _MAX_LISTED) :])
+        return [(self._known(record.job.job_id) or JobState(record, self._clock)).view() for record in newest]
 
     async def cancel(self, job_id: str) -> types_pb2.TrainingJob:
         """Stop a job. Raises NOT_FOUND, CONFLICT when it has ended otherwise, UNAVAILABLE."""
@@ -182,9 +185,9 @@ class JobRegistry:
         return state.view()
 
     async def watch(
-        self, job_id: str, after_sequence: int
+        self, job_id: str, after_sequence: int, *, existing_only: bool = False
     ) -> AsyncGenerator[tuple[types_pb2.JobEvent, types_pb2.TrainingJob]]:
-        """Events with a larger sequence, each with the job after it, until the job ends.
+        """Events with a larger sequence, each with the job after it, until the job ends, or those there are now.
 
         Raises NOT_FOUND, UNAVAILABLE (also when the scheduler stops).
         """
@@ -194,7 +197,7 @@ class JobRegistry:
             for event in state.events_after(after_sequence):
                 after_sequence = event.sequence
                 yield event, state.view()
-            if state.ended and not state.events_after(after_sequence):
+            if existing_only or (state.ended and not state.events_after(after_sequence)):
                 return
             if self._closing:
                 raise LemixError(ErrorCode.UNAVAILABLE, "the scheduler stops", retry_after_s=_RETRY_AFTER_S)

@@ -1,6 +1,5 @@
 """Where the latency of a joining node comes from."""
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,27 +54,28 @@ class StoredProfile:
 
 
 class ProfilerClient:
-    """Asks the profiler, which measures a node that it does not know."""
+    """Asks the profiler, which measures nodes of a kind that it does not know.
+
+    Nodes of one kind that join together are measured at the same time, so that nodes that share a machine are measured
+    as they will run: under each other's load on memory and caches. Later ones get the newest stored profile.
+    """
 
     def __init__(self, channel: grpc.aio.Channel, *, measure_timeout_s: float) -> None:
         self._channel = channel
         self._stub: ProfilerServiceAsyncStub = profiler_service_pb2_grpc.ProfilerServiceStub(channel)
         self._measure_timeout_s = measure_timeout_s
-        # Nodes with the same fingerprint join together at the start; the first is measured for all of them.
-        self._locks: dict[str, asyncio.Lock] = {}
 
     async def latency(self, hello: scheduler_service_pb2.NodeHello) -> NodeLatency:
         """Stored or measured models."""
-        async with self._locks.setdefault(hello.profile_fingerprint, asyncio.Lock()):
-            try:
-                profile = await self._stored(hello.profile_fingerprint)
-                if profile is None:
-                    _log.info("measuring a new node", node=hello.node_id, address=hello.address)
-                    request = profiler_service_pb2.ProfileNodeRequest(node_address=hello.address)
-                    response = await self._stub.ProfileNode(request, timeout=self._measure_timeout_s)
-                    profile = response.profile
-            except grpc.aio.AioRpcError as error:
-                raise LemixError.from_rpc(error) from error
+        try:
+            profile = await self._stored(hello.profile_fingerprint)
+            if profile is None:
+                _log.info("measuring a new node", node=hello.node_id, address=hello.address)
+                request = profiler_service_pb2.ProfileNodeRequest(node_address=hello.address)
+                response = await self._stub.ProfileNode(request, timeout=self._measure_timeout_s)
+                profile = response.profile
+        except grpc.aio.AioRpcError as error:
+            raise LemixError.from_rpc(error) from error
         try:
             return latency_from_profile(profile)
         except ValueError as error:

@@ -115,7 +115,8 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self, request: pb.WatchJobRequest, context: Context
     ) -> AsyncIterator[pb.WatchJobResponse]:
         """Follow a job."""
-        async with aclosing(self._jobs.watch(request.job_id, request.after_sequence)) as events:
+        watch = self._jobs.watch(request.job_id, request.after_sequence, existing_only=request.existing_only)
+        async with aclosing(watch) as events:
             async for event, job in events:
                 yield pb.WatchJobResponse(event=event, job=job)
 

@@ -37,6 +37,8 @@ _METRICS_INTERVAL_S = 1.0
 _FINAL_SAVE_TIMEOUT_S = 2.0
 #: Leases to wait after the start for nodes that hold work of a predecessor.
 _ORPHAN_LEASES = 2.0
+#: Leases between two looks at what was read from the ledger and never moved.
+_READ_AGAIN_LEASES = 2.0
 
 
 class SchedulerService:
@@ -55,6 +57,7 @@ class SchedulerService:
         self._core = core
         self._profiles = profiles
         self._ledger = ledger
+        self._clock = clock
         self._event_log = event_log
         self._tasks: list[asyncio.Task[None]] = []
         self.guard = LedgerGuard(ledger)
@@ -185,12 +188,18 @@ class SchedulerService:
     # ------------------------------------------------------------- loops
 
     async def _read_ledger(self) -> None:
+        interval_s = _READ_AGAIN_LEASES * self._settings.node_lease_s
+        block_s = min(_READ_BLOCK_S, interval_s)
+        again_s = self._clock.monotonic_s() + interval_s
         while True:
             deliveries = await self.guard.until_done(
-                lambda: self._ledger.read_global(count=_READ_COUNT, block_s=_READ_BLOCK_S)
+                lambda: self._ledger.read_global(count=_READ_COUNT, block_s=block_s)
             )
             for delivery in deliveries:
                 await self.inbox.put(Delivered(delivery))
+            if self._clock.monotonic_s() >= again_s:
+                self._ledger.read_global_again()
+                again_s = self._clock.monotonic_s() + interval_s
 
     async def _report_health(self, changed: asyncio.Event) -> None:
         while True:
@@ -205,9 +214,12 @@ class SchedulerService:
 
     async def _reclaim(self, node_ids: list[str]) -> None:
         """Take the work of nodes back that do not return after a restart of the scheduler."""
-        await asyncio.sleep(_ORPHAN_LEASES * self._settings.node_lease_s)
-        for node_id in node_ids:
-            if not self.nodes.is_connected(node_id) and node_id not in self.nodes.joining:
+        missing = set(node_ids)
+        while missing:
+            await asyncio.sleep(_ORPHAN_LEASES * self._settings.node_lease_s)
+            missing = {node_id for node_id in missing if not self.nodes.is_connected(node_id)}
+            for node_id in sorted(missing.difference(self.nodes.joining)):
+                missing.discard(node_id)
                 await self.inbox.put(NodeGone(node_id, "it did not come back after a restart of the scheduler"))
 
 

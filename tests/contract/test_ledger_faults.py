@@ -4,11 +4,12 @@ import asyncio
 import socket
 
 import pytest
+import redis.asyncio
 
 from deploy.local.redis_server import LocalRedis
 from services.ledger import LedgerUnavailable, TaskRecord, TaskState, open_ledger
 from services.ledger.redis import RedisLedger, redacted
-from tests.contract.items import outcome, request
+from tests.contract.items import example, outcome, request
 
 
 async def test_accepted_work_survives_a_restart_and_readers_reconnect(own_server: LocalRedis) -> None:
@@ -121,3 +122,14 @@ async def test_another_kind_of_url_is_refused() -> None:
 )
 def test_credentials_are_not_shown(url: str, shown: str) -> None:
     assert redacted(url) == shown
+
+
+async def test_feedback_without_an_id_leaves_no_key_for_the_retention(own_server: LocalRedis) -> None:
+    ledger = await open_ledger(own_server.url, operation_timeout_s=1.0, retention_s=3600.0)
+    await ledger.append_feedback("f", example(1), "")
+    await ledger.append_feedback("f", example(2), "named")
+    async with redis.asyncio.Redis.from_url(own_server.url) as client:
+        left_s = sorted([await client.ttl(key) async for key in client.scan_iter("{lemix}:feedback:*")])
+    assert left_s[0] <= 10
+    assert left_s[1] > 3500
+    await ledger.close()

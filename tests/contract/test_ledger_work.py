@@ -196,6 +196,20 @@ async def test_a_restarted_scheduler_reads_what_it_had_not_moved_first(store: St
     assert [delivery.redelivered for delivery in first + rest] == [True, True, False]
 
 
+async def test_what_a_deposed_scheduler_still_read_comes_to_its_successor(store: Store) -> None:
+    old, new = await store.open(), await store.open()
+    await old.acquire_leadership()
+    await new.acquire_leadership()
+    assert await read_all(new) == []
+    await new.submit(request("a"))
+    assert ids(await read_all(old)) == ["a"]
+    assert await read_all(new) == []
+    new.read_global_again()
+    (delivery,) = await read_all(new)
+    assert (delivery.item.task_id, delivery.redelivered) == ("a", True)
+    assert await read_all(new) == []
+
+
 async def test_a_restarted_node_reads_its_unfinished_tasks_first(store: Store) -> None:
     scheduler, before = await store.open(), await store.open()
     token = await scheduler.acquire_leadership()

@@ -6,7 +6,7 @@ travel from worker to worker through handles, never through the agent.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,8 @@ class PrefillSequence:
     reference_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeSequence:
-    """One running request; its newest token is at `position` (0-based)."""
+class DecodeSequence(NamedTuple):
+    """One running request; its newest token is at `position` (0-based). A tuple because it pickles twice as fast."""
 
     request_id: str
     token_id: int
@@ -190,8 +189,7 @@ class Measure:
 StageOp = Prefill | Decode | TrainForward | TrainBackward | OptimizerStep | Snapshot | LoadWeights | Forget | Measure
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A new token of a request. `is_end`: it is an end-of-sequence token and the request did not ignore it."""
 
     request_id: str

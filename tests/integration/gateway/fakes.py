@@ -175,6 +175,8 @@ class FakeScheduler(pb_grpc.SchedulerServiceServicer):
         self.submitted: list[tuple[str, work_pb2.InferenceWork]] = []
         self.submits: asyncio.Queue[str] = asyncio.Queue()
         self.cancels: asyncio.Queue[str] = asyncio.Queue()
+        self.deaf = False  # whether cancels are lost on their way
+        self.lost_cancels: asyncio.Queue[str] = asyncio.Queue()
         self.num_sessions = 0
         self.files: dict[str, tuple[work_pb2.FileRecord, list[work_pb2.TrainingExample]]] = {}
         self.num_file_messages = 0
@@ -225,6 +227,8 @@ class FakeScheduler(pb_grpc.SchedulerServiceServicer):
                 self._say("", welcome=pb.GatewayWelcome())
             elif kind == "submit":
                 self._submit(request.submit.request_id, request.submit.work)
+            elif self.deaf:
+                self.lost_cancels.put_nowait(request.cancel.request_id)
             else:
                 self.cancels.put_nowait(request.cancel.request_id)
                 self.node.cancel(request.cancel.request_id)
@@ -313,7 +317,8 @@ class FakeScheduler(pb_grpc.SchedulerServiceServicer):
                     message=f"micro-batch {sequence}", loss=3.0 / sequence, trained_microbatches=sequence,
                 )  # fmt: skip
                 yield pb.WatchJobResponse(event=event, job=job)
-        if job.status == types_pb2.JOB_STATUS_RUNNING and job.job_id in self.endless:
+        still_open = job.status == types_pb2.JOB_STATUS_RUNNING and job.job_id in self.endless
+        if still_open and not request.existing_only:
             await asyncio.Event().wait()
 
     async def SubmitFeedback(  # noqa: N802

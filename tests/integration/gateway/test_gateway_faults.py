@@ -43,6 +43,18 @@ async def test_a_client_that_leaves_a_stream_frees_the_request(gateway: Gateway)
     await eventually(lambda: gateway.application.link.num_pending == 0)
 
 
+async def test_a_cancel_that_was_lost_with_its_session_is_told_again(gateway: Gateway) -> None:
+    gateway.scheduler.script = Script(hold_after=1)
+    gateway.scheduler.deaf = True
+    call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
+    await gateway.scheduler.submits.get()
+    call.cancel()
+    assert await asyncio.wait_for(gateway.scheduler.lost_cancels.get(), 5) == "r"
+    gateway.scheduler.deaf = False
+    gateway.scheduler.drop_session()
+    assert await _cancelled(gateway) == "r"
+
+
 async def test_a_lost_session_is_opened_again_and_requests_survive(gateway: Gateway) -> None:
     gateway.scheduler.hold = True
     call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))

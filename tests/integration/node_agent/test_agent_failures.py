@@ -326,3 +326,11 @@ async def test_node_info(tmp_path: Path) -> None:
         assert (info.vocab_size, info.max_context_tokens, info.weight_step) == (97, 512, 0)
         assert info.profile_fingerprint == "fingerprint"
         assert len(info.worker_pids) == 3
+
+
+async def test_a_task_of_the_node_that_ends_by_a_stray_cancellation_breaks_it(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        node = await made.start_node()
+        node.agent._tasks[0].cancel()
+        with pytest.raises(NodeBroken, match="a task of the node ended"):
+            await node.agent.broken

@@ -10,11 +10,13 @@ from typing import Any
 import grpc.aio
 from google.protobuf import json_format
 
-from lemix.internal.v1 import profile_pb2, work_pb2
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import profile_pb2, profiler_service_pb2, profiler_service_pb2_grpc, work_pb2
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import scheduler_service_pb2_grpc as pb_grpc
 from lemix.v1 import types_pb2
 from services.ledger import Delivery, Ledger, LedgerUnavailable
+from services.runtime.grpc_server import GrpcServer
 
 WAIT_S = 10.0
 
@@ -25,7 +27,7 @@ def profile(num_stages: int = 1) -> profile_pb2.Profile:
     for stage in range(num_stages):
         for op, model, coefficients in (
             (profile_pb2.OP_KIND_PREFILL, "affine", [1e-3, 1e-5]),
-            (profile_pb2.OP_KIND_DECODE, "full", [1e-3, 1e-5, 1e-7]),
+            (profile_pb2.OP_KIND_DECODE, "full_decode", [1e-3, 1e-5, 1e-7]),
             (profile_pb2.OP_KIND_TRAIN_FORWARD, "affine", [1e-3, 1e-5]),
             (profile_pb2.OP_KIND_TRAIN_BACKWARD, "affine", [2e-3, 2e-5]),
             (profile_pb2.OP_KIND_OPTIMIZER_STEP, "constant", [1e-3]),
@@ -80,6 +82,13 @@ class FakeNode:
         if beats:
             self._tasks.append(asyncio.create_task(self._beat(self._call, first.welcome.lease_s / 4)))
         return self
+
+    async def is_refused(self) -> bool:
+        """Say hello and wait for the answer: whether it was a refusal."""
+        self._call = self._stub.NodeSession()
+        hello = pb.NodeHello(node_id=self.node_id, address=self.address, num_stages=1, profile_fingerprint="p")
+        await self._call.write(pb.NodeSessionRequest(hello=hello))
+        return await self.ended() is not grpc.StatusCode.OK
 
     async def _listen(self, call: Any) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):
@@ -167,6 +176,34 @@ class FakeNode:
         """Release everything."""
         await self.vanish()
         await self._channel.close()
+
+
+class StuckProfiler(profiler_service_pb2_grpc.ProfilerServiceServicer):
+    """Measures until told to fail."""
+
+    def __init__(self) -> None:
+        self.asked, self.fail = asyncio.Event(), asyncio.Event()
+        self.address = ""
+
+    @classmethod
+    async def start(cls, stack: contextlib.AsyncExitStack) -> "StuckProfiler":
+        """A listening one, stopped with the stack."""
+        profiler, server = cls(), GrpcServer("127.0.0.1:0")
+        server.add(profiler_service_pb2_grpc.add_ProfilerServiceServicer_to_server, profiler, "p")
+        await server.start()
+        stack.push_async_callback(server.stop, 0.1)
+        profiler.address = server.address
+        return profiler
+
+    async def GetProfile(self, request: Any, context: Any) -> profiler_service_pb2.GetProfileResponse:  # noqa: N802
+        """There is none yet."""
+        raise LemixError(ErrorCode.NOT_FOUND, "no profile")
+
+    async def ProfileNode(self, request: Any, context: Any) -> profiler_service_pb2.ProfileNodeResponse:  # noqa: N802
+        """Never succeeds."""
+        self.asked.set()
+        await self.fail.wait()
+        raise LemixError(ErrorCode.UNAVAILABLE, "the node went away while it was measured")
 
 
 class FakeGateway:

@@ -68,9 +68,10 @@ async def test_a_job_trains_every_example_of_every_epoch_and_succeeds(cluster: C
     assert (created.total_microbatches, created.num_examples) == (6, 5)
     assert created.hyperparameters.learning_rate == pytest.approx(1e-4)
     seen: list[list[int]] = []
-    for _ in range(6):
+    for number in range(6):
         delivery = await node.take()
         assert delivery.item.training.total_steps == 6
+        assert delivery.item.training.last == (number == 5), "the group of the job's last one waits for nobody"
         seen.append([example.token_ids[0] for example in delivery.item.training.examples])
         await node.finish(delivery)
     messages = await watch(gateway, created.job_id)
@@ -235,6 +236,7 @@ async def test_feedback_is_trained_as_it_comes(cluster: Cluster) -> None:
         delivery = await node.take()
         assert delivery.item.training.examples[0].token_ids[0] == number
         assert delivery.item.training.total_steps == 0
+        assert not delivery.item.training.last
         await node.finish(delivery)
 
     async def is_trained() -> bool:
@@ -273,6 +275,16 @@ async def test_the_sync_interval_follows_the_newest_job(cluster: Cluster) -> Non
     await nodes[0].send(step)
     await nodes[0].send(step)
     assert (await nodes[0].command()).HasField("take_snapshot")
+
+
+async def test_a_watch_of_the_existing_events_ends_while_the_job_goes_on(cluster: Cluster) -> None:
+    gateway = await cluster.gateway(await cluster.scheduler())
+    created = await create(gateway, await store(gateway, 3))
+    request = pb.WatchJobRequest(job_id=created.job_id, existing_only=True)
+    async with asyncio.timeout(5):
+        messages = [message async for message in gateway.stub.WatchJob(request)]
+    assert [message.event.message for message in messages] == ["the job was accepted"]
+    assert (await job(gateway, created.job_id)).status == types_pb2.JOB_STATUS_QUEUED
 
 
 async def test_a_watch_ends_with_the_scheduler(cluster: Cluster) -> None:

@@ -1,16 +1,18 @@
 """The way of a request through a real scheduler, with fake peers on real gRPC."""
 
 import asyncio
+import contextlib
 import time
 
 import grpc
 import pytest
 
 from lemix.internal.v1 import scheduler_service_pb2 as pb
+from lemix.internal.v1 import work_pb2
 from lemix.v1 import errors_pb2, types_pb2
-from services.ledger import TaskRecord, TaskState
+from services.ledger import Ledger, TaskRecord, TaskState
 from tests.integration.scheduler.cluster import Cluster, eventually
-from tests.integration.scheduler.fakes import work
+from tests.integration.scheduler.fakes import WAIT_S, FakeNode, StuckProfiler, work
 
 
 async def test_the_full_way_of_a_request(cluster: Cluster) -> None:
@@ -179,6 +181,42 @@ async def test_an_older_scheduler_stops_when_a_newer_one_leads(cluster: Cluster)
     await gateway.submit("r")
     with pytest.raises(Exception, match="too old"):
         await asyncio.wait_for(running, 5.0)
+
+
+async def test_a_request_that_a_deposed_scheduler_took_from_the_ledger_still_runs(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler(node_lease_s=0.2)
+    node, deposed = await cluster.node(scheduler), await cluster.ledger()
+    await deposed.submit(work_pb2.WorkItem(task_id="a", inference=work()))
+    (taken,) = await deposed.read_global(count=1, block_s=0)  # in one step of the loop: nobody else read it
+    assert taken.item.task_id == "a"
+    assert (await node.take()).item.task_id == "a"
+
+
+async def test_work_of_a_node_that_fails_to_join_again_after_a_restart_moves(cluster: Cluster) -> None:
+    before = await cluster.scheduler()
+    node, gateway = await cluster.node(before, "n0"), await cluster.gateway(before)
+    await gateway.submit("a")
+    await gateway.news("a", "assigned")
+    await cluster.stop(before)
+    await node.vanish()
+    async with contextlib.AsyncExitStack() as stack:
+        profiler = await StuckProfiler.start(stack)
+        lease_s = 0.1
+        after = await cluster.scheduler(node_lease_s=lease_s, profile_path="", profiler_address=profiler.address)
+        ledger = await cluster.ledger()
+        joining = FakeNode(after.address, ledger, "n0")
+        stack.push_async_callback(joining.close)
+        refused = asyncio.create_task(joining.is_refused())
+        await asyncio.wait_for(profiler.asked.wait(), WAIT_S)
+        await asyncio.sleep(4 * lease_s)  # past the wait for nodes of the predecessor: this one is still measured
+        assert [item.task_id for item in await ledger.unfinished("n0")] == ["a"]
+        profiler.fail.set()
+        assert await refused
+        await eventually(lambda: _is_free(ledger, "n0"))
+
+
+async def _is_free(ledger: Ledger, node_id: str) -> bool:
+    return not await ledger.unfinished(node_id)
 
 
 async def test_an_overdue_request_is_not_given_to_a_node(cluster: Cluster) -> None:

@@ -40,6 +40,12 @@ def test_capacity_is_bounded_by_the_slowest_stage_with_full_batches():
     assert _promise(_profile()).capacity_rps == pytest.approx(1 / (0.021 + 20 * 0.002 / 4))
 
 
+def test_stages_that_share_cores_halve_capacity_but_not_the_promise():
+    alone, shared = _promise(_profile()), _promise(_profile(), core_share=0.5)
+    assert shared.capacity_rps == pytest.approx(alone.capacity_rps / 2)
+    assert shared.slo == alone.slo
+
+
 def test_only_chosen_models_predict():
     assert node_latency(_profile()).op_s(0, OpKind.PREFILL, 1, 100) == pytest.approx(0.011)
 

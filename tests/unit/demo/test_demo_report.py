@@ -27,7 +27,7 @@ def test_the_page_needs_nothing_from_outside(page):
 
 def test_every_chart_is_well_formed_and_named(page):
     charts = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(charts) == 7
+    assert len(charts) == 8
     for chart in charts:
         assert ElementTree.fromstring(chart).attrib["aria-label"]
 
@@ -92,10 +92,25 @@ def test_curves_of_failed_requests_stay_below_one():
     assert points[-1][1] == pytest.approx(0.5, abs=0.01)
 
 
+def _moving(run):
+    return figures._moving_mean(run, figures._losses(run))
+
+
+def test_loss_against_a_baseline_is_paired_by_request():
+    run = synthetic.run_record("lemix")
+    better = [replace(item, reference_loss=item.reference_loss - 0.5) for item in run.requests if item.at_s > 3]
+    chart = figures.loss_against([run, replace(run, policy="better", requests=better)], run, None)
+    heights = [
+        {point.split(",")[1] for point in line.split()} for line in re.findall(r'<polyline[^>]*points="([^"]*)"', chart)
+    ]
+    assert [len(levels) for levels in heights] == [1, 1]  # both level, whatever the prompts were
+    assert float(heights[0].pop()) < float(heights[1].pop())  # lower on the page is better
+
+
 def test_moving_mean_does_not_smear_the_drift():
     run = synthetic.run_record("lemix")
     step = [replace(item, reference_loss=1.0 if item.at_s < run.drift_s else 2.0) for item in run.requests]
-    assert {y for _, y in figures._moving_mean(replace(run, requests=step))} == {1.0, 2.0}
+    assert {y for _, y in _moving(replace(run, requests=step))} == {1.0, 2.0}
 
 
 @pytest.mark.parametrize(

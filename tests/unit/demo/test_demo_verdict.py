@@ -79,3 +79,9 @@ def test_only_policies_that_ran_are_compared():
     assert verdicts({"separate": [_metrics()]}) == []
     names = {claim["name"] for claim in verdicts({"lemix": [_metrics()], "round_robin": [_metrics()]})}
     assert names == {claim.name for claim in CLAIMS if claim.against == "round_robin"}
+
+
+@pytest.mark.parametrize(("trained", "verdict"), [(101.0, "unresolved"), (98.0, "unresolved"), (110.0, "held")])
+def test_one_repetition_close_to_the_threshold_decides_nothing(trained, verdict):
+    claims = _by_name({"lemix": [_metrics(trained=trained)], "separate": [_metrics()]})
+    assert claims["training"]["verdict"] == verdict

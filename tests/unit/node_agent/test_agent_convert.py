@@ -93,6 +93,9 @@ def test_microbatches_and_their_hyperparameters() -> None:
     )
     task, microbatch = microbatch_from_proto("job/9", work, INFO, now_s=1.0)
     assert (microbatch.batch, microbatch.length, microbatch.accumulation) == (2, 4, 4)
+    assert not microbatch.last
+    work.last = True
+    assert microbatch_from_proto("job/9", work, INFO, now_s=1.0)[1].last
     assert (microbatch.job_id, microbatch.sequence) == (task.job_id, task.sequence) == ("job", 9)
     assert task.optimizer == OptimizerSpec(
         learning_rate=0.0, lr_schedule="cosine", warmup_steps=3, total_steps=20, max_grad_norm=0.0

@@ -1,5 +1,7 @@
 """What stage workers get for the ops the core decides."""
 
+import math
+
 import pytest
 
 from services.latency import OpKind
@@ -141,13 +143,60 @@ def test_optimizer_states_are_bounded_without_touching_live_jobs() -> None:
     builder = _builder(*tasks, states=1)
     for op_id, task in enumerate(tasks):
         builder.build(Op(op_id, OpKind.TRAIN_FORWARD, (task.task_id,), 0), 0)
-    assert builder.surplus_jobs() == []
-    del builder.tasks["b/0"]
-    assert builder.surplus_jobs() == ["b"]
+    a, b, c = tasks
+    assert builder.jobs_to_forget(a) == []
+    for task, forgotten in ((b, ["b"]), (a, ["a"]), (c, [])):
+        del builder.tasks[task.task_id]
+        assert builder.jobs_to_forget(task) == forgotten
+
+
+def test_a_complete_job_s_optimizer_goes_at_once() -> None:
+    first, last = _microbatch("a/0", "a"), _microbatch("a/1", "a")
+    last.last = True
+    builder = _builder(first, last)
+    for op_id, task in enumerate((first, last)):
+        builder.build(Op(op_id, OpKind.TRAIN_FORWARD, (task.task_id,), 0, subject="a"), 0)
+    del builder.tasks["a/1"]
+    assert builder.jobs_to_forget(last) == [], "an earlier one is still on its way"
     del builder.tasks["a/0"]
-    assert builder.surplus_jobs() == ["a"]
-    del builder.tasks["c/0"]
-    assert builder.surplus_jobs() == []
+    assert builder.jobs_to_forget(first) == []
+    assert builder.jobs_to_forget(last) == ["a"]
+
+
+def test_a_job_whose_step_is_due_keeps_its_optimizer_until_the_step_left_the_last_stage() -> None:
+    builder = _builder(_microbatch("a/0", "a"), _microbatch("b/0", "b"), states=1)
+    backward = Op(2, OpKind.TRAIN_BACKWARD, ("a/0",), 0, subject="a")
+    for op in (
+        Op(1, OpKind.TRAIN_FORWARD, ("a/0",), 0, subject="a"),
+        Op(3, OpKind.TRAIN_FORWARD, ("b/0",), 0, subject="b"),
+    ):
+        builder.build(op, 0)
+    for stage in (1, 0):
+        builder.build(backward, stage)
+        builder.ended(backward, stage, _result(backward, grad_norm_sq=1.0))
+    ended = _microbatch("a/0", "a")
+    del builder.tasks["a/0"]  # cancelled after its backward: its group's step still comes
+    assert builder.jobs_to_forget(ended) == []
+    step = Op(4, OpKind.OPTIMIZER_STEP, (), 0, subject="a", changes_weights=True)
+    for stage in (0, 1):
+        assert builder.build(step, stage) == OptimizerStep(4, 0, "a", SPEC, 2.0)
+        assert builder.jobs_to_forget(ended) == []
+        builder.ended(step, stage, _result(step))
+    assert builder.jobs_to_forget(ended) == ["a"]
+
+
+def test_gradients_that_are_on_some_stages_only_are_dropped_on_all() -> None:
+    builder = _builder(_microbatch("job/0"))
+    builder.build(Op(1, OpKind.TRAIN_FORWARD, ("job/0",), 0, subject="job"), 0)
+    backward = Op(2, OpKind.TRAIN_BACKWARD, ("job/0",), 0, subject="job")
+    builder.build(backward, 1)
+    builder.ended(backward, 1, _result(backward, grad_norm_sq=1.0))
+    builder.drop("job/0")  # cancelled before stage 0 ran it
+    step = Op(3, OpKind.OPTIMIZER_STEP, (), 0, subject="job", changes_weights=True)
+    payload = builder.build(step, 0)
+    assert isinstance(payload, OptimizerStep)
+    assert payload.grad_norm_sq_total is not None
+    assert math.isnan(payload.grad_norm_sq_total)
 
 
 def test_kinds_must_match_their_tasks() -> None:

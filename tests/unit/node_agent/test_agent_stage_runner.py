@@ -34,10 +34,10 @@ class _Worker:
 
 
 class _Stage:
-    def __init__(self) -> None:
+    def __init__(self, op_timeout_s: float = 60.0) -> None:
         self.worker = _Worker()
         self.broken: asyncio.Queue[BaseException] = asyncio.Queue()
-        self.runner = StageRunner(3, self.worker, self.broken.put_nowait)
+        self.runner = StageRunner(3, self.worker, self.broken.put_nowait, op_timeout_s=op_timeout_s)
 
     async def __aenter__(self) -> "_Stage":
         self.runner.start()
@@ -128,6 +128,20 @@ async def test_what_goes_wrong_is_told_once(where: str) -> None:
         expected = {"op": WorkerDied, "result": ValueError, "forget": RuntimeError}[where]
         assert type(await stage.breaks()) is expected
         assert stage.broken.empty()
+
+
+@pytest.mark.parametrize("work", ["op", "forget"])
+async def test_a_worker_that_does_not_answer_is_given_up(work: str) -> None:
+    async with _Stage(op_timeout_s=0.01) as stage:
+        stage.worker.go.clear()
+        if work == "op":
+            stage.runner.submit(_decode(1), lambda _: None)
+        else:
+            stage.runner.forget("a")
+        error = await stage.breaks()
+        assert isinstance(error, WorkerDied)
+        expected = {"op": "Decode", "forget": "Forget"}[work]
+        assert str(error) == f"stage 3 worker (pid 1) did not answer {expected} within 0.01 s"
 
 
 async def test_a_worker_that_dies_idle_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

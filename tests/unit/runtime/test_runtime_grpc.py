@@ -73,6 +73,15 @@ async def channel(server):
         yield channel
 
 
+async def test_health_can_be_watched(server, channel):
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+    async with asyncio.timeout(5):
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        await server.set_ready(True)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    watch.cancel()
+
+
 async def consume(call):
     return [message async for message in call]
 

@@ -35,7 +35,7 @@ def test_chosen_fits_become_models() -> None:
         profile(
             fit(profile_pb2.OP_KIND_PREFILL, "affine", [1.0, 0.5]),
             fit(profile_pb2.OP_KIND_PREFILL, "quadratic", [9.0], chosen=False),
-            fit(profile_pb2.OP_KIND_DECODE, "full", [1.0, 2.0, 3.0]),
+            fit(profile_pb2.OP_KIND_DECODE, "full_decode", [1.0, 2.0, 3.0]),
             fit(profile_pb2.OP_KIND_TRAIN_FORWARD, "full", [1.0, 2.0, 3.0]),
         )
     )

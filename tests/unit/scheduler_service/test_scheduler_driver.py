@@ -241,6 +241,18 @@ async def test_a_node_brings_back_what_the_ledger_says_it_holds(rig: Rig) -> Non
     assert rig.peers.told == [("assigned", "r", "n0"), ("held", 0, False)]
 
 
+async def test_an_assignment_that_the_store_lost_is_made_again(rig: Rig) -> None:
+    rig.core.answers[TaskArrived] = assign_to("n0")
+    await rig.handle(await rig.accept("r"))
+    await rig.ledger.take_back("n0", token=1)  # the store is back in the state before the assignment
+    await rig.handle(NodeArrived(SPEC))
+    assert rig.events(TaskEnded) == [TaskEnded("r", "n0", ok=False)]
+    assert rig.driver.num_tasks == 0
+    (delivery,) = await rig.ledger.read_global(count=9, block_s=0)
+    await rig.handle(Delivered(delivery))
+    assert [item.task_id for item in await rig.ledger.unfinished("n0")] == ["r"]
+
+
 async def test_what_nobody_wants_any_more_is_cancelled_on_the_node_that_brings_it_back(rig: Rig) -> None:
     rig.peers.wanted.clear()
     await rig.ledger.assign(microbatch(), "n0", entry_id=None, token=1)

@@ -182,3 +182,13 @@ def test_a_hyperparameter_out_of_range_is_named(field: str, value: float | str) 
     with pytest.raises(LemixError, match=field) as caught:
         resolve(given_values)
     assert caught.value.param == f"hyperparameters.{field}"
+
+
+def test_a_history_that_was_stored_twice_is_told_once() -> None:
+    job = state(4)
+    events = [types_pb2.JobEvent(sequence=number) for number in (1, 2, 1, 2, 3)]
+    job.restore_events(events)
+    assert [event.sequence for event in job.events_after(0)] == [1, 2, 3]
+    job.add_event("info", "next")
+    assert [event.sequence for event in job.events_after(2)] == [3, 4]
+    assert job.events_after(4) == []

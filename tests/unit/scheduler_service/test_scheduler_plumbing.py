@@ -146,6 +146,8 @@ class FakeProfiler(profiler_service_pb2_grpc.ProfilerServiceServicer):
     def __init__(self) -> None:
         self.stored: dict[str, profile_pb2.Profile] = {}
         self.measured: list[str] = []
+        #: Measurements that must run at the same time before any ends.
+        self.together = asyncio.Barrier(1)
 
     async def GetProfile(self, request: Any, context: Any) -> Any:  # noqa: N802
         if request.fingerprint not in self.stored:
@@ -156,7 +158,7 @@ class FakeProfiler(profiler_service_pb2_grpc.ProfilerServiceServicer):
         self.measured.append(request.node_address)
         if request.node_address == "busy:1":
             raise LemixError(ErrorCode.CONFLICT, "the node has work")
-        await asyncio.sleep(0)
+        await self.together.wait()
         self.stored["f"] = profile()
         return profiler_service_pb2.ProfileNodeResponse(profile=self.stored["f"])
 
@@ -172,12 +174,21 @@ async def profiler() -> AsyncIterator[tuple[FakeProfiler, ProfilerClient]]:
     await server.stop(0.0)
 
 
-async def test_nodes_of_one_kind_are_measured_once(profiler: tuple[FakeProfiler, ProfilerClient]) -> None:
+async def test_nodes_that_join_together_are_measured_at_once(profiler: tuple[FakeProfiler, ProfilerClient]) -> None:
     fake, client = profiler
+    fake.together = asyncio.Barrier(3)
     hellos = [pb.NodeHello(node_id=name, address=f"{name}:1", profile_fingerprint="f") for name in "abc"]
     latencies = await asyncio.gather(*(client.latency(hello) for hello in hellos))
-    assert fake.measured == ["a:1"]
+    assert sorted(fake.measured) == ["a:1", "b:1", "c:1"]
     assert [latency.num_stages for latency in latencies] == [1, 1, 1]
+
+
+async def test_a_node_of_a_known_kind_is_not_measured(profiler: tuple[FakeProfiler, ProfilerClient]) -> None:
+    fake, client = profiler
+    for name in "ab":
+        latency = await client.latency(pb.NodeHello(node_id=name, address=f"{name}:1", profile_fingerprint="f"))
+        assert latency.num_stages == 1
+    assert fake.measured == ["a:1"]
 
 
 async def test_a_failed_measurement_keeps_its_reason(profiler: tuple[FakeProfiler, ProfilerClient]) -> None:

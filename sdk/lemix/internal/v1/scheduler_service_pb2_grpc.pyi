@@ -56,7 +56,7 @@ class SchedulerServiceStub:
     CancelJob: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelJobRequest, _scheduler_service_pb2.CancelJobResponse]
     """Stops a job. Errors: NOT_FOUND, CONFLICT."""
     WatchJob: _grpc.UnaryStreamMultiCallable[_scheduler_service_pb2.WatchJobRequest, _scheduler_service_pb2.WatchJobResponse]
-    """Follows a job's events until it ends or the deadline."""
+    """Follows a job's events until it ends or the deadline; with existing_only, sends those there are. Errors: NOT_FOUND."""
     SubmitFeedback: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.SubmitFeedbackRequest, _scheduler_service_pb2.SubmitFeedbackResponse]
     """Appends an example to the feedback job. Idempotent by request_id. Errors: OVERLOADED."""
     GetClusterState: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetClusterStateRequest, _scheduler_service_pb2.GetClusterStateResponse]
@@ -90,7 +90,7 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     CancelJob: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelJobRequest, _scheduler_service_pb2.CancelJobResponse]  # type: ignore[assignment]
     """Stops a job. Errors: NOT_FOUND, CONFLICT."""
     WatchJob: _aio.UnaryStreamMultiCallable[_scheduler_service_pb2.WatchJobRequest, _scheduler_service_pb2.WatchJobResponse]  # type: ignore[assignment]
-    """Follows a job's events until it ends or the deadline."""
+    """Follows a job's events until it ends or the deadline; with existing_only, sends those there are. Errors: NOT_FOUND."""
     SubmitFeedback: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.SubmitFeedbackRequest, _scheduler_service_pb2.SubmitFeedbackResponse]  # type: ignore[assignment]
     """Appends an example to the feedback job. Idempotent by request_id. Errors: OVERLOADED."""
     GetClusterState: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetClusterStateRequest, _scheduler_service_pb2.GetClusterStateResponse]  # type: ignore[assignment]
@@ -175,7 +175,7 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_service_pb2.WatchJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_scheduler_service_pb2.WatchJobResponse], _abc.AsyncIterator[_scheduler_service_pb2.WatchJobResponse]]:
-        """Follows a job's events until it ends or the deadline."""
+        """Follows a job's events until it ends or the deadline; with existing_only, sends those there are. Errors: NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def SubmitFeedback(

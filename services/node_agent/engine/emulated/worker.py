@@ -1,5 +1,6 @@
 """The books of one emulated stage, and the results of its ops."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class EmulatedStage:
         """Do the op's bookkeeping; one that breaks it, or cannot be done, is returned as failed."""
         try:
             fields = self._handlers[type(op)](op)
-        except (BookkeepingError, OSError, ValueError, KeyError) as error:
+        except (BookkeepingError, ArithmeticError, OSError, ValueError, KeyError) as error:
             fields = {"error": f"{type(error).__name__}: {error}"}
         if isinstance(op, OptimizerStep | LoadWeights):
             self.version += 1  # also when it failed: stages stay in step
@@ -186,6 +187,8 @@ class EmulatedStage:
         norm_sq = self.grad_norm_sq if op.grad_norm_sq_total is None else op.grad_norm_sq_total
         self.clip_norms_sq.append(op.grad_norm_sq_total)
         self.grad_norm_sq = 0.0
+        if not math.isfinite(norm_sq):
+            raise ArithmeticError(f"the squared gradient norm is {norm_sq}")
         self._weight *= np.float32(1.0 - min(0.5, 100.0 * op.optimizer.learning_rate))
         return {"grad_norm_sq": norm_sq}
 

@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +14,7 @@ from services.node_agent.engine.torch.arena import create_arena
 from services.node_agent.engine.torch.load import ModelSpec, check_engine_config, read_model
 from services.node_agent.engine.torch.process import ProcessStageWorker
 from services.node_agent.engine.torch.wire import WorkerSetup
+from services.node_agent.scratch import ScratchFolder
 
 if TYPE_CHECKING:
     from services.node_agent.engine.torch.executor import StageExecutor
@@ -26,7 +25,7 @@ START_TIMEOUT_S = 300.0
 class TorchEngine:
     """See Engine. Owns the workers and the folder of their snapshots."""
 
-    def __init__(self, info: ModelInfo, workers: Sequence[StageWorker], folder: Path) -> None:
+    def __init__(self, info: ModelInfo, workers: Sequence[StageWorker], folder: ScratchFolder) -> None:
         self._info = info
         self._workers = tuple(workers)
         self._folder = folder
@@ -46,7 +45,7 @@ class TorchEngine:
         try:
             await asyncio.gather(*(worker.close() for worker in self._workers))
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
 
 async def load_engine(config: EngineConfig, *, start_timeout_s: float = START_TIMEOUT_S) -> TorchEngine:
@@ -57,10 +56,11 @@ async def load_engine(config: EngineConfig, *, start_timeout_s: float = START_TI
     """
     spec = read_model(config.model_path)
     check_engine_config(config, spec)
-    folder = Path(tempfile.mkdtemp(prefix="lemix-engine-"))
+    folder = ScratchFolder("engine")
     arena_fds = [create_arena() for _ in range(config.num_stages)]
     setups = [
-        WorkerSetup(config, spec, stage, arena_fds, folder / f"stage-{stage}") for stage in range(config.num_stages)
+        WorkerSetup(config, spec, stage, arena_fds, folder.path / f"stage-{stage}")
+        for stage in range(config.num_stages)
     ]
     starts = [asyncio.create_task(ProcessStageWorker.start(setup, arena_fds)) for setup in setups]
     try:
@@ -68,7 +68,7 @@ async def load_engine(config: EngineConfig, *, start_timeout_s: float = START_TI
             workers = await asyncio.gather(*starts)
     except BaseException:
         await _abandon(starts)
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
         raise
     finally:
         for fd in arena_fds:
@@ -103,14 +103,14 @@ def load_inprocess_engine(config: EngineConfig) -> TorchEngine:
 
     spec = read_model(config.model_path)
     check_engine_config(config, spec)
-    folder = Path(tempfile.mkdtemp(prefix="lemix-engine-"))
+    folder = ScratchFolder("engine")
     try:
         executors = [
-            StageExecutor(config, spec, stage, LocalTransport(), folder / f"stage-{stage}")
+            StageExecutor(config, spec, stage, LocalTransport(), folder.path / f"stage-{stage}")
             for stage in range(config.num_stages)
         ]
     except BaseException:
-        shutil.rmtree(folder)
+        folder.remove()
         raise
     workers = [InProcessStageWorker(executor) for executor in executors]
     return TorchEngine(spec.info(config.max_context_tokens), workers, folder)

@@ -144,11 +144,12 @@ class _Connection(asyncio.Protocol):
             end = FRAME.size + FRAME.unpack_from(self._received)[0]
             if len(self._received) < end:
                 return
-            body = bytes(self._received[FRAME.size : end])
+            # Unpickled first: if that raises, the connection ends and whoever waits is told.
+            message = pickle.loads(self._received[FRAME.size : end])
             del self._received[:end]
             answer = self._waiting.popleft()
             if not answer.done():
-                answer.set_result(pickle.loads(body))
+                answer.set_result(message)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""

@@ -20,8 +20,9 @@ from services.node_agent.engine.base import Example, OptimizerSpec, OptimizerSte
 from services.node_agent.engine.torch.attention import PackedRuns, TrainingAttention
 from services.node_agent.engine.torch.stage import Stage, widen
 
-#: Jobs whose AdamW moments (twice the parameters each) a stage keeps.
-MAX_JOBS = 8
+#: Jobs whose AdamW moments (twice the parameters each) a stage keeps at most. A backstop: the agent has jobs forgotten
+#: long before, but never one with micro-batches on the node.
+MAX_JOBS = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class TrafficConfig:
 
     seconds: float = 40.0
     #: Mean request rate as a share of one node's capacity.
-    load: float = 0.45
+    load: float = 0.3
     #: Rate during the burst over the rate outside it.
     burst_factor: float = 2.0
     #: Burst as shares of the run.
@@ -81,7 +81,7 @@ class TrainingConfig:
 
     piece_tokens: int = 128
     batch_size: int = 1
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     #: Passes over the file: large enough that the backlog never empties.
     num_epochs: int = 100
 

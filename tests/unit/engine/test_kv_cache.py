@@ -72,14 +72,15 @@ def test_used_slots_stay_a_prefix() -> None:
 def test_lengths_far_apart_do_not_share_a_slab() -> None:
     cache = KvCache(SHAPE, 10_000)
     short, long = cache.reserve("short", 5), cache.reserve("long", 1000)
-    assert (short.slab.length, long.slab.length) == (64, 1024)
+    assert (short.slab.length, long.slab.length) == (512, 1024)
 
 
-def test_memory_of_an_empty_slab_is_returned() -> None:
+@pytest.mark.parametrize(("tokens", "kept"), [(10, True), (1000, False)])
+def test_memory_of_an_empty_slab_is_returned_except_the_smallest(tokens: int, kept: bool) -> None:
     cache = KvCache(SHAPE, 10_000)
-    first = cache.reserve("a", 10).slab
+    first = cache.reserve("a", tokens).slab
     cache.free("a")
-    assert cache.reserve("b", 10).slab is not first
+    assert (cache.reserve("b", tokens).slab is first) is kept
 
 
 def test_unknown_request() -> None:

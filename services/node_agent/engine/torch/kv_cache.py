@@ -2,8 +2,10 @@
 
 A request reserves prompt + max_tokens positions in a slab of its length class (powers of two). A slab is one tensor
 whose used slots stay a prefix, so a batch of all its requests is a slice of it, not a gathered copy; short requests
-never pay for the longest one. Reserved memory is at most twice the reserved tokens, times the slot growth (two); on
-Linux pages of unused positions are not even touched.
+never pay for the longest one. Every slab in a decode batch costs one attention call per layer, so the smallest class is
+large enough for most chat turns: splitting those further costs more in calls than it saves in masked positions.
+Reserved memory is at most twice the reserved tokens (or the smallest class), times the slot growth (two); on Linux
+pages of unused positions are not even touched.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SMALLEST_CLASS = 64
+_SMALLEST_CLASS = 512
 _FIRST_SLOTS = 4
 
 
@@ -128,7 +130,7 @@ class KvCache:
         moved = slab.remove(entry.slot, last.used)
         if moved is not None:
             self._entries[moved].slot = entry.slot
-        if not slab.owners:
+        if not slab.owners and slab.length > _SMALLEST_CLASS:
             del self._slabs[slab.length]
         self.reserved_tokens -= entry.reserved
 

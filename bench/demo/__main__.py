@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=defaults.cluster.nodes, help="node agents (default 2)")
     parser.add_argument("--stages", type=int, default=defaults.cluster.stages, help="stages per node (default 1)")
     parser.add_argument("--seconds", type=float, help="length of the traffic (default 40)")
-    parser.add_argument("--load", type=float, help="mean request rate / one node's capacity (default 0.45)")
+    parser.add_argument("--load", type=float, help="mean request rate / one node's capacity (default 0.3)")
     parser.add_argument("--trace", type=Path, help="CSV with arrival_s,prompt_tokens,output_tokens to follow")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the traffic (default 0)")
     parser.add_argument("--out", type=Path, default=defaults.out, help="where results go (default out/demo)")

@@ -131,7 +131,7 @@ class Answer:
         if "error" in event:
             self.status, self.error = Status.FAILED, f"server: {json.dumps(event['error'])[:300]}"
             return
-        if any(choice.get("text") for choice in event.get("choices") or ()):
+        if event.get("choices"):  # with or without text: a token may be half a character or an end of sequence
             self._first_s = now_s if self._first_s is None else self._first_s
             self._last_s = now_s
         if event.get("usage"):

@@ -81,7 +81,7 @@ class TrainingConfig:
 
     piece_tokens: int = 128
     batch_size: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     #: Passes over the file: large enough that the backlog never empties.
     num_epochs: int = 100
 

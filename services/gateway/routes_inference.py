@@ -134,6 +134,10 @@ class _CompletionShape(_Shape):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
+    def opening(self, first: Piece) -> list[dict[str, Any]]:
+        # A first token without text (half a character, an end-of-sequence token) is still the first token.
+        return [] if first.text else [self.chunk(first.request_id, self.delta(None), None)]
+
 
 class _ChatShape(_Shape):
     prefix = "chatcmpl"

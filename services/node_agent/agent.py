@@ -56,7 +56,7 @@ class NodeAgent:
         # Rises with every start; the lower 32 bits of the seconds will do so until the year 2106.
         self.incarnation = int(clock.unix_s()) & 0xFFFFFFFF
         self._server = GrpcServer(settings.listen)
-        self._hub = TokenHub(clock, settings.token_ttl_s)
+        self._hub = TokenHub(clock, settings.token_ttl_s, settings.token_flush_s)
         self._loop = AgentLoop(
             node_id=settings.node_id,
             incarnation=self.incarnation,

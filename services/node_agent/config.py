@@ -65,7 +65,10 @@ class NodeAgentSettings(ServiceSettings):
     #: A stage worker that does not answer an op (or one measurement) for this long is given up, and the node with it.
     op_timeout_s: float = Field(600.0, gt=0.0)
     #: Longest time a trace waits for others before it is sent, seconds.
-    trace_flush_s: float = Field(0.02, ge=0.0, le=1.0)
+    trace_flush_s: float = Field(0.05, ge=0.0, le=1.0)
+    #: Least time between two messages of a gateway's token stream, seconds; first tokens and ends never wait. 0: every
+    #: decode iteration is a message of its own.
+    token_flush_s: float = Field(0.02, ge=0.0, le=1.0)
     #: Tokens of a finished request are kept this long for a gateway that has not fetched them, seconds.
     token_ttl_s: float = Field(60.0, gt=0.0)
     #: Longest time to fetch and combine the peers' weights, seconds.

@@ -2,6 +2,9 @@
 
 One buffer per request holds its whole output; a gateway's stream holds only how far it has read each of them. What is
 to be sent is cut from the buffers when the stream can take it, so a slow gateway costs no memory and its chunks grow.
+
+Messages of a stream are at least `flush_s` apart, except for first tokens and ends, which leave at once: a token costs
+every process on its way far more as a message of its own than as one more number in a message.
 """
 
 import asyncio
@@ -31,11 +34,15 @@ class _Output:
 class TokenReader:
     """One gateway's stream: `attach` requests, iterate over `responses`."""
 
-    def __init__(self, hub: "TokenHub") -> None:
+    def __init__(self, hub: "TokenHub", flush_s: float) -> None:
         self._hub = hub
+        self._flush_s = flush_s
+        self._sent_s = -flush_s
+        self._timer: asyncio.TimerHandle | None = None
         #: Tokens sent by request, for every request this stream waits for.
         self.offsets: dict[str, int] = {}
         self._ready: dict[str, None] = {}
+        #: There is something to send now, without waiting for `flush_s`.
         self._wake = asyncio.Event()
         self._ended = False
         self._attaching = True
@@ -51,8 +58,18 @@ class TokenReader:
         self._hub.attached(self, request_id)
 
     def notify(self, request_id: str) -> None:
-        """There may be something to send for this request. It is sent when the running step of the agent ends."""
+        """There may be something to send for this request. It is sent when the running step of the agent ends, or when
+        the stream's next message is due."""
         self._ready[request_id] = None
+        output = self._hub.output(request_id)
+        if self.offsets.get(request_id) == 0 or (output is not None and output.outcome is not None):
+            self._wake.set()
+        elif self._timer is None and not self._wake.is_set():
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(self._sent_s + self._flush_s, self._due)
+
+    def _due(self) -> None:
+        self._timer = None
         self._wake.set()
 
     def end_attaching(self) -> None:
@@ -67,22 +84,29 @@ class TokenReader:
 
     async def responses(self) -> AsyncIterator[node_pb2.StreamTokensResponse]:
         """Messages for the gateway until `end`. A request is detached when its outcome has been taken."""
-        while not self._ended and (self._attaching or self.offsets):
-            chunks = [chunk for chunk in map(self._cut, self._take_ready()) if chunk is not None]
-            if chunks:
+        try:
+            while not self._ended and (self._attaching or self.offsets):
+                await self._wake.wait()
+                self._wake.clear()
+                chunks = [chunk for chunk in map(self._cut, self._take_ready()) if chunk is not None]
+                if not chunks:
+                    continue
+                self._sent_s = asyncio.get_running_loop().time()
                 yield node_pb2.StreamTokensResponse(chunks=chunks)
                 for chunk in chunks:
                     if chunk.HasField("outcome"):
                         self.offsets.pop(chunk.request_id, None)
                         self._hub.delivered(self, chunk.request_id)
-            elif not self._ready:
-                self._wake.clear()
-                await self._wake.wait()
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
 
     def _take_ready(self) -> list[str]:
         request_ids = list(self._ready)[:_MAX_CHUNKS]
         for request_id in request_ids:
             del self._ready[request_id]
+        if self._ready:
+            self._wake.set()
         return request_ids
 
     def _cut(self, request_id: str) -> node_pb2.TokenChunk | None:
@@ -99,15 +123,17 @@ class TokenReader:
         self.offsets[request_id] = offset + len(token_ids)
         if not complete:
             self._ready[request_id] = None
+            self._wake.set()
         return node_pb2.TokenChunk(request_id=request_id, offset=offset, token_ids=token_ids, outcome=outcome)
 
 
 class TokenHub:
     """Outputs of the requests on this node. A finished one is kept until a gateway has taken it, at most `ttl_s`."""
 
-    def __init__(self, clock: Clock, ttl_s: float) -> None:
+    def __init__(self, clock: Clock, ttl_s: float, flush_s: float = 0.0) -> None:
         self._clock = clock
         self._ttl_s = ttl_s
+        self._flush_s = flush_s
         self._outputs: dict[str, _Output] = {}
         # Finished outputs, the oldest first.
         self._finished: OrderedDict[str, None] = OrderedDict()
@@ -116,7 +142,7 @@ class TokenHub:
 
     def open(self) -> TokenReader:
         """A new stream; the caller closes it."""
-        reader = TokenReader(self)
+        reader = TokenReader(self, self._flush_s)
         self._readers[reader] = None
         return reader
 

@@ -69,6 +69,6 @@ def test_an_unknown_option_exits_with_2():
 def test_configuration_is_plain_json():
     values = DemoConfig().to_json()
     assert values["out"] == "out/demo"
-    assert values["traffic"]["load"] == 0.45
+    assert values["traffic"]["load"] == 0.3
     with pytest.raises(DemoError):
         parse(["--seconds", "-3"])

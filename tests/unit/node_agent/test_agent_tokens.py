@@ -41,6 +41,40 @@ async def test_chunks_of_one_step_travel_together() -> None:
     assert await _next(reader) == [("b", 1, [4], False)]
 
 
+async def test_tokens_after_the_first_wait_for_the_next_message_and_ends_do_not() -> None:
+    hub = TokenHub(FakeClock(), 60.0, flush_s=3600.0)
+    reader = hub.open()
+    hub.begin("a")
+    reader.attach("a", 0)
+    hub.append("a", [1])
+    async with aclosing(reader.responses()) as responses:
+        first = await asyncio.wait_for(anext(responses), 1.0)
+        assert list(first.chunks[0].token_ids) == [1]
+        following = asyncio.ensure_future(anext(responses))
+        for token in (2, 3):
+            hub.append("a", [token])
+            await asyncio.sleep(0)
+        assert not following.done(), "an hour is not over"
+        hub.begin("b")
+        reader.attach("b", 0)
+        hub.append("b", [9])
+        message = await asyncio.wait_for(following, 1.0)
+        assert {chunk.request_id: list(chunk.token_ids) for chunk in message.chunks} == {"a": [2, 3], "b": [9]}
+        hub.append("a", [4])
+        hub.finish("a", _outcome(1, 2, 3, 4))
+        last = await asyncio.wait_for(anext(responses), 1.0)
+        assert [(list(c.token_ids), c.HasField("outcome")) for c in last.chunks] == [([4], True)]
+
+
+async def test_a_message_that_is_due_leaves_without_a_first_token() -> None:
+    hub = TokenHub(FakeClock(), 60.0, flush_s=0.01)
+    reader = hub.open()
+    hub.begin("a")
+    reader.attach("a", 1)
+    hub.append("a", [1, 2])
+    assert await _next(reader) == [("a", 1, [2], False)]
+
+
 async def test_attach_before_the_request_is_known_and_from_an_offset() -> None:
     hub, _ = _hub()
     reader = hub.open()

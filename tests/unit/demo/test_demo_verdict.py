@@ -51,7 +51,7 @@ def test_missed_when_every_repetition_disagrees():
 
 def test_unresolved_when_the_spread_spans_the_threshold():
     claims = _by_name(
-        {"lemix": [_metrics(trained=90.0), _metrics(trained=120.0)], "separate": [_metrics(), _metrics()]}
+        {"lemix": [_metrics(trained=120.0), _metrics(trained=140.0)], "separate": [_metrics(), _metrics()]}
     )
     assert claims["training"]["verdict"] == "unresolved"
 
@@ -63,10 +63,10 @@ def test_unresolved_when_nothing_was_measured():
 
 
 def test_pairs_are_of_the_same_repetition():
-    lemix = [_metrics(attainment=0.80), _metrics(attainment=0.99)]
-    separate = [_metrics(attainment=0.81), _metrics(attainment=1.0)]
+    lemix = [_metrics(attainment=0.82), _metrics(attainment=1.0)]
+    separate = [_metrics(attainment=0.81), _metrics(attainment=0.99)]
     claim = _by_name({"lemix": lemix, "separate": separate})["attainment"]
-    assert claim["values"] == pytest.approx([-0.01, -0.01])
+    assert claim["values"] == pytest.approx([0.01, 0.01])
     assert claim["verdict"] == "held"
 
 
@@ -81,7 +81,7 @@ def test_only_policies_that_ran_are_compared():
     assert names == {claim.name for claim in CLAIMS if claim.against == "round_robin"}
 
 
-@pytest.mark.parametrize(("trained", "verdict"), [(101.0, "unresolved"), (98.0, "unresolved"), (110.0, "held")])
+@pytest.mark.parametrize(("trained", "verdict"), [(131.0, "unresolved"), (128.0, "unresolved"), (140.0, "held")])
 def test_one_repetition_close_to_the_threshold_decides_nothing(trained, verdict):
     claims = _by_name({"lemix": [_metrics(trained=trained)], "separate": [_metrics()]})
     assert claims["training"]["verdict"] == verdict

@@ -36,7 +36,7 @@ def test_claims_come_with_verdict_and_threshold():
     printed = _printed(synthetic.whole_summary(), width=200)
     assert "missed  after the drift" in printed
     assert "times (at most 1.00)" in printed
-    assert "points (at least -2.0)" in printed
+    assert "points (at least +0.0)" in printed
 
 
 def test_without_a_terminal_steps_are_lines():

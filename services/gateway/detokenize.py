@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 _REPLACEMENT = "�"
 #: An unfinished UTF-8 character has at most three bytes, each shown as one replacement character.
 _MAX_UNFINISHED = 3
-#: Tokens after which a window that holds no whole character is shown as it is: a bound on the work per token.
+#: Tokens after which a window is cut to its last ones: a bound on the work per token. What is kept is long enough for
+#: the decoder to find the beginning of an unfinished character again, so none is torn in two.
 _MAX_WINDOW = 64
+_KEPT_WINDOW = 16
 _MAX_SLICE = 16
 
 
@@ -36,7 +38,9 @@ class IncrementalDetokenizer:
         if emitted:
             self._restart(token_ids)
         if len(self._window) > _MAX_WINDOW:
-            emitted += self.flush()
+            self._window = self._window[-_KEPT_WINDOW:]
+            text = self._decode(self._window)
+            self._shown = len(text) - _unfinished(text)
         return emitted
 
     def flush(self) -> str:

@@ -20,9 +20,7 @@ from services.runtime.grpc_server import GrpcServer
 
 _log = structlog.get_logger()
 
-_READINESS_PERIOD_S = 1.0
-#: Connections beyond the requests in progress: probes, metrics, idle keep-alive, clients being told 429.
-_SPARE_CONNECTIONS = 1024
+_READINESS_PERIOD_S = 2.0
 
 
 async def main(settings: GatewaySettings, stop: asyncio.Event) -> None:
@@ -39,7 +37,6 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> None:
         create_app(application, readiness, settings.limits),
         settings.http_listen,
         grace_s=settings.shutdown_grace_s,
-        max_connections=settings.limits.max_concurrent_requests + _SPARE_CONNECTIONS,
     )
     tasks: list[asyncio.Task[None]] = []
     try:

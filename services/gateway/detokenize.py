@@ -8,6 +8,8 @@ _MAX_UNFINISHED = 3
 #: Tokens after which a window is cut to its last ones: a bound on the work per token. What is kept is long enough for
 #: the decoder to find the beginning of an unfinished character again, so none is torn in two.
 _MAX_WINDOW = 64
+#: Tokens from which on a window is begun anew with its newest ones: that costs one more decoding.
+_LONG_WINDOW = 8
 _KEPT_WINDOW = 16
 _MAX_SLICE = 16
 
@@ -35,7 +37,7 @@ class IncrementalDetokenizer:
         stable = len(text) - _unfinished(text)
         emitted = text[self._shown : stable]
         self._shown = max(self._shown, stable)
-        if emitted:
+        if emitted and len(self._window) >= _LONG_WINDOW:
             self._restart(token_ids)
         if len(self._window) > _MAX_WINDOW:
             self._window = self._window[-_KEPT_WINDOW:]

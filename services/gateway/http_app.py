@@ -7,9 +7,10 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lemix.errors import LemixError
+from lemix.errors import ErrorCode, LemixError
 from services.gateway import metrics, problems
 from services.gateway.application import Application
 from services.gateway.config import Limits
@@ -18,6 +19,7 @@ from services.gateway.routes_cluster import Readiness, cluster_routes
 from services.gateway.routes_inference import inference_routes
 from services.gateway.routes_training import training_routes
 
+_RETRY_AFTER_S = 1.0
 _ECHOABLE = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -30,7 +32,7 @@ def create_app(application: Application, readiness: Readiness, limits: Limits) -
             *cluster_routes(application.cluster, readiness),
         ],
         middleware=[
-            Middleware(_Surroundings),
+            Middleware(_Surroundings, max_requests=limits.max_concurrent_requests + limits.spare_http_requests),
             Middleware(BodyLimit, max_body_bytes=limits.max_body_bytes, max_file_bytes=limits.max_file_bytes),
         ],
         exception_handlers={
@@ -43,10 +45,13 @@ def create_app(application: Application, readiness: Readiness, limits: Limits) -
 
 
 class _Surroundings:
-    """Counts requests and gives every answer an x-request-id, the client's own if it sent one."""
+    """Counts and bounds requests and gives every answer an x-request-id, the client's own if it sent one."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, max_requests: int) -> None:
+        """max_requests: in progress at once; one more is answered with 429, its body unread."""
         self._app = app
+        self._max_requests = max_requests
+        self._num_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,11 +68,24 @@ class _Surroundings:
                 MutableHeaders(scope=message).setdefault("x-request-id", request_id)
             await send(message)
 
+        self._num_requests += 1
         metrics.HTTP_IN_FLIGHT.inc()
         try:
-            await self._app(scope, receive, observed)
+            app = self._app if self._num_requests <= self._max_requests else self._refuse
+            await app(scope, receive, observed)
         finally:
+            self._num_requests -= 1
             metrics.HTTP_IN_FLIGHT.dec()
             # The handler's name, not the path: clients must not be able to make up label values.
             route = getattr(scope.get("endpoint"), "__name__", "unknown")
             metrics.HTTP_REQUESTS.labels(route, str(status)).inc()
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = LemixError(
+            ErrorCode.OVERLOADED,
+            f"{self._max_requests} REST requests are in progress already",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+        answer = await problems.on_lemix_error(Request(scope), error)
+        answer.headers["connection"] = "close"  # its body is not read, and connections are what is scarce
+        await answer(scope, receive, send)

@@ -12,13 +12,15 @@ from starlette.types import ASGIApp
 from services.runtime.app import StartupError
 
 _BACKLOG = 512
+#: How often uvicorn sets the date that answers carry.
+_TICK_S = 1.0
 
 
 class HttpServer:
     """One listening server. `start`, later `stop`."""
 
-    def __init__(self, app: ASGIApp, listen: str, *, grace_s: float, max_connections: int) -> None:
-        """listen: host:port. grace_s: time running requests get at the stop. max_connections: beyond it 503."""
+    def __init__(self, app: ASGIApp, listen: str, *, grace_s: float) -> None:
+        """listen: host:port. grace_s: time running requests get at the stop."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # failures are logged by the app itself
         self._listen = listen
         config = uvicorn.Config(
@@ -28,7 +30,7 @@ class HttpServer:
             lifespan="off",
             ws="none",
             server_header=False,
-            limit_concurrency=max_connections,
+            proxy_headers=False,
             timeout_graceful_shutdown=max(1, round(grace_s)),
         )
         self._server = _Server(config)
@@ -55,11 +57,27 @@ class HttpServer:
     async def stop(self) -> None:
         """Refuse new connections, let running requests finish for the grace time, close."""
         if self._task is not None:
-            self._server.should_exit = True
+            self._server.exit()
             await self._task
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = asyncio.Event()
+
+    def exit(self) -> None:
+        """End `serve`."""
+        self.should_exit = True
+        self._stopping.set()
+
+    async def main_loop(self) -> None:
+        """Until the exit; uvicorn's own loop looks for it ten times a second."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_TICK_S):
+                    await self._stopping.wait()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the service."""

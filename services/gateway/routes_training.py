@@ -1,7 +1,6 @@
 """REST routes of files, jobs and feedback."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -11,11 +10,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from lemix.errors import ErrorCode, LemixError
-from lemix.internal.v1 import scheduler_service_pb2
 from services.gateway import translate_training as translate
 from services.gateway.http_body import read_json
-from services.gateway.http_stream import DONE, EventStream, event
-from services.gateway.problems import HttpProblem, error_body
+from services.gateway.http_stream import EventStream, event
+from services.gateway.problems import HttpProblem
 from services.gateway.schemas import FeedbackBody, JobBody
 from services.gateway.training import TrainingService
 from services.gateway.validation import invalid
@@ -73,7 +71,7 @@ class _TrainingRoutes:
         if request.query_params.get("stream", "").lower() in ("true", "1"):
             await self._training.get_job(job_id)  # an unknown job still gets a proper 404
             watch = self._training.watch_job(job_id, after)
-            return EventStream(_events(job_id, watch), watch)
+            return EventStream(watch, lambda message: event(translate.event_object(job_id, message.event)))
         found, more = await self._training.list_events(job_id, after, _integer(request, "limit", 20))
         return JSONResponse(_page([translate.event_object(job_id, item) for item in found], more))
 
@@ -99,15 +97,6 @@ def training_routes(training: TrainingService) -> list[Route]:
         Route(jobs + "/{job_id}/events", handlers.events, methods=["GET"]),
         Route("/v1/feedback", handlers.feedback, methods=["POST"]),
     ]
-
-
-async def _events(job_id: str, watch: AsyncGenerator[scheduler_service_pb2.WatchJobResponse]) -> AsyncGenerator[bytes]:
-    try:
-        async for message in watch:
-            yield event(translate.event_object(job_id, message.event))
-        yield DONE
-    except LemixError as error:
-        yield event(error_body(error))
 
 
 def _page(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:

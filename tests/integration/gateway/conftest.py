@@ -61,7 +61,7 @@ async def gateway(tmp_path: Path, overrides: dict[str, Any]) -> AsyncIterator[Ga
     application = build(settings, load_tokenizer(model), MODEL, channel, SystemClock())
     readiness = Readiness()
     app = create_app(application, readiness, settings.limits)
-    http_server = HttpServer(app, settings.http_listen, grace_s=1, max_connections=64)
+    http_server = HttpServer(app, settings.http_listen, grace_s=1)
     grpc_server = GrpcServer(settings.listen)
     add_services(grpc_server, application)
     await http_server.start()

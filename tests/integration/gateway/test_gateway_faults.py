@@ -140,6 +140,27 @@ async def test_more_requests_than_the_bound_get_429(gateway: Gateway) -> None:
     assert (await gateway.http.post("/v1/completions", json=_BODY)).status_code == 200
 
 
+class TestMoreConnectionsThanTheBound:
+    @pytest.fixture
+    def overrides(self) -> dict[str, Any]:
+        return {"limits": {"max_concurrent_requests": 1, "spare_http_requests": 0}}
+
+    async def test_get_an_error_object_whatever_they_ask(self, gateway: Gateway) -> None:
+        gateway.scheduler.script = Script(hold_after=1)
+        call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
+        await gateway.scheduler.submits.get()
+        answer = await gateway.http.get("/v1/models")
+        assert answer.status_code == 429
+        assert (answer.headers["retry-after"], answer.headers["connection"]) == ("1", "close")
+        assert answer.headers["x-request-id"]
+        assert answer.json()["error"]["code"] == "overloaded"
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        call.cancel()
+        assert await _cancelled(gateway) == "r"
+        await eventually(lambda: gateway.application.link.num_pending == 0)
+        assert (await gateway.http.get("/v1/models")).status_code == 200
+
+
 async def test_an_id_in_flight_is_a_conflict(gateway: Gateway) -> None:
     script = gateway.scheduler.script = Script(hold_after=1)
     call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))

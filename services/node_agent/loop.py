@@ -112,6 +112,8 @@ class AgentLoop:
         # Events that wait for a measurement; None when none runs.
         self._held: list[Event] | None = None
         self._queue_order: QueueOrder | None = None
+        # When the core wants its next tick, and the timer that brings it.
+        self._wakeup_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------- life cycle
@@ -126,7 +128,7 @@ class AgentLoop:
         if self._timer is not None:
             self._timer.cancel()
         for runner in self._runners:
-            await runner.stop()
+            runner.stop()
         for _, future in self._weight_ops.values():
             future.cancel()
         if not self.broken.done():
@@ -271,13 +273,20 @@ class AgentLoop:
         self._runners[stage].submit(payload, lambda result: self._op_ended(stage, op, result))
 
     def _set_timer(self) -> None:
+        wakeup_s = self._core.next_wakeup_s
+        if wakeup_s == self._wakeup_s:
+            return
+        self._wakeup_s = wakeup_s
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        wakeup_s = self._core.next_wakeup_s
         if wakeup_s is not None:
             delay_s = max(0.0, wakeup_s - self._clock.monotonic_s())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._feed, Tick())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
+
+    def _tick(self) -> None:
+        self._wakeup_s = None
+        self._feed(Tick())
 
     # ------------------------------------------------------------- results
 

@@ -83,7 +83,12 @@ class SchedulerSession:
         self._welcome_timeout_s = welcome_timeout_s
         self._traces: deque[scheduler_pb2.OpTrace] = deque()
         self._reports: deque[scheduler_pb2.NodeSessionRequest] = deque()
+        #: Something must leave now.
         self._wake = asyncio.Event()
+        self._is_heartbeat_due = False
+        self._are_traces_due = False
+        self._traces_sent_s = -trace_flush_s
+        self._trace_timer: asyncio.TimerHandle | None = None
         #: Whether the scheduler has welcomed the node on the stream of now.
         self.connected = False
 
@@ -95,8 +100,15 @@ class SchedulerSession:
             self._traces.popleft()
             metrics.TRACES_DROPPED.inc()
         self._traces.append(trace)
-        if len(self._traces) == 1 or len(self._traces) == _MAX_TRACES_PER_BATCH:
-            self._wake.set()
+        if len(self._traces) >= _MAX_TRACES_PER_BATCH:
+            self._flush_traces()
+        elif self._trace_timer is None:
+            wait_s = self._traces_sent_s + self._trace_flush_s - self._clock.monotonic_s()
+            self._trace_timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._flush_traces)
+
+    def _flush_traces(self) -> None:
+        self._are_traces_due = True
+        self._wake.set()
 
     def report_outcome(self, outcome: work_pb2.WorkOutcome) -> None:
         """Report the end of a task; it is in the ledger already."""
@@ -170,34 +182,49 @@ class SchedulerSession:
                 _log.warning("unknown command", command=other)
 
     async def _send(self, call: "Call", heartbeat_s: float) -> None:
-        heartbeat_due_s = self._clock.monotonic_s()
-        flush_due_s = heartbeat_due_s
-        while True:
-            now_s = self._clock.monotonic_s()
-            if now_s >= heartbeat_due_s:
-                await call.write(scheduler_pb2.NodeSessionRequest(heartbeat=self._heartbeat()))
-                heartbeat_due_s = now_s + heartbeat_s
-            elif self._traces and (now_s >= flush_due_s or self._reports or len(self._traces) >= _MAX_TRACES_PER_BATCH):
-                await self._send_traces(call)
-                flush_due_s = self._clock.monotonic_s() + self._trace_flush_s
-            elif self._reports:
-                await self._send_report(call)
-            else:
-                due_s = min(heartbeat_due_s, flush_due_s) if self._traces else heartbeat_due_s
-                await self._sleep(due_s - now_s)
+        self._is_heartbeat_due = True
+        beating = asyncio.create_task(self._beat(heartbeat_s))
+        try:
+            while True:
+                while self._is_heartbeat_due or self._reports or self._are_traces_due:
+                    await self._send_next(call)
+                self._wake.clear()
+                await self._wake.wait()
+        finally:
+            beating.cancel()
 
-    async def _send_report(self, call: "Call") -> None:
-        message = self._reports.popleft()
+    async def _beat(self, heartbeat_s: float) -> None:
+        while True:
+            await asyncio.sleep(heartbeat_s)
+            self._is_heartbeat_due = True
+            self._wake.set()
+
+    async def _send_next(self, call: "Call") -> None:
+        """One message: what is due, and with it the traces that wait. An outcome never overtakes a trace."""
+        message, report = scheduler_pb2.NodeSessionRequest(), None
+        self._add_traces(message)
+        if self._is_heartbeat_due:
+            self._is_heartbeat_due = False
+            message.heartbeat.CopyFrom(self._heartbeat())
+        elif self._reports and not self._traces:
+            report = self._reports.popleft()
+            message.MergeFrom(report)
         try:
             await call.write(message)
         except BaseException:
-            self._reports.appendleft(message)  # for the next stream
+            if report is not None:
+                self._reports.appendleft(report)  # for the next stream
             raise
 
-    async def _send_traces(self, call: "Call") -> None:
-        count = min(len(self._traces), _MAX_TRACES_PER_BATCH)
-        batch = [self._traces.popleft() for _ in range(count)]
-        await call.write(scheduler_pb2.NodeSessionRequest(traces=scheduler_pb2.TraceBatch(ops=batch)))
+    def _add_traces(self, message: scheduler_pb2.NodeSessionRequest) -> None:
+        if self._trace_timer is not None:
+            self._trace_timer.cancel()
+            self._trace_timer = None
+        if self._traces:
+            count = min(len(self._traces), _MAX_TRACES_PER_BATCH)
+            message.traces.ops.extend([self._traces.popleft() for _ in range(count)])
+            self._traces_sent_s = self._clock.monotonic_s()
+        self._are_traces_due = bool(self._traces)
 
     def _heartbeat(self) -> scheduler_pb2.NodeHeartbeat:
         vitals = self._vitals()
@@ -206,12 +233,3 @@ class SchedulerSession:
             weight_step=vitals.weight_step,
             kv_used_tokens=vitals.kv_used_tokens,
         )
-
-    async def _sleep(self, timeout_s: float) -> None:
-        """Until something is reported, at most `timeout_s`."""
-        self._wake.clear()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._wake.wait()
-        except TimeoutError:
-            return

@@ -22,6 +22,8 @@ class StageRunner:
     Tasks are forgotten when the stage is idle, and at the latest before an op that takes memory. `on_broken` is called
     once with the exception when the worker died, did not answer an op within `op_timeout_s`, or anything unexpected was
     raised; the runner has ended then.
+
+    An op's end, what follows from it and the start of the next op are one callback: no task is woken in between.
     """
 
     def __init__(
@@ -33,76 +35,112 @@ class StageRunner:
         self._op_timeout_s = op_timeout_s
         self._ops: deque[tuple[StageOp, Done]] = deque()
         self._forgets: dict[str, None] = {}
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._runs = False
+        self._loop = asyncio.get_running_loop()
+        # The op that the worker runs; None when it is idle.
+        self._running: StageOp | None = None
+        self._done: Done = self._forgotten
+        self._answer: asyncio.Future[StageResult] | None = None
+        #: When the running op was started, or the worker became idle; on the loop's clock.
+        self._since_s = 0.0
+        self._soon: asyncio.Handle | None = None
+        self._watchdog: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin to take ops."""
-        self._task = asyncio.create_task(self._run(), name=f"stage-{self.stage}")
+        self._runs = True
+        self._since_s = self._loop.time()
+        self._watch()
+        self._next()
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Stop after cancelling the wait for the running op; the worker itself is closed by its engine."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        self._runs = False
+        for pending in (self._watchdog, self._soon, self._answer):
+            if pending is not None:
+                pending.cancel()
 
     def submit(self, op: StageOp, done: Done) -> None:
         """Queue an op; `done` is called with its result. The caller bounds how many it queues (the core: one)."""
         self._ops.append((op, done))
-        self._wake.set()
+        self._next()
 
     async def call(self, op: StageOp) -> StageResult:
         """Queue an op and wait for its result. Cancelling the wait does not stop the op."""
-        future: asyncio.Future[StageResult] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[StageResult] = self._loop.create_future()
         self.submit(op, lambda result: None if future.done() else future.set_result(result))
         return await future
 
     def forget(self, task_id: str) -> None:
         """Free what an ended task holds on this stage, soon."""
         self._forgets[task_id] = None
-        self._wake.set()
+        if self._running is None and self._soon is None:
+            # Not at once: the event that ended the task may bring the stage's next op, which then goes first.
+            self._soon = self._loop.call_soon(self._next)
 
-    async def _run(self) -> None:
-        try:
-            while True:
-                if self._forgets and (not self._ops or self._must_forget_first(self._ops[0][0])):
-                    await self._flush_forgets()
-                elif self._ops:
-                    op, done = self._ops.popleft()
-                    done(await self._ask(op))
-                else:
-                    await self._wait()
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            self._on_broken(error)
+    # ------------------------------------------------------------- one after the other
 
-    async def _ask(self, op: StageOp) -> StageResult:
-        try:
-            async with asyncio.timeout(self._op_timeout_s) as deadline:
-                return await self._worker.run(op)
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise
-            worker = f"stage {self.stage} worker (pid {self._worker.pid})"
-            message = f"{worker} did not answer {type(op).__name__} within {self._op_timeout_s:g} s"
-            raise WorkerDied(message) from error
+    def _next(self) -> None:
+        """Start what is next if the worker is idle."""
+        self._soon = None
+        if self._running is not None or not self._runs:
+            return
+        if self._ops and not self._must_forget_first(self._ops[0][0]):
+            self._start(*self._ops.popleft())
+        elif self._forgets:
+            self._forget_all()
 
     def _must_forget_first(self, op: StageOp) -> bool:
+        if not self._forgets:
+            return False
         return isinstance(op, Prefill | TrainForward) or len(self._forgets) >= _MAX_PENDING_FORGETS
 
-    async def _wait(self) -> None:
-        """Until there is something to do; raises WorkerDied when the idle worker is gone."""
-        self._wake.clear()
-        try:
-            async with asyncio.timeout(_PROBE_S):
-                await self._wake.wait()
-        except TimeoutError:
-            await self._flush_forgets()
-
-    async def _flush_forgets(self) -> None:
+    def _forget_all(self) -> None:
         task_ids = tuple(self._forgets)
         self._forgets.clear()
-        result = await self._ask(Forget(AGENT_OP_ID, task_ids))
+        self._start(Forget(AGENT_OP_ID, task_ids), self._forgotten)
+
+    def _forgotten(self, result: StageResult) -> None:
         if result.error:
-            raise RuntimeError(f"stage {self.stage} cannot free {len(task_ids)} tasks: {result.error}")
+            raise RuntimeError(f"stage {self.stage} cannot free what ended tasks hold: {result.error}")
+
+    def _start(self, op: StageOp, done: Done) -> None:
+        self._running, self._done = op, done
+        self._since_s = self._loop.time()
+        try:
+            self._answer = self._worker.run(op)
+        except Exception as error:
+            self._break(error)
+        else:
+            self._answer.add_done_callback(self._ended)
+
+    def _ended(self, answer: "asyncio.Future[StageResult]") -> None:
+        if not self._runs:
+            return
+        try:
+            self._done(answer.result())
+        except (Exception, asyncio.CancelledError) as error:
+            self._break(error)
+        else:
+            self._running = None
+            self._since_s = self._loop.time()
+            self._next()
+
+    # ------------------------------------------------------------- when it goes wrong
+
+    def _watch(self) -> None:
+        """Now and then: give up a worker that runs one op for too long, and see whether an idle one is alive."""
+        now_s = self._loop.time()
+        if self._running is not None and now_s - self._since_s >= self._op_timeout_s:
+            worker = f"stage {self.stage} worker (pid {self._worker.pid})"
+            op = type(self._running).__name__
+            self._break(WorkerDied(f"{worker} did not answer {op} within {self._op_timeout_s:g} s"))
+            return
+        self._watchdog = self._loop.call_later(min(_PROBE_S, self._op_timeout_s), self._watch)
+        if self._running is None and now_s - self._since_s >= _PROBE_S:
+            self._forget_all()
+
+    def _break(self, error: BaseException) -> None:
+        if self._runs:
+            self.stop()
+            self._on_broken(error)

@@ -1,6 +1,7 @@
 """Sessions with node agents: who is there, what they report, what they are told."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ class _Connection:
     offset_s: float
     weight_step: int = 0
     lost_reason: str = ""
+    #: Since when its next message is awaited, on the event loop's clock; infinity while one is being taken in.
+    silent_since_s: float = math.inf
 
 
 class NodeRegistry:
@@ -112,6 +115,7 @@ class NodeRegistry:
             earlier.outbox.close("taken over")
         _log.info("node joined", node=node_id, address=connection.hello.address, again=earlier is not None)
         reader = asyncio.create_task(self._read(connection, spec, requests))
+        watcher = asyncio.create_task(self._watch_lease(connection))
         try:
             async for message in connection.outbox.messages():
                 yield message
@@ -121,8 +125,9 @@ class NodeRegistry:
             raise LemixError(ErrorCode.UNAVAILABLE, reason, retry_after_s=_RETRY_AFTER_S)
         finally:
             reader.cancel()
+            watcher.cancel()
             await self._leave(connection)
-            results = await asyncio.gather(reader, return_exceptions=True)
+            results = await asyncio.gather(reader, watcher, return_exceptions=True)
             if isinstance(results[0], Exception):
                 raise results[0]
 
@@ -160,24 +165,31 @@ class NodeRegistry:
     async def _read(
         self, connection: _Connection, spec: NodeSpec, requests: AsyncIterator[pb.NodeSessionRequest]
     ) -> None:
-        reason = "its stream ended"
+        loop = asyncio.get_running_loop()
         try:
             await self._inbox.put(NodeArrived(spec))
             welcome = pb.NodeWelcome(
                 fencing_token=self._token, queue_order=self._queue_order.value, lease_s=self._lease_s
             )
             connection.outbox.send(pb.NodeSessionResponse(welcome=welcome))
-            while True:
-                async with asyncio.timeout(self._lease_s):
-                    message = await anext(requests, None)
-                if message is None:
-                    break
+            connection.silent_since_s = loop.time()
+            async for message in requests:
+                connection.silent_since_s = math.inf
                 await self._take(connection, message)
-        except TimeoutError:
-            reason = f"no sign of life for {self._lease_s:g} s"
+                connection.silent_since_s = loop.time()
         finally:
-            connection.lost_reason = reason
-            connection.outbox.close(reason)
+            self._lose(connection, "its stream ended")
+
+    async def _watch_lease(self, connection: _Connection) -> None:
+        """End the session of a node that is silent for too long. One timer per lease, none per message."""
+        loop = asyncio.get_running_loop()
+        while (left_s := connection.silent_since_s + self._lease_s - loop.time()) > 0.0:  # noqa: ASYNC110  it moves
+            await asyncio.sleep(min(left_s, self._lease_s))
+        self._lose(connection, f"no sign of life for {self._lease_s:g} s")
+
+    def _lose(self, connection: _Connection, reason: str) -> None:
+        connection.lost_reason = connection.lost_reason or reason
+        connection.outbox.close(reason)
 
     async def _leave(self, connection: _Connection) -> None:
         node_id = connection.hello.node_id
@@ -193,13 +205,15 @@ class NodeRegistry:
     # ------------------------------------------------------------- reports
 
     async def _take(self, connection: _Connection, message: pb.NodeSessionRequest) -> None:
+        if message.HasField("traces"):
+            node_id = connection.hello.node_id
+            self._inbox.put_trace(Traced(ops_from_traces(node_id, message.traces.ops, connection.offset_s)))
         match message.WhichOneof("message"):
+            case None if message.HasField("traces"):
+                pass
             case "heartbeat":
                 self._observe_clock(connection, message.heartbeat.sent_monotonic_s)
                 connection.weight_step = message.heartbeat.weight_step
-            case "traces":
-                node_id = connection.hello.node_id
-                self._inbox.put_trace(Traced(ops_from_traces(node_id, message.traces.ops, connection.offset_s)))
             case "outcome":
                 await self._inbox.put(Ended(message.outcome))
             case "sync_finished":

@@ -93,7 +93,7 @@ async def test_ops_sent_together_are_answered_in_order(engine: TorchEngine) -> N
 
 async def test_a_caller_that_gives_up_does_not_shift_the_answers(engine: TorchEngine) -> None:
     worker = engine.workers[0]
-    given_up = asyncio.create_task(worker.run(Forget(1, ())))
+    given_up = worker.run(Forget(1, ()))
     await asyncio.sleep(0)
     given_up.cancel()
     assert (await worker.run(Forget(2, ()))).op_id == 2
@@ -114,7 +114,7 @@ async def test_dead_worker_is_reported_and_nothing_is_left(models: dict[str, Pat
     snapshots = await Pipeline(engine).snapshot("s")
     assert existing(snapshots) == snapshots
     os.kill(pids[1], signal.SIGSTOP)
-    waiting = asyncio.create_task(engine.workers[1].run(Forget(1, ())))
+    waiting = engine.workers[1].run(Forget(1, ()))
     await asyncio.sleep(0)
     os.kill(pids[1], signal.SIGSEGV)
     os.kill(pids[1], signal.SIGCONT)

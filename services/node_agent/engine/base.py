@@ -5,6 +5,7 @@ its parameters. The node core decides the order; the worker never reorders. Larg
 travel from worker to worker through handles, never through the agent.
 """
 
+import asyncio
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -233,16 +234,16 @@ class StageResult:
 
 
 class StageWorker(Protocol):
-    """One stage. `run` is called for one op at a time per stage; it returns when the op ended, also when it failed
-    (`StageResult.error`). It raises `WorkerDied` when the process is gone."""
+    """One stage. `run` is called for one op at a time per stage."""
 
     @property
     def pid(self) -> int:
         """Process id that computes."""
         ...
 
-    async def run(self, op: StageOp) -> StageResult:
-        """Run one op to its end."""
+    def run(self, op: StageOp) -> "asyncio.Future[StageResult]":
+        """Start one op. The future ends with the op, also when that failed (`StageResult.error`); `WorkerDied` when the
+        process is gone. Cancelling it gives up the result, not the op."""
         ...
 
     async def close(self) -> None:

@@ -143,11 +143,10 @@ class ScriptedScheduler(Watched, scheduler_grpc.SchedulerServiceServicer):
 
     async def _record(self, requests: AsyncIterator[scheduler_pb2.NodeSessionRequest]) -> None:
         async for request in requests:
+            self.traces.extend(request.traces.ops)
             match request.WhichOneof("message"):
                 case "heartbeat":
                     self.heartbeats.append(request.heartbeat)
-                case "traces":
-                    self.traces.extend(request.traces.ops)
                 case "outcome":
                     self.outcomes[request.outcome.task_id] = request.outcome
                     self.num_outcomes += 1

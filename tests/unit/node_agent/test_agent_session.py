@@ -1,5 +1,7 @@
 """What a node keeps for a scheduler that is away."""
 
+import asyncio
+
 import grpc.aio
 import prometheus_client
 import pytest
@@ -31,11 +33,13 @@ class _Call:
     def __init__(self, good: int) -> None:
         self.good = good
         self.messages: list[scheduler_pb2.NodeSessionRequest] = []
+        self.written: asyncio.Queue[scheduler_pb2.NodeSessionRequest] = asyncio.Queue()
 
     async def write(self, message: scheduler_pb2.NodeSessionRequest) -> None:
         if len(self.messages) >= self.good:
             raise ConnectionError("cut")
         self.messages.append(message)
+        self.written.put_nowait(message)
 
 
 @pytest.fixture
@@ -67,15 +71,44 @@ async def _send(session: SchedulerSession, good: int) -> list[scheduler_pb2.Node
     return call.messages
 
 
-async def test_a_heartbeat_goes_first_then_traces_before_the_outcomes_they_led_to(session: SchedulerSession) -> None:
+def _stages(message: scheduler_pb2.NodeSessionRequest) -> list[int]:
+    return [trace.stage for trace in message.traces.ops]
+
+
+async def test_a_heartbeat_goes_first_and_takes_the_traces_along(session: SchedulerSession) -> None:
     session.report_outcome(_outcome("a"))
     for stage in range(3):
         session.add_trace(scheduler_pb2.OpTrace(stage=stage))
     session.report_outcome(_outcome("b"))
-    heartbeat, traces, first = await _send(session, 3)
-    assert heartbeat.heartbeat == scheduler_pb2.NodeHeartbeat(sent_monotonic_s=5.0, weight_step=3, kv_used_tokens=17)
-    assert [trace.stage for trace in traces.traces.ops] == [0, 1, 2]
-    assert first.outcome.task_id == "a"
+    first, second = await _send(session, 2)
+    assert first.heartbeat == scheduler_pb2.NodeHeartbeat(sent_monotonic_s=5.0, weight_step=3, kv_used_tokens=17)
+    assert _stages(first) == [0, 1, 2]
+    assert second.outcome.task_id == "a"
+
+
+async def test_traces_travel_with_the_outcome_they_led_to(session: SchedulerSession) -> None:
+    call = _Call(2)
+    sending = asyncio.create_task(session._send(call, heartbeat_s=100.0))  # type: ignore[arg-type]
+    await call.written.get()
+    session.add_trace(scheduler_pb2.OpTrace(stage=7))
+    session.report_outcome(_outcome("a"))
+    session.report_outcome(_outcome("cut"))
+    with pytest.raises(ConnectionError):
+        await sending
+    assert call.messages[1].outcome.task_id == "a"
+    assert _stages(call.messages[1]) == [7]
+
+
+async def test_a_trace_without_company_leaves_by_itself(session: SchedulerSession) -> None:
+    call = _Call(2)
+    sending = asyncio.create_task(session._send(call, heartbeat_s=100.0))  # type: ignore[arg-type]
+    await call.written.get()
+    session.add_trace(scheduler_pb2.OpTrace(stage=7))
+    async with asyncio.timeout(5.0):
+        message = await call.written.get()
+    sending.cancel()
+    assert _stages(message) == [7]
+    assert message.WhichOneof("message") is None
 
 
 async def test_a_report_whose_write_failed_is_sent_on_the_next_stream(session: SchedulerSession) -> None:
@@ -93,8 +126,10 @@ async def test_traces_are_cut_into_bounded_batches(session: SchedulerSession, mo
     for stage in range(5):
         session.add_trace(scheduler_pb2.OpTrace(stage=stage))
     session.report_outcome(_outcome("a"))
-    _, *batches = await _send(session, 4)
-    assert [[trace.stage for trace in batch.traces.ops] for batch in batches] == [[0, 1], [2, 3], [4]]
+    session.report_outcome(_outcome("cut"))
+    messages = await _send(session, 3)
+    assert [_stages(message) for message in messages] == [[0, 1], [2, 3], [4]]
+    assert [message.WhichOneof("message") for message in messages] == ["heartbeat", None, "outcome"]
 
 
 async def test_buffers_are_bounded_and_count_what_they_drop(
@@ -107,8 +142,8 @@ async def test_buffers_are_bounded_and_count_what_they_drop(
         session.add_trace(scheduler_pb2.OpTrace(stage=stage))
     session.report_outcome(_outcome("old"))
     session.report_outcome(_outcome("new"))
-    _, batch = await _send(session, 2)
-    assert [trace.stage for trace in batch.traces.ops] == [1, 2]
+    (message,) = await _send(session, 1)
+    assert _stages(message) == [1, 2]
     assert [report.outcome.task_id for report in session._reports] == ["new"]
     assert _dropped("lemix_node_traces_dropped_total") == traces + 1
     assert _dropped("lemix_node_reports_dropped_total") == reports + 1

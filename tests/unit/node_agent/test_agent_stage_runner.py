@@ -20,7 +20,10 @@ class _Worker:
         self.fails = ""
         self.dead = False
 
-    async def run(self, op: StageOp) -> StageResult:
+    def run(self, op: StageOp) -> asyncio.Future[StageResult]:
+        return asyncio.ensure_future(self._run(op))
+
+    async def _run(self, op: StageOp) -> StageResult:
         self.ops.append(op)
         await self.go.wait()
         await asyncio.sleep(0)
@@ -44,7 +47,7 @@ class _Stage:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.runner.stop()
+        self.runner.stop()
 
     async def ended(self, count: int) -> list[StageOp]:
         """The next ops that ended."""

@@ -96,7 +96,7 @@ async def test_positions_and_double_prefills_are_checked(model: Path) -> None:
 
 async def test_one_op_at_a_time(model: Path) -> None:
     engine = _engine(model)
-    first = asyncio.create_task(engine.workers[0].run(_prefill()))
+    first = engine.workers[0].run(_prefill())
     await asyncio.sleep(0)
     with pytest.raises(RuntimeError, match="while another op is running"):
         await engine.workers[0].run(Forget(2, ()))

@@ -87,18 +87,18 @@ class InferenceAssigned(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., node_address: _Optional[str] = ...) -> None: ...
 
 class NodeSessionRequest(_message.Message):
-    __slots__ = ("hello", "heartbeat", "traces", "outcome", "sync_finished")
+    __slots__ = ("hello", "heartbeat", "outcome", "sync_finished", "traces")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
-    TRACES_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     SYNC_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    TRACES_FIELD_NUMBER: _ClassVar[int]
     hello: NodeHello
     heartbeat: NodeHeartbeat
-    traces: TraceBatch
     outcome: _work_pb2.WorkOutcome
     sync_finished: SyncFinished
-    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ...) -> None: ...
+    traces: TraceBatch
+    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
     __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch")

@@ -38,7 +38,7 @@ class EmulatedWorker:
         self._clock = clock
         self._sleep = sleep
         self._tamper = tamper
-        self._busy = False
+        self._running: asyncio.Task[StageResult] | None = None
         self.closed = False
 
     @property
@@ -51,22 +51,22 @@ class EmulatedWorker:
         """The books, for tests."""
         return self._stage
 
-    async def run(self, op: StageOp) -> StageResult:
-        """Run one op. Raises RuntimeError when a second one is started before the first has ended."""
-        if self._busy:
+    def run(self, op: StageOp) -> "asyncio.Future[StageResult]":
+        """Start one op. Raises RuntimeError when another one has not ended yet."""
+        if self._running is not None and not self._running.done():
             raise RuntimeError(f"stage {self._stage.index} got {type(op).__name__} while another op is running")
-        self._busy = True
-        try:
-            begin_s = self._clock.monotonic_s()
-            duration_s = self._timing.op_s(op, self._stage.train_shapes)
-            if duration_s > 0:
-                await self._sleep(duration_s)
-            else:
-                await asyncio.sleep(0)  # a real worker never answers in the same turn of the loop
-            result = self._stage.perform(op, begin_s, self._clock.monotonic_s())
-            return result if self._tamper is None else self._tamper(self._stage.index, op, result)
-        finally:
-            self._busy = False
+        self._running = asyncio.ensure_future(self._run(op))
+        return self._running
+
+    async def _run(self, op: StageOp) -> StageResult:
+        begin_s = self._clock.monotonic_s()
+        duration_s = self._timing.op_s(op, self._stage.train_shapes)
+        if duration_s > 0:
+            await self._sleep(duration_s)
+        else:
+            await asyncio.sleep(0)  # a real worker never answers in the same turn of the loop
+        result = self._stage.perform(op, begin_s, self._clock.monotonic_s())
+        return result if self._tamper is None else self._tamper(self._stage.index, op, result)
 
     async def close(self) -> None:
         """Nothing to stop."""

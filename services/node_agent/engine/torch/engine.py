@@ -87,9 +87,11 @@ class InProcessStageWorker:
         """See StageWorker."""
         return os.getpid()
 
-    async def run(self, op: StageOp) -> StageResult:
+    def run(self, op: StageOp) -> "asyncio.Future[StageResult]":
         """See StageWorker."""
-        return self.executor.run(op)
+        answer: asyncio.Future[StageResult] = asyncio.get_running_loop().create_future()
+        answer.set_result(self.executor.run(op))
+        return answer
 
     async def close(self) -> None:
         """See StageWorker."""

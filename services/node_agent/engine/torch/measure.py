@@ -26,6 +26,8 @@ from services.node_agent.engine.torch.training import check_examples, make_job, 
 
 Durations = dict[str, list[float]]
 
+_WARM_UP_TOKENS = 16
+
 
 class StageTimer:
     """Runs `Measure` ops on a stage. `folder` takes the file a weight synchronisation writes."""
@@ -56,6 +58,18 @@ class StageTimer:
             for kind, durations in once().items():
                 total.setdefault(kind, []).extend(durations)
         return tuple((kind, tuple(durations)) for kind, durations in total.items())
+
+    def warm_up(self) -> None:
+        """Run every kind of op once. The first ones load kernels and modules, which takes a second or more: that must
+        not happen while requests wait."""
+        for kind in (OpKind.PREFILL, OpKind.DECODE, OpKind.TRAIN_FORWARD):
+            length = min(_WARM_UP_TOKENS, self._max_context_tokens)
+            self.measure(Measure(0, kind.value, batch=1, length=length, repetitions=1, warmup=0))
+        # One element is enough, where copies of all parameters might not fit into memory.
+        parameter = nn.Parameter(torch.zeros(1, device=self._stage.device, dtype=self._stage.dtype))
+        parameter.grad = torch.ones_like(parameter)
+        job = make_job([parameter], OptimizerSpec())
+        job.optimizer.step()
 
     def _prefill(self, op: Measure) -> Callable[[], Durations]:
         inference, length = self._inference(op)

@@ -9,7 +9,7 @@ import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from services.node_agent.engine.base import StageOp, StageResult, WorkerDied
@@ -32,7 +32,7 @@ class ProcessStageWorker:
         self._stderr_lines = stderr_lines
         self._connection: _Connection
         self._stderr_task: asyncio.Task[None]
-        self._death: WorkerDied | None = None
+        self._death: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(cls, setup: WorkerSetup, inherited_fds: Sequence[int]) -> "ProcessStageWorker":
@@ -46,9 +46,9 @@ class ProcessStageWorker:
             raise
         worker = cls(setup.stage, process, deque(maxlen=_STDERR_LINES))
         worker._stderr_task = asyncio.create_task(worker._read_stderr())
-        worker._connection = await _connect(ours)
+        worker._connection = await _connect(ours, worker._lost)
         try:
-            answer = await worker._ask(setup)
+            answer = await worker._connection.ask(setup)
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
@@ -65,9 +65,9 @@ class ProcessStageWorker:
         """Process id."""
         return self._process.pid
 
-    async def run(self, op: StageOp) -> StageResult:
+    def run(self, op: StageOp) -> "asyncio.Future[StageResult]":
         """See StageWorker."""
-        return cast(StageResult, await self._ask(op))
+        return cast("asyncio.Future[StageResult]", self._connection.ask(op))
 
     async def close(self) -> None:
         """See StageWorker. Closing the connection ends an idle worker; one that does not end is killed."""
@@ -79,26 +79,22 @@ class ProcessStageWorker:
                 self._process.kill()
             await self._process.wait()
         await self._stderr_task
+        if self._death is not None:
+            await self._death
 
-    async def _ask(self, message: object) -> object:
-        try:
-            return await self._connection.ask(message)
-        except ConnectionError:
-            if self._death is None:
-                await self._describe_death()
-            assert self._death is not None
-            raise self._death from None
+    def _lost(self) -> None:
+        """The connection has ended and somebody waits for an answer."""
+        if self._death is None:
+            self._death = asyncio.create_task(self._describe_death())
 
     async def _describe_death(self) -> None:
         try:
             code = str(await asyncio.wait_for(self._process.wait(), _CLOSE_S))
-            await self._stderr_task
+            await asyncio.wait((self._stderr_task,), timeout=_CLOSE_S)
         except TimeoutError:
             code = "none (still running, connection lost)"
-        tail = "\n".join(self._stderr_lines)
-        self._death = WorkerDied(
-            f"stage {self.stage} worker (pid {self.pid}) ended with exit code {code}" + (f": {tail}" if tail else "")
-        )
+        message = f"stage {self.stage} worker (pid {self.pid}) ended with exit code {code}"
+        self._connection.fail(": ".join((message, "\n".join(self._stderr_lines))) if self._stderr_lines else message)
 
     async def _read_stderr(self) -> None:
         stream = self._process.stderr
@@ -110,24 +106,41 @@ class ProcessStageWorker:
 
 
 class _Connection(asyncio.Protocol):
-    """Length-prefixed messages; answers come in the order of the questions."""
+    """Length-prefixed messages; answers come in the order of the questions.
 
-    def __init__(self) -> None:
+    `on_lost` is called when the other side is gone and answers are missing; they fail when its caller calls `fail`.
+    """
+
+    def __init__(self, on_lost: Callable[[], None]) -> None:
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.WriteTransport
         self._waiting: deque[asyncio.Future[object]] = deque()
         self._received = bytearray()
         self._lost = False
+        self._why_lost = ""
 
-    def ask(self, message: object) -> asyncio.Future[object]:
-        """Send a message; its answer. The future raises ConnectionError when the other side is gone."""
-        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        if self._lost:
-            answer.set_exception(ConnectionResetError("the worker is gone"))
-            return answer
-        body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        self._waiting.append(answer)
-        self._transport.write(FRAME.pack(len(body)) + body)
+    def ask(self, message: object) -> "asyncio.Future[object]":
+        """Send a message; its answer. The future raises WorkerDied when the other side is gone."""
+        answer: asyncio.Future[object] = self._loop.create_future()
+        if not self._lost:
+            body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+            self._waiting.append(answer)
+            self._transport.write(FRAME.pack(len(body)) + body)
+        elif self._why_lost:
+            answer.set_exception(WorkerDied(self._why_lost))
+        else:
+            self._waiting.append(answer)
+            self._on_lost()
         return answer
+
+    def fail(self, why: str) -> None:
+        """End what waits for an answer, and will, with WorkerDied."""
+        self._why_lost = why
+        while self._waiting:
+            answer = self._waiting.popleft()
+            if not answer.done():
+                answer.set_exception(WorkerDied(why))
 
     def close(self) -> None:
         """End the connection."""
@@ -154,10 +167,8 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         self._lost = True
-        while self._waiting:
-            answer = self._waiting.popleft()
-            if not answer.done():
-                answer.set_exception(ConnectionResetError("the worker is gone"))
+        if any(not answer.done() for answer in self._waiting):
+            self._on_lost()
 
 
 async def _spawn(socket_fd: int, inherited_fds: Sequence[int], threads: int) -> Process:
@@ -185,8 +196,9 @@ async def _spawn(socket_fd: int, inherited_fds: Sequence[int], threads: int) -> 
         raise
 
 
-async def _connect(connected: socket.socket) -> "_Connection":
-    _, connection = await asyncio.get_running_loop().create_connection(_Connection, sock=connected)
+async def _connect(connected: socket.socket, on_lost: Callable[[], None]) -> "_Connection":
+    loop = asyncio.get_running_loop()
+    _, connection = await loop.create_connection(lambda: _Connection(on_lost), sock=connected)
     return connection
 
 

@@ -1,10 +1,24 @@
 """Messages between a stage worker process and its parent, each pickled behind its length."""
 
+import copyreg
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
-from services.node_agent.engine.base import EngineConfig
+from services.node_agent.engine.base import (
+    Decode,
+    EngineConfig,
+    Example,
+    OptimizerStep,
+    Prefill,
+    PrefillSequence,
+    StageResult,
+    TrainBackward,
+    TrainForward,
+)
 from services.node_agent.engine.torch.load import ModelSpec
 
 #: Length of the message that follows, bytes.
@@ -33,3 +47,13 @@ class StartFailed:
 
     kind: str
     message: str
+
+
+def _reducer(cls: type[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    values = attrgetter(*(item.name for item in fields(cls)))
+    return lambda instance: (cls, values(instance))
+
+
+# What travels with every op: a frozen dataclass with slots would look up its fields anew at both ends.
+for _cls in (Decode, Example, OptimizerStep, Prefill, PrefillSequence, StageResult, TrainBackward, TrainForward):
+    copyreg.pickle(_cls, _reducer(_cls))

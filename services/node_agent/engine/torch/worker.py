@@ -36,13 +36,14 @@ def main() -> None:
     from services.node_agent.engine.torch.transport import SharedTransport
 
     torch.set_num_threads(setup.config.threads_per_stage)
-    torch.manual_seed(setup.config.seed)
     try:
         transport = SharedTransport(setup.stage, setup.arena_fds)
         executor = StageExecutor(setup.config, setup.spec, setup.stage, transport, setup.snapshot_folder)
+        executor.warm_up()
     except Exception as error:
         _send(connection, StartFailed(type(error).__name__, str(error)))
         return
+    torch.manual_seed(setup.config.seed)
     # What is loaded stays: keep the collector from walking it during ops.
     gc.collect()
     gc.freeze()

@@ -233,6 +233,11 @@ class MemoryLedger:
         stored += [example.SerializeToString() for example in examples]
         self._store.files[record.file_id] = record.SerializeToString()
 
+    async def delete_file(self, file_id: str) -> None:
+        """Remove a file and its examples."""
+        self._store.files.pop(file_id, None)
+        self._store.examples.pop(file_id, None)
+
     async def get_file(self, file_id: str) -> work_pb2.FileRecord | None:
         """The record of a file."""
         stored = self._store.files.get(file_id)
@@ -283,6 +288,10 @@ class MemoryLedger:
         jobs = [job for job_id in list(self._store.jobs) if (job := self._store.job(job_id)) is not None]
         records = [work_pb2.JobRecord.FromString(job.record) for job in jobs]
         return sorted(records, key=lambda record: (record.job.created_unix_s, record.job.job_id))
+
+    async def newest_jobs(self, limit: int) -> list[work_pb2.JobRecord]:
+        """The newest stored jobs."""
+        return (await self.list_jobs())[: -limit - 1 : -1]
 
     async def append_job_events(self, job_id: str, events: Sequence[types_pb2.JobEvent]) -> None:
         """Append to a job's history."""

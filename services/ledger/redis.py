@@ -180,6 +180,10 @@ class RedisLedger:
             ],
         )
 
+    async def delete_file(self, file_id: str) -> None:
+        """Remove a file and its examples."""
+        await self._command("DEL", scripts.file_key(file_id), scripts.examples_key(file_id))
+
     async def get_file(self, file_id: str) -> work_pb2.FileRecord | None:
         """The record of a file."""
         stored, count = await self._pipeline(
@@ -237,10 +241,22 @@ class RedisLedger:
 
     async def list_jobs(self) -> list[work_pb2.JobRecord]:
         """Every stored job."""
-        job_ids = [job_id.decode() for job_id in await self._command("ZRANGE", scripts.JOBS, 0, -1)]
+        return await self._read_jobs(await self._command("ZRANGE", scripts.JOBS, 0, -1))
+
+    async def newest_jobs(self, limit: int) -> list[work_pb2.JobRecord]:
+        """The newest stored jobs."""
+        while True:
+            job_ids = await self._command("ZREVRANGE", scripts.JOBS, 0, limit - 1)
+            records = await self._read_jobs(job_ids)
+            if len(records) == len(job_ids):
+                return records
+            # Expired ones took places, and have left the index now.
+
+    async def _read_jobs(self, job_ids: Sequence[bytes]) -> list[work_pb2.JobRecord]:
+        """Those that are stored; the others leave the index."""
         if not job_ids:
             return []
-        rows = await self._command("MGET", *(scripts.job_key(job_id) for job_id in job_ids))
+        rows = await self._command("MGET", *(scripts.job_key(job_id.decode()) for job_id in job_ids))
         expired = [job_id for job_id, row in zip(job_ids, rows, strict=True) if row is None]
         if expired:  # ids are never used again, so what is gone stays gone
             await self._command("ZREM", scripts.JOBS, *expired)

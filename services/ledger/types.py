@@ -162,6 +162,10 @@ class Ledger(Protocol):
         """
         ...
 
+    async def delete_file(self, file_id: str) -> None:
+        """Remove a file and its examples: an upload that failed. Unknown files are no error."""
+        ...
+
     async def get_file(self, file_id: str) -> work_pb2.FileRecord | None:
         """The record, its `num_examples` being what is stored now; None when unknown."""
         ...
@@ -190,6 +194,10 @@ class Ledger(Protocol):
 
     async def list_jobs(self) -> list[work_pb2.JobRecord]:
         """Every stored job, oldest first (bounded by the retention of jobs)."""
+        ...
+
+    async def newest_jobs(self, limit: int) -> list[work_pb2.JobRecord]:
+        """The newest stored jobs, at most `limit` > 0, newest first. Reads no more than these."""
         ...
 
     async def append_job_events(self, job_id: str, events: Sequence[types_pb2.JobEvent]) -> None:

@@ -25,21 +25,18 @@ class StartupError(RuntimeError):
 def run(service: str, cls: type[S], main: Callable[[S, asyncio.Event], Awaitable[None]]) -> None:
     """Run a service until SIGINT or SIGTERM, then exit.
 
-    `main(settings, stop)` returns after `stop` is set and everything is closed. Exit codes: 0 stopped, 1 could not
-    start or failed, 2 bad settings. A bad setting or an unreachable dependency is one line on stderr, no traceback.
+    `main(settings, stop)` returns after `stop` is set and everything is closed; it raises ConfigError for a setting
+    that only it can judge. Exit codes: 0 stopped, 1 could not start or failed, 2 bad settings. A bad setting or an
+    unreachable dependency is one line on stderr, no traceback.
     """
     try:
         settings = load_settings(cls, service, sys.argv[1:], os.environ)
         configure_logging(service, settings.log)
-    except ConfigError as error:
-        print(f"{service}: {error}", file=sys.stderr)  # noqa: T201  logging is not configured yet
-        sys.exit(2)
-    try:
         serve_metrics(settings.metrics_port)
         uvloop.run(_with_signals(settings, main))
-    except StartupError as error:
+    except (ConfigError, StartupError) as error:
         print(f"{service}: {error}", file=sys.stderr)  # noqa: T201  one plain line for the operator
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 async def _with_signals(settings: S, main: Callable[[S, asyncio.Event], Awaitable[None]]) -> None:

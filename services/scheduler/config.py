@@ -13,31 +13,34 @@ class SloSettings(Settings):
     tpot_s: float | None = Field(default=None, gt=0.0)
 
 
-class CoreSettings(Settings):
-    """Knobs of the scheduler core; see `CoreConfig` for their meanings."""
+_CORE = CoreConfig()
 
-    policy: str = "lemix"
+
+class CoreSettings(Settings):
+    """Knobs of the scheduler core; see `CoreConfig` for their meanings and defaults."""
+
+    policy: str = _CORE.policy
     policy_options: dict[str, float | int | str | bool] = Field(default_factory=dict)
     default_slo: SloSettings = SloSettings()
-    slo_unit_s: float = 0.0
-    max_waiting_inference: int = 4096
-    max_waiting_training: int = 64
-    max_inflight_training: int = 4
-    max_hold_back_s: float = 5.0
-    initial_output_tokens: int = 64
-    hold_s: float = 10.0
+    slo_unit_s: float = _CORE.slo_unit_s
+    max_waiting_inference: int = _CORE.max_waiting_inference
+    max_waiting_training: int = _CORE.max_waiting_training
+    max_inflight_training: int = _CORE.max_inflight_training
+    max_hold_back_s: float = _CORE.max_hold_back_s
+    initial_output_tokens: int = _CORE.initial_output_tokens
+    hold_s: float = _CORE.hold_s
     #: -1: derived from the newest job, max(1, min(100, examples // 2)).
-    sync_every_steps: int = Field(default=0, ge=-1)
-    sync_timeout_s: float = 30.0
+    sync_every_steps: int = Field(default=_CORE.sync_every_steps, ge=-1)
+    sync_timeout_s: float = _CORE.sync_timeout_s
 
     def to_core(self) -> CoreConfig:
-        """The core's own form. Raises ConfigError for a value that the core refuses."""
+        """The core's own form. Raises ConfigError naming the key whose value the core refuses."""
         values = self.model_dump(exclude={"default_slo", "sync_every_steps"})
         slo = SloTarget(self.default_slo.ttft_s, self.default_slo.tpot_s)
         try:
             return CoreConfig(**values, default_slo=slo, sync_every_steps=max(0, self.sync_every_steps))
         except ValueError as error:
-            raise ConfigError(f"scheduler: core.{error}") from error
+            raise ConfigError(f"core.{error}") from error
 
 
 class SchedulerSettings(ServiceSettings):

@@ -189,11 +189,11 @@ class Driver:
             started_s = time.perf_counter()
             commands = self._core.step(now_s, current)
             metrics.DECISION_SECONDS.observe(time.perf_counter() - started_s)
-            metrics.EVENTS.labels(type(current).__name__).inc()
+            metrics.events(type(current).__name__).inc()
             if self._event_log is not None:
                 self._event_log.add(now_s, current, commands)
             for command in commands:
-                metrics.COMMANDS.labels(type(command).__name__).inc()
+                metrics.commands(type(command).__name__).inc()
                 await self._perform(command)
 
     async def _durably(self, operation: Callable[[], Awaitable[object]]) -> None:

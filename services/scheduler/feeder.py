@@ -1,6 +1,9 @@
 """Cuts jobs into micro-batches and keeps a bounded look-ahead of them in the core."""
 
+import functools
 import random
+from dataclasses import dataclass
+from typing import Final
 
 import structlog
 
@@ -13,6 +16,18 @@ from services.scheduler.job_state import JobState
 from services.scheduler.jobs import JobRegistry
 
 _log = structlog.get_logger()
+
+#: Examples read together; one micro-batch is read whatever its size.
+_MAX_READ_EXAMPLES: Final = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cut:
+    """A micro-batch to offer: its examples are at these positions of the job's file."""
+
+    state: JobState
+    sequence: int
+    positions: list[int]
 
 
 class Feeder:
@@ -33,47 +48,72 @@ class Feeder:
         """Feed until cancelled."""
         while True:
             self._jobs.fed.clear()
-            while self._jobs.num_waiting() < self._look_ahead and await self._feed_one():
-                pass
-            self._forget_ended()
+            # Topped up only when half is gone, so that one read serves many micro-batches.
+            if self._jobs.num_waiting() <= self._look_ahead // 2:
+                while await self._feed(self._look_ahead - self._jobs.num_waiting()):
+                    pass
+                self._forget_ended()
             await self._jobs.fed.wait()
 
-    async def _feed_one(self) -> bool:
-        """Offer one micro-batch of the next job that has one. False: there is none."""
+    async def _feed(self, room: int) -> bool:
+        """Offer up to `room` micro-batches. False: there was none."""
+        cuts: list[_Cut] = []
+        num_examples = 0
+        took = False
+        while len(cuts) < room and num_examples < _MAX_READ_EXAMPLES and (offer := self._take_offer()) is not None:
+            took = True
+            state, sequence = offer
+            if not (state.may_have_run(sequence) and await self._is_known(state, sequence)):
+                cuts.append(_Cut(state, sequence, self._positions(state, sequence)))
+                num_examples += len(cuts[-1].positions)
+        examples = await self._read(cuts)
+        for cut in cuts:
+            if not cut.state.ended:
+                await self._offer(cut, examples[cut.state.job_id])
+        return took
+
+    def _take_offer(self) -> tuple[JobState, int] | None:
+        """The next micro-batch of the next job that has one."""
         for state in self._in_turn():
             sequence = state.take_offer()
             if sequence is not None:
                 self._last_job_id = state.job_id
-                await self._feed(state, sequence)
-                return True
-        return False
+                return state, sequence
+        return None
 
     def _in_turn(self) -> list[JobState]:
         running = sorted(self._jobs.running(), key=lambda state: state.job_id)
         after = [state for state in running if state.job_id > self._last_job_id]
         return after + [state for state in running if state.job_id <= self._last_job_id]
 
-    async def _feed(self, state: JobState, sequence: int) -> None:
-        if state.may_have_run(sequence) and await self._is_known(state, sequence):
-            return
-        positions = self._positions(state, sequence)
-        examples = await self._guard.until_done(lambda: self._ledger.read_examples(state.file_id, positions))
-        if len(examples) < len(positions):
-            error = LemixError(ErrorCode.NOT_FOUND, f"file {state.file_id} has lost examples or has expired")
-            await self._jobs.fail(state, error)
-            return
-        if state.ended:
-            return
-        state.held(sequence, waiting=True)
+    async def _read(self, cuts: list[_Cut]) -> dict[str, dict[int, work_pb2.TrainingExample]]:
+        """Examples by job and position. Fails the jobs whose file lacks some."""
+        positions: dict[str, list[int]] = {}
+        for cut in cuts:
+            positions.setdefault(cut.state.job_id, []).extend(cut.positions)
+        examples: dict[str, dict[int, work_pb2.TrainingExample]] = {}
+        for state in {cut.state.job_id: cut.state for cut in cuts}.values():
+            wanted = positions[state.job_id]
+            read = await self._guard.until_done(functools.partial(self._ledger.read_examples, state.file_id, wanted))
+            if len(read) < len(wanted):
+                error = LemixError(ErrorCode.NOT_FOUND, f"file {state.file_id} has lost examples or has expired")
+                await self._jobs.fail(state, error)
+            else:
+                examples[state.job_id] = dict(zip(wanted, read, strict=True))
+        return examples
+
+    async def _offer(self, cut: _Cut, examples: dict[int, work_pb2.TrainingExample]) -> None:
+        state = cut.state
+        state.held(cut.sequence, waiting=True)
         work = work_pb2.TrainingWork(
             job_id=state.job_id,
-            sequence=sequence,
-            examples=examples,
+            sequence=cut.sequence,
+            examples=[examples[position] for position in cut.positions],
             hyperparameters=state.hyperparameters,
             total_steps=_total_steps(state),
-            last=sequence == state.total_microbatches - 1,
+            last=cut.sequence == state.total_microbatches - 1,
         )
-        await self._inbox.put(Offered(work_pb2.WorkItem(task_id=_task_id(state, sequence), training=work)))
+        await self._inbox.put(Offered(work_pb2.WorkItem(task_id=_task_id(state, cut.sequence), training=work)))
 
     async def _is_known(self, state: JobState, sequence: int) -> bool:
         """After a restart: whether the ledger holds it already, as waiting, on a node or done."""

@@ -167,9 +167,8 @@ class JobRegistry:
 
     async def newest(self, limit: int) -> list[types_pb2.TrainingJob]:
         """The newest jobs first, at most `limit` (1 to 100). Raises UNAVAILABLE."""
-        records = await self._guard.once(self._ledger.list_jobs)
-        newest = reversed(records[-min(max(1, limit), _MAX_LISTED) :])
-        return [(self._known(record.job.job_id) or JobState(record, self._clock)).view() for record in newest]
+        records = await self._guard.once(lambda: self._ledger.newest_jobs(min(max(1, limit), _MAX_LISTED)))
+        return [(self._known(record.job.job_id) or JobState(record, self._clock)).view() for record in records]
 
     async def cancel(self, job_id: str) -> types_pb2.TrainingJob:
         """Stop a job. Raises NOT_FOUND, CONFLICT when it has ended otherwise, UNAVAILABLE."""

@@ -1,5 +1,7 @@
 """Prometheus metrics of the scheduler."""
 
+from functools import cache
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.scheduler.core.status import CoreSnapshot
@@ -18,6 +20,18 @@ WAITING = Gauge("lemix_scheduler_waiting", "Tasks without a node", ["kind"])
 INFLIGHT = Gauge("lemix_scheduler_inflight", "Tasks assigned and unfinished", ["node", "kind"])
 NODES = Gauge("lemix_scheduler_nodes", "Nodes that may get work")
 TRAINED = Counter("lemix_scheduler_trained_microbatches_total", "Micro-batches trained")
+
+
+@cache
+def events(name: str) -> Counter:
+    """Counter of one kind of event."""
+    return EVENTS.labels(name)
+
+
+@cache
+def commands(name: str) -> Counter:
+    """Counter of one kind of command."""
+    return COMMANDS.labels(name)
 
 
 def report(snapshot: CoreSnapshot) -> None:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc.aio
+import structlog
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
@@ -19,6 +20,8 @@ from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.jobs import JobRegistry
 from services.scheduler.nodes import NodeRegistry
+
+_log = structlog.get_logger()
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -76,20 +79,33 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         record.CopyFrom(message.file)
         record.file_id = f"file-{uuid.uuid4().hex[:16]}"
         record.created_unix_s = record.created_unix_s or self._clock.unix_s()
-        record.num_examples = 0
-        while message is not None:
-            examples = list(message.examples)
-            record.num_examples += len(examples)
-            if record.num_examples > self._max_file_examples:
-                message_text = f"the file has more than {self._max_file_examples} examples"
-                raise LemixError(ErrorCode.OVERLOADED, message_text, param="file")
-            record.max_tokens = max([record.max_tokens, *(len(example.token_ids) for example in examples)])
-            await self._store(record, examples)
-            message = await _next_part(requests)
+        num_announced, record.num_examples = record.num_examples, 0
+        try:
+            while message is not None:
+                await self._store_part(record, list(message.examples))
+                message = await _next_part(requests)
+            if record.num_examples != num_announced:
+                ended = f"the upload ended after {record.num_examples} of {num_announced} examples"
+                raise LemixError(ErrorCode.INVALID_REQUEST, ended, param="file")
+        except BaseException:
+            # Nobody learns the id of a broken upload, so nobody could ever use what is stored of it.
+            await asyncio.shield(self._discard(record.file_id))
+            raise
         return pb.StoreFileResponse(file=record)
 
-    async def _store(self, record: work_pb2.FileRecord, examples: list[work_pb2.TrainingExample]) -> None:
+    async def _store_part(self, record: work_pb2.FileRecord, examples: list[work_pb2.TrainingExample]) -> None:
+        record.num_examples += len(examples)
+        if record.num_examples > self._max_file_examples:
+            message = f"the file has more than {self._max_file_examples} examples"
+            raise LemixError(ErrorCode.OVERLOADED, message, param="file")
+        record.max_tokens = max([record.max_tokens, *(len(example.token_ids) for example in examples)])
         await self._guard.once(lambda: self._guard.ledger.put_file(record, examples))
+
+    async def _discard(self, file_id: str) -> None:
+        try:
+            await self._guard.once(lambda: self._guard.ledger.delete_file(file_id))
+        except LemixError as error:
+            _log.warning("a broken upload stays until it expires", file=file_id, error=str(error))
 
     async def GetFile(self, request: pb.GetFileRequest, context: Context) -> pb.GetFileResponse:  # noqa: N802
         """A stored file."""

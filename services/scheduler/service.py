@@ -16,6 +16,7 @@ from services.runtime.grpc_client import open_channel
 from services.runtime.grpc_server import GrpcServer
 from services.scheduler import metrics
 from services.scheduler.config import SchedulerSettings
+from services.scheduler.core.policies import POLICIES
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.types import CoreConfig
 from services.scheduler.driver import Driver
@@ -224,12 +225,13 @@ class SchedulerService:
 
 
 async def start_scheduler(settings: SchedulerSettings, clock: Clock) -> SchedulerService:
-    """Connect, take over and serve. Raises StartupError naming what is missing and how to mend it."""
-    config = _core_config(settings)
-    try:
-        core = SchedulerCore(config)
-    except ValueError as error:
-        raise StartupError(f"core: {error}") from error
+    """Connect, take over and serve.
+
+    Raises ConfigError naming a key whose value the core refuses, and StartupError naming what is missing and how to
+    mend it.
+    """
+    config = settings.core.to_core()
+    core = _core(config)
     profiles = _profiles(settings)
     event_log = _event_log(settings.event_log_path, config)
     ledger = await _open_ledger(settings)
@@ -242,11 +244,12 @@ async def start_scheduler(settings: SchedulerSettings, clock: Clock) -> Schedule
     return service
 
 
-def _core_config(settings: SchedulerSettings) -> CoreConfig:
+def _core(config: CoreConfig) -> SchedulerCore:
     try:
-        return settings.core.to_core()
-    except ConfigError as error:
-        raise StartupError(str(error)) from error
+        return SchedulerCore(config)
+    except ValueError as error:
+        key = "policy_options" if config.policy in POLICIES else "policy"
+        raise ConfigError(f"core.{key}: {error}") from error
 
 
 def _profiles(settings: SchedulerSettings) -> ProfileSource:

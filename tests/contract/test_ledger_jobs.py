@@ -1,6 +1,7 @@
 """What every ledger promises about files, feedback and jobs."""
 
 import asyncio
+import functools
 
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
@@ -24,6 +25,16 @@ async def test_a_file_grows_by_batches(ledger: Ledger) -> None:
 async def test_an_unknown_file(ledger: Ledger) -> None:
     assert await ledger.get_file("none") is None
     assert await ledger.read_examples("none", [0]) == []
+
+
+async def test_a_deleted_file_is_gone(ledger):
+    await ledger.put_file(work_pb2.FileRecord(file_id="f"), [example(0)])
+    await ledger.put_file(work_pb2.FileRecord(file_id="other"), [example(1)])
+    await ledger.delete_file("f")
+    assert await ledger.get_file("f") is None
+    assert await ledger.read_examples("f", [0]) == []
+    assert await ledger.read_examples("other", [0]) == [example(1)]
+    await ledger.delete_file("f")  # again, and unknown: no error
 
 
 async def test_feedback_positions_are_dense_and_idempotent(ledger: Ledger) -> None:
@@ -53,6 +64,25 @@ async def test_jobs_are_listed_oldest_first_and_overwritten(ledger: Ledger) -> N
     assert [record.job.job_id for record in await ledger.list_jobs()] == ["c", "b", "a"]
     assert await ledger.get_job("b") == changed
     assert await ledger.get_job("z") is None
+
+
+async def test_the_newest_jobs_come_first_and_no_more_than_asked(ledger: Ledger) -> None:
+    assert await ledger.newest_jobs(3) == []
+    for job_id, created_unix_s in (("b", 2.0), ("a", 3.0), ("c", 1.0)):
+        await ledger.put_job(job(job_id, created_unix_s=created_unix_s))
+    assert [record.job.job_id for record in await ledger.newest_jobs(2)] == ["a", "b"]
+    assert [record.job.job_id for record in await ledger.newest_jobs(9)] == ["a", "b", "c"]
+
+
+async def test_expired_jobs_take_no_place_among_the_newest(store: Store) -> None:
+    ledger = await store.open(retention_s=0.03)
+    await ledger.put_job(job("running", created_unix_s=1.0))
+    for job_id in "abc":
+        ended = job(job_id, created_unix_s=2.0)
+        ended.job.status = types_pb2.JOB_STATUS_SUCCEEDED
+        await ledger.put_job(ended)
+        await gone(functools.partial(ledger.get_job, job_id))
+    assert [record.job.job_id for record in await ledger.newest_jobs(1)] == ["running"]
 
 
 async def test_a_repeated_job_request_returns_the_first_job(ledger: Ledger) -> None:

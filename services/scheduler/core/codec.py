@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
+from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -43,8 +44,7 @@ def command_from_json(data: Mapping[str, Any]) -> Command:
 
 def config_to_json(config: CoreConfig) -> dict[str, Any]:
     """JSON object of a configuration: the first line of an event log, without which it cannot be replayed."""
-    encoded: dict[str, Any] = _encode(config)
-    return encoded
+    return _encode_object(config)
 
 
 def config_from_json(data: Mapping[str, Any]) -> CoreConfig:
@@ -53,36 +53,61 @@ def config_from_json(data: Mapping[str, Any]) -> CoreConfig:
     return config
 
 
-def _tagged(value: object) -> dict[str, Any]:
-    return {_TYPE: type(value).__name__, **_encode(value)}
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if is_dataclass(value) and not isinstance(value, type):
-        unions = _union_fields(type(value))
-        return {
-            field.name: _tagged(getattr(value, field.name))
-            if field.name in unions
-            else _encode(getattr(value, field.name))
-            for field in fields(value)
-        }
-    if isinstance(value, tuple | list):
-        return [_encode(item) for item in value]
-    if isinstance(value, Mapping):
-        return {_encode(key): _encode(item) for key, item in value.items()}
-    return value
-
-
 _hints = cache(get_type_hints)
 
 
+def _tagged(value: object) -> dict[str, Any]:
+    return {_TYPE: type(value).__name__, **_encode_object(value)}
+
+
+def _encode_object(value: object) -> dict[str, Any]:
+    cls: Any = type(value)  # mypy takes no class for hashable
+    names, nested = _encoders(cls)
+    encoded = {name: getattr(value, name) for name in names}
+    for name, encode in nested:
+        encoded[name] = encode(encoded[name])
+    return encoded
+
+
 @cache
-def _union_fields(cls: type) -> frozenset[str]:
-    """Fields that hold one of several classes and so need a tag."""
-    hints = _hints(cls)
-    return frozenset(name for name, hint in hints.items() if len(_classes(hint)) > 1)
+def _encoders(cls: type) -> tuple[tuple[str, ...], tuple[tuple[str, Callable[[Any], Any]], ...]]:
+    """Names of a class's fields, and how to encode those whose values are not JSON already; built once per class."""
+    names = tuple(field.name for field in fields(cls))
+    encoders = ((name, _encoder(_hints(cls)[name])) for name in names)
+    return names, tuple((name, encode) for name, encode in encoders if encode is not None)
+
+
+@cache
+def _encoder(hint: Any) -> Callable[[Any], Any] | None:
+    """Function that turns a value of the given type into JSON; None: it is JSON already. Built once per type."""
+    if _is_union(hint):
+        return _union_encoder(hint)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        encode_item = _encoder(arguments[0])
+        return list if encode_item is None else lambda value: [encode_item(item) for item in value]
+    if origin is not None and issubclass(origin, Mapping):
+        encode_key, encode_value = (_encoder(argument) or _same for argument in arguments)
+        return lambda value: {encode_key(key): encode_value(item) for key, item in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return attrgetter("_value_")  # unlike `value` no call of Python code
+    return _encode_object if is_dataclass(hint) else None
+
+
+def _union_encoder(hint: Any) -> Callable[[Any], Any] | None:
+    classes = _classes(hint)
+    if len(classes) > 1:
+        return _tagged
+    encoders = [encode for option in get_args(hint) if (encode := _encoder(option)) is not None]
+    if not encoders:
+        return None
+    if len(get_args(hint)) > 2 or NoneType not in get_args(hint):
+        raise TypeError(f"no JSON form for {hint}")
+    return lambda value: None if value is None else encoders[0](value)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _classes(hint: Any) -> dict[str, type]:

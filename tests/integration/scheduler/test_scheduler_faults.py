@@ -13,6 +13,7 @@ from deploy.local.redis_server import LocalRedis
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.v1 import errors_pb2
 from services.runtime.app import StartupError
+from services.runtime.config import ConfigError
 from tests.integration.scheduler.cluster import Cluster, eventually
 
 
@@ -103,5 +104,5 @@ async def test_a_taken_port_leaves_the_leader_in_place(cluster: Cluster) -> None
     ],
 )
 async def test_a_setting_that_cannot_work_is_named(cluster: Cluster, settings: dict[str, object], named: str) -> None:
-    with pytest.raises(StartupError, match=named):
+    with pytest.raises((ConfigError, StartupError), match=named):
         await cluster.scheduler(**settings)

@@ -1,6 +1,7 @@
 """Training jobs from creation to their end, on a real scheduler with fake nodes."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from itertools import chain
 from typing import Any
@@ -12,6 +13,7 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
+from services.ledger import Ledger
 from tests.integration.scheduler.cluster import Cluster, eventually
 from tests.integration.scheduler.fakes import FakeGateway
 
@@ -21,7 +23,7 @@ async def store(gateway: FakeGateway, count: int) -> str:
 
     async def parts() -> AsyncIterator[pb.StoreFileRequest]:
         examples = [work_pb2.TrainingExample(token_ids=[number, number + 1]) for number in range(count)]
-        yield pb.StoreFileRequest(file=work_pb2.FileRecord(filename="f.jsonl", size_bytes=10))
+        yield pb.StoreFileRequest(file=work_pb2.FileRecord(filename="f.jsonl", size_bytes=10, num_examples=count))
         yield pb.StoreFileRequest(examples=examples[:2])
         yield pb.StoreFileRequest(examples=examples[2:])
 
@@ -299,3 +301,38 @@ async def test_a_watch_ends_with_the_scheduler(cluster: Cluster) -> None:
     await eventually(is_watching)
     await cluster.stop(scheduler)
     assert await fails(watching) is ErrorCode.UNAVAILABLE
+
+
+async def test_nothing_is_left_of_an_upload_that_breaks(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = uuid.UUID(int=7)
+    monkeypatch.setattr("services.scheduler.server.uuid.uuid4", lambda: known)
+    scheduler = await cluster.scheduler(max_file_examples=3)
+    gateway, ledger = await cluster.gateway(scheduler), await cluster.ledger()
+    file_id = f"file-{known.hex[:16]}"
+    stored = asyncio.Event()
+
+    async def parts(*, hang: bool) -> AsyncIterator[pb.StoreFileRequest]:
+        examples = [work_pb2.TrainingExample(token_ids=[number]) for number in range(2)]
+        yield pb.StoreFileRequest(file=work_pb2.FileRecord(filename="f.jsonl", num_examples=4))
+        yield pb.StoreFileRequest(examples=examples)
+        if hang:
+            await eventually(lambda: _is_stored(ledger, file_id))
+            stored.set()
+            await asyncio.Event().wait()
+        yield pb.StoreFileRequest(examples=examples)
+
+    assert await fails(gateway.stub.StoreFile(parts(hang=False))) is ErrorCode.OVERLOADED
+    assert not await _is_stored(ledger, file_id)
+
+    call = gateway.stub.StoreFile(parts(hang=True))
+    await asyncio.wait_for(stored.wait(), 10.0)
+    call.cancel()
+    await eventually(lambda: _is_gone(ledger, file_id))
+
+
+async def _is_stored(ledger: Ledger, file_id: str) -> bool:
+    return await ledger.get_file(file_id) is not None
+
+
+async def _is_gone(ledger: Ledger, file_id: str) -> bool:
+    return not await _is_stored(ledger, file_id)

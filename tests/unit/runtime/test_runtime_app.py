@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import asyncio
 from services.runtime.app import StartupError, run
-from services.runtime.config import ServiceSettings
+from services.runtime.config import ConfigError, ServiceSettings
 
 class Example(ServiceSettings):
     fail: str = ""
@@ -20,6 +20,8 @@ class Example(ServiceSettings):
 async def main(settings, stop):
     if settings.fail == "startup":
         raise StartupError("cannot reach the store at redis://x")
+    if settings.fail == "setting":
+        raise ConfigError("fail: cannot be judged before")
     if settings.fail == "bug":
         raise RuntimeError("oops")
     print("up", flush=True)
@@ -55,6 +57,7 @@ def test_a_signal_stops_it_in_order(number):
     ("arguments", "code", "message"),
     [
         (["--set", "fail=startup"], 1, "example: cannot reach the store at redis://x\n"),
+        (["--set", "fail=setting"], 2, "example: fail: cannot be judged before\n"),
         (["--set", "nonsense=1"], 2, "example: nonsense: unknown key\n"),
         (["--set", "log.level=loud"], 2, "example: log.level: 'loud' is not one of debug, info, warning, error\n"),
         (["--set", "log.format=xml"], 2, "example: log.format: 'xml' is not one of console, json\n"),

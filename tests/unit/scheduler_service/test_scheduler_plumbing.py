@@ -77,6 +77,18 @@ def test_the_event_log_can_be_read_back(tmp_path: Path) -> None:
     assert [command_from_json(command) for command in lines[0]["commands"]] == [Assign("r", "n0")]
 
 
+def test_what_the_event_log_has_no_room_for_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.scheduler.event_log._MAX_BUFFERED", 3)
+    monkeypatch.setattr("services.scheduler.event_log._WRITE_INTERVAL_S", 60.0)
+    log = EventLog(tmp_path / "events.jsonl", CoreConfig())
+    for number in range(10):
+        log.add(float(number), Tick(), [])
+    log.close()
+    _, *lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line.get("now_s") for line in lines] == [0.0, 1.0, 2.0, None]
+    assert lines[-1] == {"dropped": 7}
+
+
 @pytest.mark.parametrize("count", [1, 5000])
 def test_a_full_disk_stops_the_log_and_nothing_else(count: int, capsys: pytest.CaptureFixture[str]) -> None:
     log = EventLog(Path("/dev/full"), CoreConfig())

@@ -15,14 +15,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
+import uvloop
 
 from bench.demo.plan_file import read_plan, write_records
 from bench.demo.records import RequestRecord, Status
 from bench.demo.workload import PlannedRequest
 
-_PROGRESS_S = 0.25
+_PROGRESS_S = 0.5
 _MAX_CONNECTIONS = 1024
+#: Less than servers keep idle connections: none is closed by its server while a request is on its way.
+_KEEPALIVE_S = 2.0
 
 
 @dataclass(slots=True)
@@ -37,7 +40,7 @@ class Progress:
 class Client:
     """Sends requests to one server. Times are relative to `start_s` on the monotonic clock."""
 
-    def __init__(self, http: httpx.AsyncClient, model: str, start_s: float) -> None:
+    def __init__(self, http: aiohttp.ClientSession, model: str, start_s: float) -> None:
         self._http = http
         self._model = model
         self._start_s = start_s
@@ -67,14 +70,13 @@ class Client:
         self.progress.sent += 1
         answer = Answer()
         try:
-            async with self._http.stream("POST", "/v1/completions", json=self._body(item)) as response:
-                if response.status_code != 200:
-                    await response.aread()
-                    answer.refused(response.status_code, response.text)
+            async with self._http.post("/v1/completions", json=self._body(item)) as response:
+                if response.status != 200:
+                    answer.refused(response.status, await response.text())
                 else:
-                    async for line in response.aiter_lines():
+                    async for line in response.content:
                         answer.take(line, self.now_s())
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, ValueError) as error:  # the latter: no JSON, or a line without an end
             answer.failed(f"{type(error).__name__}: {error}")
         except asyncio.CancelledError:
             answer.status, answer.error = Status.UNFINISHED, "no end within the time the demo waits"
@@ -118,12 +120,12 @@ class Answer:
         """The connection broke."""
         self.status, self.error = Status.FAILED, error
 
-    def take(self, line: str, now_s: float) -> None:
-        """One line of the event stream."""
-        if not line.startswith("data:"):
+    def take(self, line: bytes, now_s: float) -> None:
+        """One line of the event stream. Raises ValueError when its data is not JSON."""
+        if not line.startswith(b"data:"):
             return
         data = line[5:].strip()
-        if data == "[DONE]":
+        if data == b"[DONE]":
             if self.status is not Status.REJECTED and not self.error.startswith("server:"):
                 self.status, self.error = Status.OK, ""
             return
@@ -167,9 +169,10 @@ async def _report(client: Client) -> None:
 
 async def _main(plan_path: Path, records_path: Path) -> int:
     header, requests = read_plan(plan_path)
-    limits = httpx.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=_MAX_CONNECTIONS)
-    async with httpx.AsyncClient(base_url=header["url"], limits=limits, timeout=None, trust_env=False) as http:
-        await http.get("/v1/models")  # the first connection is not part of the first request
+    connector = aiohttp.TCPConnector(limit=_MAX_CONNECTIONS, keepalive_timeout=_KEEPALIVE_S)
+    no_limit = aiohttp.ClientTimeout(total=None)  # the plan says when to give up
+    async with aiohttp.ClientSession(header["url"], connector=connector, timeout=no_limit) as http:
+        await (await http.get("/v1/models")).read()  # the first connection is not part of the first request
         print("ready", flush=True)
         line = await asyncio.to_thread(sys.stdin.readline)
         if not line.strip():
@@ -185,4 +188,4 @@ async def _main(plan_path: Path, records_path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(_main(Path(sys.argv[1]), Path(sys.argv[2]))))
+    sys.exit(uvloop.run(_main(Path(sys.argv[1]), Path(sys.argv[2]))))

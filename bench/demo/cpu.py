@@ -24,6 +24,7 @@ class CpuMeter:
 
     def __init__(self) -> None:
         self._roles: dict[int, str] = {}
+        self._processes: dict[int, psutil.Process] = {}
         self._first: dict[int, float] = {}
         self._last: dict[int, float] = {}
         self._machine_first_s: float | None = None
@@ -36,7 +37,9 @@ class CpuMeter:
             self._machine_first_s = self._machine_last_s
         for name, pid in processes.items():
             try:
-                times = psutil.Process(pid).cpu_times()
+                if pid not in self._processes:  # made once: that reads more than the times
+                    self._processes[pid] = psutil.Process(pid)
+                times = self._processes[pid].cpu_times()
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
             used_s = times.user + times.system

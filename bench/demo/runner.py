@@ -27,7 +27,7 @@ from deploy.local.settings import LocalClusterConfig
 _MODEL_NAME = "demo"
 #: From the moment everything is ready to the first planned moment of the traffic.
 _LEAD_S = 1.0
-_WATCH_S = 0.25
+_WATCH_S = 1.0
 _WARMUP_DRAIN_S = 60.0
 
 OnProgress = Callable[[float, Counts], None]
@@ -156,7 +156,7 @@ class Runner:
         ]
         client = self._client(cluster, f"{name}/traffic", requests, config.drain_s)
         meter = CpuMeter()
-        tasks: list[asyncio.Task[Any]] = []
+        tasks: list[asyncio.Future[Any]] = []
         try:
             await client.start()
             start_s = time.monotonic() + _LEAD_S
@@ -166,17 +166,21 @@ class Runner:
             tasks += [sending, training]
             await asyncio.sleep(start_s - time.monotonic())
             processes = {**cluster.processes(), "client": client.pid, "demo": os.getpid()}
-            while not sending.done() or time.monotonic() - start_s < config.traffic.seconds:
+            length_s = start_s + config.traffic.seconds - time.monotonic()
+            over = asyncio.gather(sending, asyncio.sleep(length_s))
+            tasks.append(over)
+            while not over.done():
                 meter.sample(processes)
                 on_progress(time.monotonic() - start_s, counts)
                 cluster.check()
                 if training.done():
                     training.result()  # raises what stopped it
-                await asyncio.sleep(_WATCH_S)
+                await asyncio.wait((over,), timeout=_WATCH_S)
             meter.sample(processes)
             wall_s = time.monotonic() - start_s
+            records, _ = await over
             await training
-            return _Measured(start_s, wall_s, await sending, await jobs.trained_tokens(), meter.totals_s())
+            return _Measured(start_s, wall_s, records, await jobs.trained_tokens(), meter.totals_s())
         finally:
             for task in tasks:
                 task.cancel()

@@ -4,8 +4,10 @@ import asyncio
 import json
 import time
 
-import httpx
+import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from bench.demo.client import Answer, Client
 from bench.demo.plan_file import read_plan, read_records, write_plan, write_records
@@ -32,7 +34,7 @@ def _events(*texts, tokens=None):
     chunks = [{"choices": [{"text": text}]} for text in texts]
     chunks.append({"choices": [{"text": "", "finish_reason": "length"}]})
     chunks.append({"choices": [], "usage": {"completion_tokens": tokens or len(texts)}, "lemix": _REPORT})
-    return [f"data: {json.dumps(chunk)}" for chunk in chunks] + ["data: [DONE]"]
+    return [f"data: {json.dumps(chunk)}".encode() for chunk in chunks] + [b"data: [DONE]"]
 
 
 def _answer(lines):
@@ -43,7 +45,7 @@ def _answer(lines):
 
 
 def test_a_whole_answer():
-    record = _answer(["", ": ping", *_events("a", "b", "c")]).finish(_record(), 3)
+    record = _answer([b"", b": ping", *_events("a", "b", "c")]).finish(_record(), 3)
     assert record.status is Status.OK
     # The chunk with the finish reason counts: the last tokens may have had no text of their own.
     assert (record.first_token_s, record.last_token_s) == (4.0, 7.0)
@@ -67,7 +69,7 @@ def test_a_stream_that_breaks_off_failed():
 
 
 def test_an_error_inside_the_stream_failed_even_if_done_follows():
-    lines = [f"data: {json.dumps({'error': {'code': 'node_lost', 'message': 'gone'}})}", "data: [DONE]"]
+    lines = [b'data: {"error": {"code": "node_lost", "message": "gone"}}', b"data: [DONE]"]
     record = _answer(lines).finish(_record(), 2)
     assert record.status is Status.FAILED
     assert "node_lost" in record.error
@@ -84,8 +86,14 @@ def test_refusals(code, status):
     assert record.error == f"HTTP {code}: busy"
 
 
+def _stream(*lines):
+    return web.Response(body=b"\n".join(lines), content_type="text/event-stream")
+
+
 async def _run(handler, requests, patience_s=5.0):
-    async with httpx.AsyncClient(transport=httpx.MockTransport(handler), base_url="http://server") as http:
+    app = web.Application()
+    app.router.add_post("/v1/completions", handler)
+    async with TestServer(app) as server, aiohttp.ClientSession(server.make_url("/")) as http:
         client = Client(http, "demo", time.monotonic())
         return await client.run(requests, patience_s), client.progress
 
@@ -93,9 +101,9 @@ async def _run(handler, requests, patience_s=5.0):
 async def test_requests_carry_the_plan():
     bodies = []
 
-    def handler(request):
-        bodies.append(json.loads(request.content))
-        return httpx.Response(200, text="\n".join(_events("a", "b")))
+    async def handler(request):
+        bodies.append(await request.json())
+        return _stream(*_events("a", "b"))
 
     records, progress = await _run(handler, [_planned(0)])
     assert records[0].status is Status.OK
@@ -115,7 +123,7 @@ async def test_open_loop_sends_all_before_the_first_answer():
         if arrived == 5:
             all_there.set()
         await all_there.wait()  # a closed loop would wait here for ever
-        return httpx.Response(200, text="\n".join(_events("a", "b")))
+        return _stream(*_events("a", "b"))
 
     records, _ = await _run(handler, [_planned(index, 0.001 * index) for index in range(5)])
     assert [record.status for record in records] == [Status.OK] * 5
@@ -132,17 +140,39 @@ async def test_what_never_ends_is_unfinished():
     assert progress.bad == 1
 
 
+async def test_a_refusal_comes_with_its_body():
+    async def handler(_request):
+        return web.json_response({"error": {"code": "overloaded"}}, status=429)
+
+    records, _ = await _run(handler, [_planned(0)])
+    assert records[0].status is Status.REJECTED
+    assert "overloaded" in records[0].error
+
+
 async def test_a_broken_connection_failed():
-    def handler(request):
-        raise httpx.ConnectError("refused", request=request)
+    async def handler(request):
+        request.transport.abort()
+        return web.Response()
 
     records, _ = await _run(handler, [_planned(0)])
     assert records[0].status is Status.FAILED
-    assert "ConnectError: refused" in records[0].error
+    assert "ServerDisconnectedError" in records[0].error
+
+
+async def test_a_stream_that_is_no_json_failed():
+    async def handler(_request):
+        return _stream(b"data: {half")
+
+    records, _ = await _run(handler, [_planned(0)])
+    assert records[0].status is Status.FAILED
+    assert "JSONDecodeError" in records[0].error
 
 
 async def test_nothing_to_send():
-    records, _ = await _run(lambda request: httpx.Response(200), [])
+    async def handler(_request):
+        raise AssertionError
+
+    records, _ = await _run(handler, [])
     assert records == []
 
 

@@ -73,7 +73,7 @@ async def test_a_server_that_is_not_there_is_told_with_the_log(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         client = _plan(tmp_path, f"http://127.0.0.1:{free.getsockname()[1]}")
-        with pytest.raises(DemoError, match=r"could not start.*ConnectError"):
+        with pytest.raises(DemoError, match=r"could not start.*ClientConnectorError"):
             await client.start()
         await client.stop()
 

@@ -1,0 +1,1 @@
+"""The second driver of the cores: virtual nodes on a virtual clock. See `cluster.Simulation`."""

@@ -1,0 +1,380 @@
+"""A simulated cluster: the production scheduler core and node cores on a virtual clock.
+
+Everything that happens is an entry of one event heap, ordered by time and then by the order of insertion, so the same
+input gives the same run, byte for byte.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
+from random import Random
+from typing import Any
+
+from services.latency import OpKind
+from services.node_agent.core.types import (
+    Cancelled,
+    InferenceRequest,
+    MicrobatchArrived,
+    Op,
+    OpDone,
+    QueueOrder,
+    RequestArrived,
+    RunOp,
+    SyncRequested,
+    TaskDone,
+    TrainingMicrobatch,
+)
+from services.node_agent.core.types import Event as NodeEvent
+from services.node_agent.core.types import Tick as NodeTick
+from services.scheduler.core.scheduler import SchedulerCore
+from services.scheduler.core.types import (
+    ApplyWeights,
+    Assign,
+    CancelOnNode,
+    Command,
+    Drop,
+    Event,
+    InferenceTask,
+    NodeJoined,
+    NodeLost,
+    NodeSpec,
+    OpFinished,
+    Reject,
+    SnapshotReady,
+    SyncEnded,
+    TakeSnapshot,
+    TaskArrived,
+    TaskEnded,
+    Tick,
+    TrainingTask,
+)
+from services.simulator.node import SimNode
+from services.simulator.types import (
+    Decision,
+    Microbatch,
+    OpRecord,
+    Request,
+    SimulationConfig,
+    SimulationResult,
+    StageUse,
+    TaskRecord,
+    VirtualNode,
+    Work,
+)
+
+_OP_END, _NODE_EVENT, _TELL, _ARRIVAL, _JOIN, _LOSS, _NODE_TIMER, _TIMER = range(8)
+_SNAPSHOT, _APPLY = "/snapshot", "/apply"
+
+
+class Simulation:
+    """One run: `run` once. Raises ValueError for nodes or work that make no sense."""
+
+    def __init__(self, config: SimulationConfig, nodes: Sequence[VirtualNode], work: Iterable[Work]) -> None:
+        self._config = config
+        self._core = SchedulerCore(config.core)
+        self._order = QueueOrder(self._core.queue_order.value)
+        self._random = Random(config.seed)
+        self._nodes: dict[str, SimNode] = {}
+        self._heap: list[tuple[float, int, int, Any, Any, Any]] = []
+        self._num_events = 0
+        self._now_s = 0.0
+        self._tasks: dict[str, TaskRecord] = {}
+        self._num_open = 0
+        #: Training accepted and not offered to the core yet, and how much of what was offered waits there.
+        self._backlog: deque[Microbatch] = deque()
+        self._num_offered = 0
+        self._sequences: dict[str, int] = {}
+        self._reports: deque[Event] = deque()
+        self._timer_s = math.inf
+        self._stages: dict[tuple[str, int], StageUse] = {}
+        self._decisions: list[Decision] = []
+        self._ops: list[OpRecord] = []
+        self._num_ops = 0
+        for node in nodes:
+            if node.lost_s <= node.joins_s:
+                raise ValueError(f"node {node.node_id} is lost at {node.lost_s} s, before it joins at {node.joins_s} s")
+            self._push(node.joins_s, _JOIN, node)
+        for item in work:
+            if item.task_id in self._tasks:
+                raise ValueError(f"task {item.task_id} is there twice")
+            self._tasks[item.task_id] = TaskRecord(item)
+            self._push(item.arrival_s, _ARRIVAL, item)
+        self._num_open = len(self._tasks)
+
+    def run(self) -> SimulationResult:
+        """Go on until every task has ended, nothing more can happen, or the horizon."""
+        heap = self._heap
+        horizon_s = self._config.horizon_s
+        while heap and self._num_open:
+            time_s, _, kind, a, b, c = heappop(heap)
+            if time_s > horizon_s:
+                self._now_s = horizon_s
+                break
+            self._now_s = time_s
+            if kind == _OP_END:
+                if a.alive:
+                    self._op_ended(a, b, *c)
+            else:
+                self._handle(kind, a, b)
+            self._tell()
+        return self._result()
+
+    def _handle(self, kind: int, a: Any, b: Any) -> None:
+        """Everything rarer than the end of an operation."""
+        if kind == _NODE_EVENT:
+            if a.alive:
+                self._step_node(a, b)
+        elif kind == _TELL:
+            self._step_core(a)
+        elif kind == _ARRIVAL:
+            self._arrived(a)
+        elif kind == _NODE_TIMER:
+            self._node_timer(a)
+        elif kind == _TIMER:
+            if self._now_s >= self._timer_s:
+                self._timer_s = math.inf
+                self._step_core(Tick())
+        elif kind == _JOIN:
+            self._join(a)
+        else:
+            self._lose(a)
+
+    # ------------------------------------------------------------- the clock
+
+    def _push(self, time_s: float, kind: int, a: Any = None, b: Any = None, c: Any = None) -> None:
+        self._num_events += 1
+        heappush(self._heap, (time_s, self._num_events, kind, a, b, c))
+
+    def _report(self, event: Event) -> None:
+        """Tell the scheduler, after `report_s`."""
+        if self._config.report_s:
+            self._push(self._now_s + self._config.report_s, _TELL, event)
+        else:
+            self._reports.append(event)
+
+    def _tell(self) -> None:
+        """What was reported in this moment reaches the core, in order; its commands may cause more of it."""
+        reports = self._reports
+        while reports:
+            self._step_core(reports.popleft())
+
+    # ------------------------------------------------------------- the scheduler
+
+    def _step_core(self, event: Event) -> None:
+        for command in self._core.step(self._now_s, event):
+            self._perform(command)
+        self._offer_training()
+        wakeup_s = self._core.next_wakeup_s()
+        if wakeup_s is not None and wakeup_s < self._timer_s:
+            self._timer_s = max(wakeup_s, self._now_s)
+            self._push(self._timer_s, _TIMER)
+
+    def _perform(self, command: Command) -> None:
+        match command:
+            case Assign():
+                self._assign(command)
+            case Reject(task_id):
+                self._end(task_id, "rejected")
+            case Drop(task_id):
+                self._end(task_id, "cancelled")
+            case CancelOnNode(task_id, node_id):
+                self._send(node_id, Cancelled(task_id))
+            case TakeSnapshot(sync_id, node_id):
+                self._send(node_id, SyncRequested(sync_id + _SNAPSHOT, changes_weights=False))
+            case ApplyWeights(sync_id, node_id):
+                self._send(
+                    node_id, SyncRequested(sync_id + _APPLY, changes_weights=True), delay_s=self._config.transfer_s
+                )
+
+    def _assign(self, command: Assign) -> None:
+        record = self._tasks[command.task_id]
+        record.node_id = command.node_id
+        record.assigned_s = self._now_s
+        record.assignments += 1
+        self._decisions.append(Decision(self._now_s, command.task_id, command.node_id, command.terms))
+        work = record.work
+        node = self._nodes[command.node_id]
+        if isinstance(work, Request):
+            node.took(work.task_id, work.output_tokens)
+            self._send(command.node_id, RequestArrived(_node_request(work)))
+        else:
+            self._num_offered -= 1
+            sequence = self._sequences[work.job_id] = self._sequences.get(work.job_id, -1) + 1
+            microbatch = TrainingMicrobatch(
+                work.task_id,
+                work.arrival_s,
+                work.job_id,
+                sequence,
+                work.batch,
+                work.length,
+                work.accumulation,
+            )
+            self._send(command.node_id, MicrobatchArrived(microbatch))
+
+    def _send(self, node_id: str, event: NodeEvent, *, delay_s: float = 0.0) -> None:
+        node = self._nodes.get(node_id)
+        if node is None:
+            return
+        delay_s += self._config.dispatch_s
+        if delay_s:
+            self._push(self._now_s + delay_s, _NODE_EVENT, node, event)
+        else:
+            self._step_node(node, event)
+
+    def _arrived(self, work: Work) -> None:
+        if isinstance(work, Microbatch):
+            self._backlog.append(work)
+            self._offer_training()
+        else:
+            self._step_core(
+                TaskArrived(
+                    InferenceTask(
+                        work.task_id, work.arrival_s, work.prompt_tokens, work.max_tokens, work.slo, work.session_id
+                    )
+                )
+            )
+
+    def _offer_training(self) -> None:
+        """The core sees no more of the backlog than it may hold, as behind the real feeder."""
+        while self._backlog and self._num_offered < self._config.core.max_waiting_training:
+            work = self._backlog.popleft()
+            self._num_offered += 1
+            task = TrainingTask(work.task_id, work.arrival_s, work.job_id, work.batch, work.length)
+            self._step_core(TaskArrived(task))
+
+    # ------------------------------------------------------------- nodes
+
+    def _join(self, spec: VirtualNode) -> None:
+        node = SimNode(spec, self._order, self._config.noise, self._random)
+        self._nodes[spec.node_id] = node
+        if spec.lost_s < math.inf:
+            self._push(spec.lost_s, _LOSS, node)
+        core = spec.core
+        self._step_core(
+            NodeJoined(
+                NodeSpec(
+                    spec.node_id,
+                    core.num_stages,
+                    spec.latency if spec.believed is None else spec.believed,
+                    max_inflight_inference=spec.max_inflight_inference,
+                    max_batch=core.max_batch,
+                    max_context_tokens=spec.max_context_tokens,
+                    kv_capacity_tokens=core.kv_capacity_tokens,
+                )
+            )
+        )
+
+    def _lose(self, node: SimNode) -> None:
+        node.alive = False
+        del self._nodes[node.node_id]
+        for task_id in node.core.tasks():
+            if isinstance(self._tasks[task_id].work, Microbatch):
+                self._num_offered += 1
+        self._step_core(NodeLost(node.node_id, "simulated loss"))
+
+    def _step_node(self, node: SimNode, event: NodeEvent) -> None:
+        now_s = self._now_s
+        for command in node.core.step(now_s, event):
+            if type(command) is RunOp:
+                stage, op = command.stage, command.op
+                self._push(now_s + node.duration_s(stage, op), _OP_END, node, stage, (op, now_s))
+            elif type(command) is TaskDone:
+                self._task_done(node, command)
+        wakeup_s = node.core.next_wakeup_s
+        if wakeup_s is not None and (node.timer_s is None or wakeup_s < node.timer_s):
+            node.timer_s = max(wakeup_s, now_s)
+            self._push(node.timer_s, _NODE_TIMER, node)
+
+    def _node_timer(self, node: SimNode) -> None:
+        time_s = self._now_s
+        if node.alive and node.timer_s is not None and time_s >= node.timer_s:
+            node.timer_s = None
+            wakeup_s = node.core.next_wakeup_s
+            if wakeup_s is not None and wakeup_s <= time_s:
+                self._step_node(node, NodeTick())
+            elif wakeup_s is not None:
+                node.timer_s = wakeup_s
+                self._push(wakeup_s, _NODE_TIMER, node)
+
+    def _op_ended(self, node: SimNode, stage: int, op: Op, begin_s: float) -> None:
+        now_s = self._now_s
+        kind = op.kind
+        self._num_ops += 1
+        use = self._stages.get((node.node_id, stage))
+        if use is None:
+            use = self._stages[node.node_id, stage] = StageUse()
+        use.add(kind, begin_s, now_s)
+        if self._config.keep_ops:
+            self._ops.append(OpRecord(node.node_id, stage, kind, begin_s, now_s, op.task_ids))
+        first_token = kind is OpKind.PREFILL and stage == node.top
+        if first_token:
+            for task_id in op.task_ids:
+                record = self._tasks[task_id]
+                if record.first_token_s is None:
+                    record.first_token_s = now_s
+        task_ids = op.task_ids
+        if kind is OpKind.OPTIMIZER_STEP or kind is OpKind.WEIGHT_SYNC:
+            task_ids = ()
+        self._report(
+            OpFinished(
+                node.node_id,
+                stage,
+                kind,
+                begin_s,
+                now_s,
+                task_ids,
+                op.num_tokens,
+                op.context_tokens,
+                first_token,
+                op.version,
+            )
+        )
+        self._step_node(node, OpDone(stage, op.op_id, node.stopped(stage, op)))
+        if kind is OpKind.WEIGHT_SYNC and stage == node.top:
+            self._sync_op_ended(node, op)
+
+    def _sync_op_ended(self, node: SimNode, op: Op) -> None:
+        if op.changes_weights:
+            sync_id = op.subject.removesuffix(_APPLY)
+            self._report(SyncEnded(sync_id, node.node_id, ok=True, weight_step=op.version + 1))
+        else:
+            self._report(SnapshotReady(op.subject.removesuffix(_SNAPSHOT), node.node_id))
+
+    def _task_done(self, node: SimNode, done: TaskDone) -> None:
+        task_id = done.task_id
+        node.left(task_id)
+        record = self._tasks[task_id]
+        self._end(task_id, done.reason)
+        output_tokens = record.work.output_tokens if isinstance(record.work, Request) else 0
+        self._report(TaskEnded(task_id, node.node_id, record.ok, output_tokens if record.ok else 0))
+
+    def _end(self, task_id: str, outcome: str) -> None:
+        record = self._tasks[task_id]
+        if record.outcome:
+            raise RuntimeError(f"task {task_id} ended twice: {record.outcome}, then {outcome}")
+        record.outcome = outcome
+        record.ended_s = self._now_s
+        self._num_open -= 1
+
+    # ------------------------------------------------------------- the end
+
+    def _result(self) -> SimulationResult:
+        snapshot = self._core.snapshot()
+        return SimulationResult(
+            tasks=self._tasks,
+            stages=self._stages,
+            decisions=self._decisions,
+            held_s={node.node_id: node.held_s for node in snapshot.nodes},
+            ended_s=self._now_s,
+            num_ops=self._num_ops,
+            ops=self._ops,
+        )
+
+
+def _node_request(work: Request) -> InferenceRequest:
+    slo = work.slo
+    deadline_s = None if slo.ttft_s is None else work.arrival_s + slo.ttft_s
+    return InferenceRequest(
+        work.task_id, work.arrival_s, work.prompt_tokens, work.max_tokens, deadline_s, tpot_s=slo.tpot_s
+    )

@@ -1,0 +1,79 @@
+"""A virtual node: the production node core, with durations from latency models instead of an engine."""
+
+from dataclasses import replace
+from random import Random
+
+from services.latency import OpKind
+from services.node_agent.core.node import NodeCore
+from services.node_agent.core.types import Op, QueueOrder
+from services.scheduler.core.costs import NodeCosts
+from services.simulator.types import VirtualNode
+
+_INFERENCE = (OpKind.PREFILL, OpKind.DECODE)
+#: A noisy duration stays above this share of the modelled one.
+_SHORTEST = 0.1
+
+
+class SimNode:
+    """One life of a node; after a loss, a node of the same name is another object."""
+
+    __slots__ = (
+        "_costs",
+        "_noise",
+        "_random",
+        "_remaining",
+        "alive",
+        "core",
+        "node_id",
+        "spec",
+        "timer_s",
+        "top",
+    )
+
+    def __init__(self, spec: VirtualNode, order: QueueOrder, noise: float, random: Random) -> None:
+        config = spec.core
+        self.spec = spec
+        self.node_id = spec.node_id
+        self.core = NodeCore(replace(config, queue_order=order))
+        self.top = config.num_stages - 1
+        self.alive = True
+        #: When the pending timer fires; None: no timer.
+        self.timer_s: float | None = None
+        self._costs = NodeCosts(spec.latency)
+        self._noise = noise
+        self._random = random
+        #: Tokens a request has still to produce.
+        self._remaining: dict[str, int] = {}
+
+    def took(self, task_id: str, output_tokens: int) -> None:
+        """A request came whose output will have this many tokens."""
+        self._remaining[task_id] = output_tokens
+
+    def duration_s(self, stage: int, op: Op) -> float:
+        """How long an operation takes on a stage."""
+        batch = op.batch
+        if batch:
+            tokens = op.context_tokens if op.kind is OpKind.DECODE else op.num_tokens
+            duration_s = self._costs.stage_s(stage, op.kind, batch, tokens / batch)
+        else:
+            duration_s = self._costs.stage_s(stage, op.kind, 1, 1)
+        if self._noise:
+            duration_s *= max(_SHORTEST, 1.0 + self._noise * self._random.gauss(0.0, 1.0))
+        return duration_s
+
+    def stopped(self, stage: int, op: Op) -> tuple[str, ...]:
+        """Requests that produced their last token with this operation."""
+        if stage != self.top or op.kind not in _INFERENCE:
+            return ()
+        ended = []
+        remaining = self._remaining
+        for task_id in op.task_ids:
+            left = remaining.get(task_id, 1) - 1
+            remaining[task_id] = left
+            if left <= 0:
+                ended.append(task_id)
+        return tuple(ended)
+
+    def left(self, task_id: str) -> None:
+        """A task left the node."""
+        self._remaining.pop(task_id, None)

@@ -1,0 +1,66 @@
+"""Request traces from CSV files with the columns arrival_s,prompt_tokens,output_tokens."""
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
+
+
+class TraceError(ValueError):
+    """The file cannot be used; the message is one line that names file, line and field."""
+
+
+class TraceRow(NamedTuple):
+    """One request."""
+
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+def read_trace(path: Path, *, limit: int | None = None) -> list[TraceRow]:
+    """Rows in the file's order, at most `limit`. Raises TraceError."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return _rows(path, csv.DictReader(file), limit)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(f"{path}: {error}") from error
+
+
+def _rows(path: Path, reader: "csv.DictReader[str]", limit: int | None) -> list[TraceRow]:
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise TraceError(f"{path}, line 1: no column {', '.join(missing)}; needed: {','.join(COLUMNS)}")
+    rows: list[TraceRow] = []
+    for raw in reader:
+        if limit is not None and len(rows) >= limit:
+            break
+        row = _row(f"{path}, line {reader.line_num}", raw)
+        if rows and row.arrival_s < rows[-1].arrival_s:
+            earlier = f"{row.arrival_s:g} after {rows[-1].arrival_s:g}"
+            raise TraceError(f"{path}, line {reader.line_num}: arrival_s is not sorted ({earlier})")
+        rows.append(row)
+    if not rows:
+        raise TraceError(f"{path}: no rows")
+    return rows
+
+
+def _row(place: str, raw: Mapping[str, str | None]) -> TraceRow:
+    values = [_number(place, name, raw[name]) for name in COLUMNS]
+    for name, value in zip(COLUMNS[1:], values[1:], strict=True):
+        if value < 1 or value != int(value):
+            raise TraceError(f"{place}: {name} must be a whole number of at least 1, got {value:g}")
+    return TraceRow(values[0], int(values[1]), int(values[2]))
+
+
+def _number(place: str, name: str, text: str | None) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        raise TraceError(f"{place}: {name} is not a number: {text!r}") from None
+    if not math.isfinite(value) or value < 0:
+        raise TraceError(f"{place}: {name} must be a number that is not negative, got {text!r}")
+    return value

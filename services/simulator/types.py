@@ -1,0 +1,166 @@
+"""What a simulation is made of and what it tells."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from services.latency import NodeLatency, OpKind
+from services.node_agent.core.types import NodeCoreConfig
+from services.scheduler.core.types import CoreConfig, NodeTerms, SloTarget
+
+NO_PROMISE = SloTarget()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An inference request. `output_tokens` is its real length, which the cores do not know; at most `max_tokens`."""
+
+    task_id: str
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int
+    slo: SloTarget = NO_PROMISE
+    session_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """A training task: `batch` examples padded to `length` tokens, one optimizer step after `accumulation` of them."""
+
+    task_id: str
+    arrival_s: float
+    job_id: str
+    batch: int
+    length: int
+    accumulation: int = 1
+
+
+Work = Request | Microbatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtualNode:
+    """A node of the simulated cluster.
+
+    latency: how long its operations really take. believed: what the scheduler was told (a profile with its error);
+    None: the truth. Times are simulation seconds; `lost_s` must be after `joins_s`.
+    """
+
+    node_id: str
+    latency: NodeLatency
+    core: NodeCoreConfig
+    believed: NodeLatency | None = None
+    max_inflight_inference: int = 64
+    max_context_tokens: int = 1 << 30
+    joins_s: float = 0.0
+    lost_s: float = math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationConfig:
+    """How a simulation runs.
+
+    noise: relative standard deviation of operation durations. dispatch_s: from a decision until the node has the task.
+    report_s: from the end of an operation or task until the scheduler knows. transfer_s: a replica's weights from one
+    node to another. horizon_s: stop then, whatever is unfinished. keep_ops: keep every operation (costs memory).
+    """
+
+    core: CoreConfig
+    seed: int = 0
+    noise: float = 0.0
+    dispatch_s: float = 0.0
+    report_s: float = 0.0
+    transfer_s: float = 0.0
+    horizon_s: float = math.inf
+    keep_ops: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "dispatch_s", "report_s", "transfer_s", "horizon_s"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(slots=True, eq=False)
+class TaskRecord:
+    """What became of one task. Times in simulation seconds, None: never."""
+
+    work: Work
+    node_id: str = ""
+    assigned_s: float | None = None
+    first_token_s: float | None = None
+    ended_s: float | None = None
+    #: A reason of the node core ("stop", "length", "trained", ...), "rejected", or empty while unfinished.
+    outcome: str = ""
+    #: How often a node took it: more than once after the loss of a node.
+    assignments: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ended as it should."""
+        return self.outcome in ("stop", "length", "trained")
+
+    @property
+    def response_s(self) -> float:
+        """From arrival to end; infinite when it did not end well."""
+        return self.ended_s - self.work.arrival_s if self.ok and self.ended_s is not None else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class OpRecord:
+    """One operation on one stage."""
+
+    node_id: str
+    stage: int
+    kind: OpKind
+    begin_s: float
+    end_s: float
+    task_ids: tuple[str, ...]
+
+
+@dataclass(slots=True, eq=False)
+class StageUse:
+    """Busy time of one stage by kind of operation, seconds, and the span it was used in."""
+
+    busy_s: dict[OpKind, float] = field(default_factory=dict)
+    first_begin_s: float | None = None
+    last_end_s: float | None = None
+
+    def add(self, kind: OpKind, begin_s: float, end_s: float) -> None:
+        """An operation ran."""
+        self.busy_s[kind] = self.busy_s.get(kind, 0.0) + (end_s - begin_s)
+        if self.first_begin_s is None:
+            self.first_begin_s = begin_s
+        self.last_end_s = end_s
+
+
+@dataclass(slots=True, eq=False)
+class Decision:
+    """An assignment with the terms behind it."""
+
+    at_s: float
+    task_id: str
+    node_id: str
+    terms: tuple[NodeTerms, ...]
+
+
+@dataclass(slots=True, eq=False)
+class SimulationResult:
+    """Everything a run left behind."""
+
+    tasks: dict[str, TaskRecord]
+    stages: dict[tuple[str, int], StageUse]
+    decisions: list[Decision]
+    #: Seconds each node was held, see algorithm notes on `tasks_per_held_node_s`.
+    held_s: dict[str, float]
+    ended_s: float
+    num_ops: int
+    ops: list[OpRecord]
+
+    def requests(self) -> Iterable[TaskRecord]:
+        """Records of inference requests."""
+        return (record for record in self.tasks.values() if isinstance(record.work, Request))
+
+    def microbatches(self) -> Iterable[TaskRecord]:
+        """Records of training tasks."""
+        return (record for record in self.tasks.values() if isinstance(record.work, Microbatch))

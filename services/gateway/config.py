@@ -10,7 +10,7 @@ class Limits(Settings):
 
     #: Generation requests in progress; one more gets 429.
     max_concurrent_requests: int = Field(default=256, ge=1)
-    #: REST requests in progress besides those, such as probes and uploads; one more of any kind gets 429 unread.
+    #: REST requests in progress besides those, such as probes and uploads; one more of any kind gets 429.
     spare_http_requests: int = Field(default=1024, ge=0)
     #: Largest JSON body, bytes.
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)

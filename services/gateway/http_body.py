@@ -46,21 +46,25 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > limit or (announced.isdecimal() and int(announced) > limit):
-                await _discard(receive, message, limit)
+                if message.get("more_body", False):
+                    await discard(receive, limit)
                 raise too_large(limit)
             return message
 
         await self._app(scope, counted, send)
 
 
-async def _discard(receive: Receive, message: Message, limit: int) -> None:
-    """Read on for a while: a client that is still sending would see a reset connection instead of the answer."""
+async def discard(receive: Receive, limit: int) -> None:
+    """Read an unfinished body on for a while: a client that is still sending would see a reset connection instead of
+    the answer. limit: largest body that is taken, bytes; somewhat more is read."""
     num_bytes = 0
     with suppress(TimeoutError):
         async with asyncio.timeout(_DISCARD_TIMEOUT_S):
-            while message.get("more_body", False) and num_bytes < limit + _DISCARD_BYTES:
+            while num_bytes < limit + _DISCARD_BYTES:
                 message = await receive()
                 num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 def too_large(limit: int) -> HttpProblem:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 from collections.abc import Iterator
 
 import uvicorn
@@ -14,15 +15,23 @@ from services.runtime.app import StartupError
 _BACKLOG = 512
 #: How often uvicorn sets the date that answers carry.
 _TICK_S = 1.0
+#: How long a client may leave what was sent to it untaken; then the kernel ends the connection. As long as one write of
+#: an event stream may be held up: uvicorn waits for its buffer to drain even when the answer was given up, so that a
+#: client that stays and never reads would keep the socket and the buffer for ever.
+_UNREAD_TIMEOUT_S = 60.0
 
 
 class HttpServer:
     """One listening server. `start`, later `stop`."""
 
-    def __init__(self, app: ASGIApp, listen: str, *, grace_s: float) -> None:
-        """listen: host:port. grace_s: time running requests get at the stop."""
+    def __init__(
+        self, app: ASGIApp, listen: str, *, grace_s: float, unread_timeout_s: float = _UNREAD_TIMEOUT_S
+    ) -> None:
+        """listen: host:port. grace_s: time running requests get at the stop. unread_timeout_s: time a client may take
+        nothing of what was sent; Linux only."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # failures are logged by the app itself
         self._listen = listen
+        self._unread_timeout_s = unread_timeout_s
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -46,6 +55,9 @@ class HttpServer:
             self._socket = socket.create_server((host, int(port)), family=family, backlog=_BACKLOG)
         except (OSError, ValueError, OverflowError) as error:
             raise StartupError(f"cannot listen on {self._listen}: {error}") from error
+        if sys.platform == "linux":  # accepted sockets inherit it
+            timeout_ms = round(self._unread_timeout_s * 1000)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
 
     @property

@@ -83,7 +83,7 @@ class EventStream(Generic[T]):
             if await self._client_keeps_up(sending, watch):
                 if sending.done():
                     sending.result()
-            else:  # the server closes the connection of an answer that was not completed
+            else:  # uvicorn closes the connection once its buffer is taken: http_server.py bounds the wait for that
                 _log.info("client too slow", path=scope["path"], write_timeout_s=self._write_timeout_s)
         finally:
             await _end(sending)
@@ -95,7 +95,7 @@ class EventStream(Generic[T]):
         while not (await asyncio.wait(tasks, timeout=self._write_timeout_s, return_when=asyncio.FIRST_COMPLETED))[0]:
             if self._writing and self._num_written == seen:
                 return False
-            seen = self._num_written
+            seen = self._num_written if self._writing else -1
         return True
 
     async def _send(self, send: Send) -> None:

@@ -1,16 +1,21 @@
 """Lost clients, lost sessions, lost nodes, deadlines, overload."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Receive
 
 from lemix.errors import ErrorCode, LemixError
+from services.gateway import http_app, http_body
 from services.gateway.types import GenerationRequest, Sampling
 from tests.integration.gateway.conftest import MODEL, Gateway, eventually
 from tests.integration.gateway.fakes import FakeNode, FakeScheduler, Script
 
+_TOO_MANY = b"HTTP/1.1 429 Too Many Requests\r\n"
 _BODY = {"model": MODEL, "prompt": "abc", "lemix": {"request_id": "r"}}
 
 
@@ -146,19 +151,70 @@ class TestMoreConnectionsThanTheBound:
         return {"limits": {"max_concurrent_requests": 1, "spare_http_requests": 0}}
 
     async def test_get_an_error_object_whatever_they_ask(self, gateway: Gateway) -> None:
-        gateway.scheduler.script = Script(hold_after=1)
-        call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
-        await gateway.scheduler.submits.get()
+        call = await self._fill(gateway)
         answer = await gateway.http.get("/v1/models")
         assert answer.status_code == 429
         assert (answer.headers["retry-after"], answer.headers["connection"]) == ("1", "close")
         assert answer.headers["x-request-id"]
         assert answer.json()["error"]["code"] == "overloaded"
         assert answer.json()["error"]["type"] == "rate_limit_error"
+        await self._end(gateway, call)
+        assert (await gateway.http.get("/v1/models")).status_code == 200
+
+    async def test_get_it_after_sending_a_large_body(self, gateway: Gateway) -> None:
+        call = await self._fill(gateway)
+        async with _posting(gateway, content_length=8_000_000) as (reader, writer):
+            for _ in range(8):
+                writer.write(b"x" * 1_000_000)
+                await writer.drain()
+            assert await reader.readline() == _TOO_MANY
+        await self._end(gateway, call)
+
+    async def test_hold_no_place_while_their_bodies_are_thrown_away(
+        self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(http_body, "_DISCARD_TIMEOUT_S", 1000.0)
+        discards = _count_discards(monkeypatch)
+        call = await self._fill(gateway)
+        async with _posting(gateway, content_length=8_000_000) as (reader, writer):
+            await eventually(lambda: len(discards) == 1)
+            await self._end(gateway, call)
+            assert (await gateway.http.get("/v1/models")).status_code == 200
+            writer.write(b"x" * 8_000_000)
+            assert await reader.readline() == _TOO_MANY
+
+    async def test_get_it_at_once_when_many_bodies_are_thrown_away_already(
+        self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(http_body, "_DISCARD_TIMEOUT_S", 1000.0)
+        monkeypatch.setattr(http_app, "_MAX_DISCARDS", 1)
+        discards = _count_discards(monkeypatch)
+        call = await self._fill(gateway)
+        async with _posting(gateway, content_length=10):
+            await eventually(lambda: len(discards) == 1)
+            async with _posting(gateway, content_length=10) as (reader, _):
+                assert await reader.readline() == _TOO_MANY
+        await self._end(gateway, call)
+
+    async def test_are_not_asked_for_a_body_they_have_not_begun(
+        self, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(http_body, "_DISCARD_TIMEOUT_S", 1000.0)
+        call = await self._fill(gateway)
+        async with _posting(gateway, content_length=10, more="expect: 100-continue\r\n") as (reader, _):
+            assert await reader.readline() == _TOO_MANY
+        await self._end(gateway, call)
+
+    async def _fill(self, gateway: Gateway) -> asyncio.Task[httpx.Response]:
+        gateway.scheduler.script = Script(hold_after=1)
+        call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
+        await gateway.scheduler.submits.get()
+        return call
+
+    async def _end(self, gateway: Gateway, call: asyncio.Task[httpx.Response]) -> None:
         call.cancel()
         assert await _cancelled(gateway) == "r"
         await eventually(lambda: gateway.application.link.num_pending == 0)
-        assert (await gateway.http.get("/v1/models")).status_code == 200
 
 
 async def test_an_id_in_flight_is_a_conflict(gateway: Gateway) -> None:
@@ -210,6 +266,35 @@ async def test_many_requests_share_one_stream_per_node(gateway: Gateway) -> None
     assert len(gateway.application.streams._streams) == 1
     await gateway.node.stop()  # a node that is gone and that nobody waits for is forgotten
     await eventually(lambda: not gateway.application.streams._streams)
+
+
+@asynccontextmanager
+async def _posting(
+    gateway: Gateway, *, content_length: int, more: str = ""
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection on which the head of a request was sent."""
+    host, _, port = gateway.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {content_length}\r\n{more}\r\n"
+    writer.write(head.encode())
+    try:
+        async with asyncio.timeout(10):
+            yield reader, writer
+    finally:
+        writer.close()
+
+
+def _count_discards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each body whose throwing away begins."""
+    found: list[int] = []
+    discard = http_body.discard
+
+    async def counted(receive: Receive, limit: int) -> None:
+        found.append(limit)
+        await discard(receive, limit)
+
+    monkeypatch.setattr(http_app, "discard", counted)
+    return found
 
 
 def _received(gateway: Gateway) -> int:

@@ -116,6 +116,42 @@ async def test_waiting_for_a_slow_source_is_not_the_clients_fault(
     assert logs == []
 
 
+async def test_a_write_held_up_for_a_moment_after_an_idle_time_is_not_too_slow(
+    logs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle, quiet, held, go = (asyncio.Event() for _ in range(4))
+    looks, wait = 0, asyncio.wait
+
+    async def items() -> AsyncGenerator[int]:
+        yield 0
+        idle.set()
+        await quiet.wait()
+        yield 2
+
+    async def send(message: Message) -> None:
+        if message.get("body") == b"2;":
+            held.set()
+            await go.wait()
+
+    async def look(tasks: Any, **kwargs: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            await idle.wait()
+        elif looks == 2:
+            quiet.set()
+            await held.wait()
+        else:
+            go.set()
+            return await wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return set(), set(tasks)
+
+    monkeypatch.setattr(asyncio, "wait", look)
+    await EventStream(items(), _encode)(_SCOPE, _stays, send)
+    assert looks == 3
+    assert logs == []
+
+
 async def test_a_client_that_goes_closes_the_source() -> None:
     gone = asyncio.Event()
 

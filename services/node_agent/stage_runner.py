@@ -131,7 +131,9 @@ class StageRunner:
     def _watch(self) -> None:
         """Now and then: give up a worker that runs one op for too long, and see whether an idle one is alive."""
         now_s = self._loop.time()
-        if self._running is not None and now_s - self._since_s >= self._op_timeout_s:
+        # After a pause of the whole process the answer may be there without having been taken yet.
+        is_waiting = self._answer is not None and not self._answer.done()
+        if is_waiting and self._running is not None and now_s - self._since_s >= self._op_timeout_s:
             worker = f"stage {self.stage} worker (pid {self._worker.pid})"
             op = type(self._running).__name__
             self._break(WorkerDied(f"{worker} did not answer {op} within {self._op_timeout_s:g} s"))

@@ -170,6 +170,8 @@ class NodeCore:
         ends_training = is_backward and event.stage == 0
         if event.failed or (self._training.is_cancelled(task_id) and not ends_training):
             return self._training.drop(task_id, failed=event.failed)
+        if self._next_part(now_s, event.stage, flight):
+            return []
         if ends_training:
             was_cancelled = self._training.is_cancelled(task_id)
             self._training.backward_done(task_id)
@@ -181,10 +183,28 @@ class NodeCore:
         else:
             op = flight.op
             backward = self._new_op(
-                OpKind.TRAIN_BACKWARD, op.task_ids, op.version, op.num_tokens, subject=op.subject, batch=op.batch
+                OpKind.TRAIN_BACKWARD,
+                op.task_ids,
+                op.version,
+                op.num_tokens,
+                subject=op.subject,
+                batch=op.batch,
+                parts=op.parts,
             )
             self._stages[event.stage].push(Flight(backward, flight.claim, flight.group_id), now_s)
         return []
+
+    def _next_part(self, now_s: float, stage: int, flight: Flight) -> bool:
+        """Queue the next piece of a cut op on the same stage; False when this was the last. Either way `flight` has
+        what comes next: after the last piece the op is whole again for the next stage."""
+        op = flight.op
+        if op.parts == 1:
+            return False
+        is_last = op.part + 1 == op.parts
+        flight.op = replace(op, part=0 if is_last else op.part + 1)
+        if not is_last:
+            self._stages[stage].push(flight, now_s)
+        return not is_last
 
     def _travel_up(self, now_s: float, stage: int, flight: Flight) -> None:
         if stage < self._top:
@@ -230,7 +250,9 @@ class NodeCore:
     def _entries(self, now_s: float) -> list[tuple[OpKind, Claim]]:
         """Ops that could enter the pipeline now."""
         entries: list[tuple[OpKind, Claim]] = []
-        if self._syncs and not (self._training.num_inflight and self._change_waits()):
+        is_between_parts = self._is_between_parts()
+        drains = self._training.num_inflight and self._change_waits()
+        if self._syncs and not (drains or is_between_parts):
             entries.append((OpKind.WEIGHT_SYNC, Claim(self._syncs[0].ready_s, now_s, 1.0)))
         prefill = self._inference.prefill_claim(now_s)
         if prefill is not None:
@@ -238,10 +260,15 @@ class NodeCore:
         decode = self._inference.decode_claim()
         if decode is not None:
             entries.append((OpKind.DECODE, decode))
-        if self._training.entry is not None:
+        if self._training.entry is not None and not is_between_parts:
             kind, ready_s = self._training.entry
             entries.append((kind, Claim(ready_s, ready_s, 1.0)))
         return entries
+
+    def _is_between_parts(self) -> bool:
+        """Whether a training forward that is cut into pieces waits on stage 0 for its next one: all of them run at one
+        version, so no weight change may enter in between. (On later stages the change queues up behind it.)"""
+        return any(flight.op.part and flight.op.kind is OpKind.TRAIN_FORWARD for flight in self._stages[0].ready)
 
     # ------------------------------------------------------------- composing
 
@@ -266,7 +293,15 @@ class NodeCore:
             microbatch = self._training.take_forward()
             num_tokens = microbatch.batch * microbatch.length
             task_ids = (microbatch.task_id,)
-            op = self._new_op(kind, task_ids, version, num_tokens, subject=microbatch.job_id, batch=microbatch.batch)
+            op = self._new_op(
+                kind,
+                task_ids,
+                version,
+                num_tokens,
+                subject=microbatch.job_id,
+                batch=microbatch.batch,
+                parts=microbatch.parts,
+            )
             group_id = self._training.group_of(microbatch.task_id)
         self._training.refresh(now_s, self._change_waits())
         return Flight(op, claim, group_id)
@@ -301,7 +336,10 @@ class NodeCore:
         subject: str = "",
         batch: int = 0,
         changes_weights: bool = False,
+        parts: int = 1,
     ) -> Op:
         op_id = self._next_op_id
         self._next_op_id += 1
-        return Op(op_id, kind, task_ids, version, num_tokens, context_tokens, subject, batch, changes_weights)
+        return Op(
+            op_id, kind, task_ids, version, num_tokens, context_tokens, subject, batch, changes_weights, parts=parts
+        )

@@ -52,6 +52,8 @@ class TrainingMicrobatch:
     accumulation: int = 1
     #: No further micro-batch of this job comes to this node: its optimizer step need not wait for a full group.
     last: bool = False
+    #: Pieces its forward and its backward are cut into on every stage, so that inference can run in between.
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,9 @@ class Op:
     batch: int = 0
     #: The stage's version rises by one when this op ends on it, also when it failed there.
     changes_weights: bool = False
+    #: Which piece of a training forward or backward this is, from 0, and of how many.
+    part: int = 0
+    parts: int = 1
 
 
 # --------------------------------------------------------------------------- events

@@ -62,6 +62,8 @@ class Checker:
         self._travelling: dict[int, tuple[int, int]] = {}
         self._forward_of: dict[str, int] = {}
         self._inflight: set[str] = set()
+        #: Next piece of a cut op, by stage and op id.
+        self._expected_part: dict[tuple[int, int], int] = {}
 
     def before(self, event: Event) -> None:
         """Take note of an event about to be given to the core."""
@@ -75,6 +77,9 @@ class Checker:
             if op.changes_weights:
                 self._versions[event.stage] += 1
             last = event.stage == self.config.num_stages - 1
+            if op.part + 1 < op.parts and not event.failed:
+                self._expected_part[event.stage, op.op_id] = op.part + 1
+                return
             if op.op_id in self._travelling:
                 if last or event.failed:
                     del self._travelling[op.op_id]
@@ -106,6 +111,7 @@ class Checker:
     def _ran(self, stage: int, op: Op) -> None:
         assert stage not in self.running, f"stage {stage} got two ops"
         self.running[stage] = op
+        assert op.part == self._expected_part.pop((stage, op.op_id), 0), "pieces out of order"
         version = self._versions[stage]
         if op.kind is OpKind.TRAIN_BACKWARD:
             assert op.version <= version
@@ -232,10 +238,12 @@ def request(
     return RequestArrived(InferenceRequest(task_id, arrival_s, prompt, max_tokens, **more))  # type: ignore[arg-type]
 
 
-def microbatch(task_id: str, job: str = "job", accumulation: int = 1, last: bool = False) -> MicrobatchArrived:
+def microbatch(
+    task_id: str, job: str = "job", accumulation: int = 1, last: bool = False, parts: int = 1
+) -> MicrobatchArrived:
     """A micro-batch named "<name><sequence>" arrives: 2 examples of 8 tokens."""
     sequence = int("".join(c for c in task_id if c.isdigit()) or 0)
-    return MicrobatchArrived(TrainingMicrobatch(task_id, 0.0, job, sequence, 2, 8, accumulation, last))
+    return MicrobatchArrived(TrainingMicrobatch(task_id, 0.0, job, sequence, 2, 8, accumulation, last, parts))
 
 
 def sync(sync_id: str, changes_weights: bool) -> SyncRequested:

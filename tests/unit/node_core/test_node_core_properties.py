@@ -44,7 +44,8 @@ def scheduled_events(draw: st.DrawFn) -> tuple[float, Event]:
     if kind == "microbatch":
         job = "ab"[number % 2]
         last = draw(st.sampled_from([False, False, False, True]))
-        return time_s, microbatch(f"{job}{number}", job=job, accumulation=1 + number % 3, last=last)
+        parts = draw(st.sampled_from([1, 1, 2, 3]))
+        return time_s, microbatch(f"{job}{number}", job=job, accumulation=1 + number % 3, last=last, parts=parts)
     if kind == "sync":
         return time_s, sync(f"s{number}", draw(st.booleans()))
     return time_s, Cancelled(draw(st.sampled_from([f"r{number}", f"{'ab'[number % 2]}{number}"])))

@@ -150,3 +150,34 @@ def test_fifo_syncs_too() -> None:
     driver.at(0.1, sync("s", True), Cancelled("nobody")).run()
     assert driver.core.snapshot().versions == (2, 2)
     assert driver.core.snapshot().pending_syncs == 0
+
+
+def test_inference_runs_between_the_pieces_of_a_cut_op() -> None:
+    def half(stage: int, op: Op) -> float:
+        return DURATIONS[op.kind] / op.parts
+
+    driver = Driver(num_stages=1, durations=half).at(0.0, microbatch("m0", parts=2))
+    driver.at(0.01, request("r0", arrival_s=0.01)).run()
+    pieces = [(op.kind, op.part) for _, _, op in driver.runs]
+    assert pieces == [
+        (OpKind.TRAIN_FORWARD, 0),
+        (OpKind.PREFILL, 0),
+        (OpKind.TRAIN_FORWARD, 1),
+        (OpKind.TRAIN_BACKWARD, 0),
+        (OpKind.TRAIN_BACKWARD, 1),
+        (OpKind.OPTIMIZER_STEP, 0),
+    ]
+
+
+def test_weights_do_not_change_between_the_pieces_of_a_forward() -> None:
+    driver = Driver(num_stages=2, weight_handling="stash").at(0.0, microbatch("m0", parts=3))
+    driver.at(0.01, sync("s0", changes_weights=True)).run()
+    begin_s = driver.ops(OpKind.WEIGHT_SYNC)[0][0]
+    assert begin_s >= max(time_s for time_s, _ in driver.ops(OpKind.TRAIN_FORWARD))
+    assert driver.results == {"m0": "trained"}
+
+
+def test_a_cut_microbatch_can_be_cancelled_between_its_pieces() -> None:
+    driver = Driver(num_stages=1).at(0.0, microbatch("m0", parts=4), microbatch("m1")).at(0.01, Cancelled("m0")).run()
+    assert driver.results == {"m0": "cancelled", "m1": "trained"}
+    assert [op.part for _, op in driver.ops(OpKind.TRAIN_FORWARD)] == [0, 0]

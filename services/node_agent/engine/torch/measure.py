@@ -1,5 +1,6 @@
 """Times one stage in isolation with made-up data. Weights, optimizer state and running requests stay as they are."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from services.node_agent.engine.base import (
 from services.node_agent.engine.torch.inference import Inference
 from services.node_agent.engine.torch.stage import Stage
 from services.node_agent.engine.torch.training import check_examples, make_job, run_backward, run_forward
+
+_LOG = logging.getLogger(__name__)
 
 Durations = dict[str, list[float]]
 
@@ -61,10 +64,16 @@ class StageTimer:
 
     def warm_up(self) -> None:
         """Run every kind of op once. The first ones load kernels and modules, which takes a second or more: that must
-        not happen while requests wait."""
+        not happen while requests wait. What does not fit into memory is left out: it may never be asked for."""
         for kind in (OpKind.PREFILL, OpKind.DECODE, OpKind.TRAIN_FORWARD):
             length = min(_WARM_UP_TOKENS, self._max_context_tokens)
-            self.measure(Measure(0, kind.value, batch=1, length=length, repetitions=1, warmup=0))
+            op = Measure(0, kind.value, batch=1, length=length, repetitions=1, warmup=0)
+            try:
+                self.measure(op)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                _LOG.warning("no memory to warm %s up: %s", kind.value, error)
+                if self._stage.device.type == "cuda":
+                    torch.cuda.empty_cache()
         # One element is enough, where copies of all parameters might not fit into memory.
         parameter = nn.Parameter(torch.zeros(1, device=self._stage.device, dtype=self._stage.dtype))
         parameter.grad = torch.ones_like(parameter)

@@ -227,7 +227,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeStatus:
-    """One node agent. role: "serve", "train" or "both"."""
+    """One node agent. role: "serve", "train", "both" or "unused"."""
 
     node_id: str
     ready: bool

@@ -9,7 +9,7 @@ import math
 
 from services.latency import OpKind
 from services.scheduler.core import policies, traces
-from services.scheduler.core.admission import deadline_s, refuse, refuse_overloaded
+from services.scheduler.core.admission import deadline_s, observe_promise, refuse, refuse_overloaded
 from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.forecast import NodeForecast
 from services.scheduler.core.state import Cluster, HeldTime, LiveInference, LiveTask, LiveTraining, NodeState
@@ -61,6 +61,7 @@ class SchedulerCore:
     def __init__(self, config: CoreConfig) -> None:
         self._config = config
         self._policy = policies.create(config.policy, config.policy_options)
+        self._observer = self._policy if isinstance(self._policy, policies.Observer) else None
         self._cluster = Cluster(config)
         self._sync = Synchroniser(
             self._policy.sync_mode, every_steps=config.sync_every_steps, timeout_s=config.sync_timeout_s
@@ -87,6 +88,9 @@ class SchedulerCore:
         self._commands = commands
         self._sync.expire(now_s)
         self._handle(now_s, event)
+        if self._observer is not None and self._observer.observe(now_s, event, self._cluster):
+            self._set_roles()
+            self._look_again()
         if self._cluster.waiting_inference:
             self._place_inference(now_s)
         self._release_training(now_s)
@@ -184,6 +188,7 @@ class SchedulerCore:
         node = live.node
         if isinstance(live, LiveInference):
             node.remove_inference(live)
+            observe_promise(now_s, live, event, self._cluster)
             if event.ok and event.output_tokens > 0:
                 self._cluster.outputs.observe(event.output_tokens)
         else:
@@ -356,8 +361,9 @@ class SchedulerCore:
         if chosen is None:
             return False
         chosen.held_back_since_s = None
+        live.parts = placement.parts
         self._give(now_s, live, chosen)
-        self._commands.append(Assign(live.task.task_id, chosen.spec.node_id, placement.terms))
+        self._commands.append(Assign(live.task.task_id, chosen.spec.node_id, placement.terms, placement.parts))
         return True
 
     def _give(self, now_s: float, live: LiveTask, node: NodeState) -> None:

@@ -1,11 +1,12 @@
 """What the scheduler core knows: live tasks, nodes, waiting queues. Nothing here outlives the work it is about."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.latency import OpKind
 from services.scheduler.core.costs import NodeCosts
-from services.scheduler.core.estimator import Arrivals, OutputLengths, RunningMoments
+from services.scheduler.core.estimator import Arrivals, Attainment, OutputLengths, RunningMoments
 from services.scheduler.core.forecast import NodeForecast
 from services.scheduler.core.types import CoreConfig, InferenceTask, NodeRole, NodeSpec, TrainingTask
 
@@ -25,6 +26,8 @@ class LiveInference:
     #: Predicted prefill on its node, and whether the prefill is over.
     prefill_s: float = 0.0
     has_first_token: bool = False
+    #: When it was produced, seconds.
+    first_token_s: float = math.inf
     #: Tokens in its context now.
     context_tokens: int = 0
 
@@ -38,7 +41,8 @@ class LiveTraining:
     node: "NodeState | None" = None
     cancelled: bool = False
     defer_reason: str = ""
-    #: Longest single operation it brings to a stage of its node, seconds.
+    #: Pieces its operations are cut into, and the longest single one it brings to a stage of its node, seconds.
+    parts: int = 1
     op_s: float = 0.0
     #: Its backward left the first stage: it waits for the optimizer step of its group and blocks nothing.
     backward_done: bool = False
@@ -150,11 +154,12 @@ class NodeState:
         self.prefilling_s += live.prefill_s
         self.context_tokens += live.context_tokens
 
-    def first_token(self, live: LiveInference) -> None:
+    def first_token(self, live: LiveInference, at_s: float) -> None:
         """The prefill of one of its requests is over."""
         if live.has_first_token:
             return
         live.has_first_token = True
+        live.first_token_s = min(live.first_token_s, at_s)
         self._leave_prefill(live)
 
     def decoded(self, live: LiveInference) -> None:
@@ -178,7 +183,7 @@ class NodeState:
     def add_training(self, live: LiveTraining) -> None:
         """Take a micro-batch."""
         live.node = self
-        live.op_s = self.costs.training_op_s(live.task.batch, live.task.length)
+        live.op_s = self.costs.training_op_s(live.task.batch, live.task.length) / live.parts
         live.backward_done = False
         self.training[live.task.task_id] = live
         self.num_outstanding_training += 1
@@ -216,6 +221,8 @@ class Cluster:
     prompts: RunningMoments = field(default_factory=RunningMoments)
     forward_s: RunningMoments = field(default_factory=RunningMoments)
     outputs: OutputLengths = field(init=False)
+    #: How many of the promises that could be kept were kept of late.
+    attainment: Attainment = field(default_factory=Attainment)
     #: Requests that have not ended.
     num_live_inference: int = 0
 
@@ -223,12 +230,12 @@ class Cluster:
         self.outputs = OutputLengths(self.config.initial_output_tokens)
 
     def set_roles(self, roles: dict[str, NodeRole]) -> None:
-        """Take over the roles a policy gave, after nodes came or went."""
+        """Take over the roles a policy gave. A node that changes its role finishes what it holds."""
         for node_id, node in self.nodes.items():
-            node.role = roles[node_id]
+            node.role = roles.get(node_id, NodeRole.UNUSED)
         ordered = sorted(self.nodes.values(), key=lambda node: node.node_id)
-        self.serving = tuple(node for node in ordered if node.role is not NodeRole.TRAIN)
-        self.training = tuple(node for node in ordered if node.role is not NodeRole.SERVE)
+        self.serving = tuple(node for node in ordered if node.role in (NodeRole.SERVE, NodeRole.BOTH))
+        self.training = tuple(node for node in ordered if node.role in (NodeRole.TRAIN, NodeRole.BOTH))
 
     def wait_again(self, tasks: Iterable[LiveTask]) -> None:
         """Put tasks of a lost node back into the queues, in order of acceptance among those that wait."""

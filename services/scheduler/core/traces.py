@@ -51,7 +51,7 @@ def _observe_inference(op: OpFinished, node: NodeState, cluster: Cluster) -> Non
         if is_last and op.op is OpKind.DECODE:
             node.decoded(live)
         if is_last and op.first_token:
-            node.first_token(live)
+            node.first_token(live, op.end_s)
         if node.forecast is not None:
             rest_s[task_id] = _rest_s(op, batch, live, node, cluster)
     if node.forecast is None or not rest_s:
@@ -89,10 +89,11 @@ def _observe_training(op: OpFinished, node: NodeState) -> None:
         if live is None:
             continue
         task = live.task
-        if op.op is OpKind.TRAIN_BACKWARD and op.stage == 0:
+        is_last_part = op.part + 1 == op.parts
+        if op.op is OpKind.TRAIN_BACKWARD and op.stage == 0 and is_last_part:
             node.backward_ended(live)
-        node.costs.calibrate(op.stage, op.op, task.batch, task.length, op.end_s - op.begin_s)
-        if node.forecast is None:
+        node.costs.calibrate(op.stage, op.op, task.batch, task.length, (op.end_s - op.begin_s) * op.parts)
+        if node.forecast is None or not is_last_part:
             continue
         if op.op is OpKind.TRAIN_FORWARD:
             node.forecast.forward_ran(op.stage, op.begin_s, op.end_s, {task_id: 0.0})

@@ -52,6 +52,8 @@ class NodeRole(StrEnum):
     SERVE = "serve"
     TRAIN = "train"
     BOTH = "both"
+    #: Gets no work.
+    UNUSED = "unused"
 
 
 class QueueOrder(StrEnum):
@@ -73,6 +75,8 @@ class NodeSpec:
     max_batch: int = 16
     max_context_tokens: int = 1 << 30
     kv_capacity_tokens: int = 1 << 30
+    #: Most pieces its runtime can cut a training operation into; 1: it cannot.
+    max_training_parts: int = 1
 
 
 # --------------------------------------------------------------------------- events
@@ -139,6 +143,9 @@ class OpFinished:
     context_tokens: int = 0
     first_token: bool = False
     weight_step: int = 0
+    #: Which piece of a training forward or backward this was, from 0, and of how many.
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +233,8 @@ class Assign:
     task_id: str
     node_id: str
     terms: tuple[NodeTerms, ...] = ()
+    #: Pieces a micro-batch's forward and backward are to be cut into on every stage, so that requests get in between.
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,10 +45,17 @@ def place(core: SchedulerCore, now_s: float, task_id: str, **kwargs: object) -> 
 @pytest.mark.parametrize(
     ("name", "order", "mode"),
     [
+        ("least_loaded", QueueOrder.FIFO, SyncMode.AVERAGE),
+        ("least_utilised", QueueOrder.FIFO, SyncMode.AVERAGE),
         ("lemix", QueueOrder.INFERENCE_FIRST, SyncMode.AVERAGE),
         ("paper_additive", QueueOrder.FIFO, SyncMode.AVERAGE),
+        ("paper_ratio", QueueOrder.FIFO, SyncMode.AVERAGE),
+        ("paper_released", QueueOrder.FIFO, SyncMode.AVERAGE),
+        ("queue_work", QueueOrder.FIFO, SyncMode.AVERAGE),
+        ("random", QueueOrder.FIFO, SyncMode.AVERAGE),
         ("round_robin", QueueOrder.FIFO, SyncMode.AVERAGE),
         ("separate", QueueOrder.FIFO, SyncMode.REPLACE),
+        ("separate_dynamic", QueueOrder.FIFO, SyncMode.REPLACE),
     ],
 )
 def test_registry_and_declarations(name: str, order: QueueOrder, mode: SyncMode) -> None:
@@ -58,16 +65,40 @@ def test_registry_and_declarations(name: str, order: QueueOrder, mode: SyncMode)
 
 
 def test_registry_is_complete() -> None:
-    assert sorted(policies.POLICIES) == ["lemix", "paper_additive", "round_robin", "separate"]
+    assert sorted(policies.POLICIES) == [
+        "least_loaded",
+        "least_utilised",
+        "lemix",
+        "paper_additive",
+        "paper_ratio",
+        "paper_released",
+        "queue_work",
+        "random",
+        "round_robin",
+        "separate",
+        "separate_dynamic",
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("nope", {}, "unknown policy 'nope'; known: lemix"),
-        ("round_robin", {"k": 1}, "no option 'k'; known: none"),
-        ("paper_additive", {"lambda_3": 1.0}, "no option 'lambda_3'; known: lambda_1, lambda_2, tau_s"),
+        ("nope", {}, "unknown policy 'nope'; known: least_loaded, least_utilised, lemix"),
+        ("round_robin", {"k": 1}, "no option 'k'; known: max_nodes"),
+        ("round_robin", {"max_nodes": 1.5}, "'max_nodes'.*whole number >= 0"),
+        ("random", {"seed": True}, "'seed'.*whole number >= 0"),
+        ("random", {"seed": float("inf")}, "'seed'.*whole number >= 0"),
+        ("least_utilised", {"window_s": 0}, "'window_s'.*number > 0"),
+        ("least_loaded", {"window_s": 1}, "no option 'window_s'; known: max_nodes"),
+        ("queue_work", {"seed": 1}, "no option 'seed'; known: max_nodes"),
+        ("separate", {"serving_share": 1.1}, "'serving_share'.*at most 1"),
+        ("separate_dynamic", {"utilisation": 0}, "'utilisation'.*number > 0"),
+        ("separate_dynamic", {"window_s": 0.0}, "'window_s'.*number > 0"),
+        ("paper_additive", {"lambda_3": 1.0}, "'lambda_3'; known: hold_back, lambda_1, lambda_2, profile, tau_s"),
         ("paper_additive", {"tau_s": "0.2"}, "'tau_s'.*number >= 0"),
+        ("paper_additive", {"hold_back": 0}, "'hold_back'.*true or false"),
+        ("paper_ratio", {"lambda_1": 0.0}, "'lambda_1' of policy 'paper_ratio'.*number > 0"),
+        ("paper_released", {"lambda_1": 0.0}, "'lambda_1' of policy 'paper_released'.*number > 0"),
         ("lemix", {"slo_fraction": -1}, "'slo_fraction'.*number >= 0"),
     ],
 )

@@ -1,12 +1,13 @@
 """What a placement policy is."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from services.scheduler.core.forecast import NodeForecast
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
-from services.scheduler.core.types import NodeRole, NodeTerms, QueueOrder, SyncMode
+from services.scheduler.core.types import Event, NodeRole, NodeTerms, QueueOrder, SyncMode
 
 Options = dict[str, float | int | str | bool]
 
@@ -24,12 +25,14 @@ class TrainingPlacement:
     """Where a micro-batch goes; `node` None: held back everywhere.
 
     held_back: candidates that may not get training now. retry_s: when that may change although nothing happens.
+    parts: pieces its operations are cut into.
     """
 
     node: NodeState | None
     terms: tuple[NodeTerms, ...] = ()
     held_back: Sequence[NodeState] = ()
     retry_s: float = float("inf")
+    parts: int = 1
 
 
 class Policy(Protocol):
@@ -51,7 +54,10 @@ class Policy(Protocol):
         ...
 
     def roles(self, node_ids: Sequence[str]) -> dict[str, NodeRole]:
-        """Role of every node; `node_ids` is sorted. Asked again whenever a node comes or goes."""
+        """Role of every node; `node_ids` is sorted. A node left out gets no work.
+
+        Asked again whenever a node comes or goes, and when `Observer.observe` says so.
+        """
         ...
 
     def place_inference(
@@ -64,6 +70,18 @@ class Policy(Protocol):
         self, now_s: float, live: LiveTraining, candidates: Sequence[NodeState], cluster: Cluster, *, may_hold: bool
     ) -> TrainingPlacement:
         """Node for a micro-batch, or hold it back. Without `may_hold` (starvation bound) a node must be named."""
+        ...
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A policy that also looks at what happens. Optional: the core asks nothing of the others."""
+
+    def observe(self, now_s: float, event: Event, cluster: Cluster) -> bool:
+        """Sees every event when the core's state is up to date with it, before work is placed. True: ask `roles` again.
+
+        When a node joined it may replace that node's `costs` and `forecast`; it changes nothing else of the cluster.
+        """
         ...
 
 
@@ -119,17 +137,30 @@ class InTurn:
         return TrainingPlacement(node, turn_terms(node, candidates))
 
 
-def check_options(policy: str, options: Options, known: dict[str, float]) -> dict[str, float]:
-    """Numbers of a policy: the defaults in `known`, overridden by `options`.
+def check_options(policy: str, options: Options, known: Mapping[str, float]) -> dict[str, float]:
+    """Values of a policy's options: the defaults in `known`, overridden by `options`.
 
-    Raises ValueError naming an unknown option or one that is no number >= 0.
+    The default tells the kind: a bool, a whole number >= 0 (int) or a number >= 0 (float). Raises ValueError naming an
+    unknown option or one of another kind.
     """
     values = dict(known)
     for name, value in options.items():
         if name not in known:
             choices = ", ".join(sorted(known)) or "none"
             raise ValueError(f"policy {policy!r} has no option {name!r}; known: {choices}")
-        if isinstance(value, bool | str) or value < 0:
-            raise ValueError(f"option {name!r} of policy {policy!r} must be a number >= 0, got {value!r}")
-        values[name] = float(value)
+        if isinstance(value, str) or not _is_of_kind(value, known[name]):
+            raise ValueError(f"option {name!r} of policy {policy!r} must be {_kind(known[name])}, got {value!r}")
+        values[name] = value
     return values
+
+
+def _kind(default: float) -> str:
+    if isinstance(default, bool):
+        return "true or false"
+    return "a whole number >= 0" if isinstance(default, int) else "a number >= 0"
+
+
+def _is_of_kind(value: float, default: float) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    return 0 <= value < math.inf and (isinstance(default, float) or value == int(value))

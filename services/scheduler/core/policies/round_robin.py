@@ -2,32 +2,17 @@
 
 from collections.abc import Sequence
 
-from services.scheduler.core.policies.base import (
-    InTurn,
-    Options,
-    Placement,
-    TrainingPlacement,
-    check_options,
-    every_node,
-)
+from services.scheduler.core.policies.base import InTurn, Options, Placement, TrainingPlacement
+from services.scheduler.core.policies.mixed import Mixed
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
-from services.scheduler.core.types import NodeRole, QueueOrder, SyncMode
 
 
-class RoundRobin:
+class RoundRobin(Mixed):
     """Requests in turn and micro-batches in turn over all nodes; predicts nothing and holds nothing back."""
 
-    queue_order = QueueOrder.FIFO
-    sync_mode = SyncMode.AVERAGE
-    uses_forecast = False
-
     def __init__(self, options: Options) -> None:
-        check_options("round_robin", options, {})
+        super().__init__("round_robin", options)
         self._in_turn = InTurn()
-
-    def roles(self, node_ids: Sequence[str]) -> dict[str, NodeRole]:
-        """Every node does both."""
-        return every_node(NodeRole.BOTH, node_ids)
 
     def place_inference(
         self, now_s: float, live: LiveInference, candidates: Sequence[NodeState], cluster: Cluster

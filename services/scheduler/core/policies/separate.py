@@ -2,21 +2,16 @@
 
 from collections.abc import Sequence
 
-from services.scheduler.core.policies.base import (
-    InTurn,
-    Options,
-    Placement,
-    TrainingPlacement,
-    check_options,
-)
+from services.scheduler.core.policies.base import InTurn, Options, Placement, TrainingPlacement, check_options
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
 from services.scheduler.core.types import NodeRole, QueueOrder, SyncMode
 
 
 class Separate:
-    """The first half of the nodes by id (at least one) serve, the rest train; requests and micro-batches go in turn.
+    """The first nodes by id serve, `serving_share` of all, the rest train; requests and micro-batches go in turn.
 
-    A single node does both. Serving nodes get the weights of the trainer with most steps (REPLACE).
+    At least one node on each side; a single node does both. Serving nodes get the weights of the trainer with most
+    steps (REPLACE).
     """
 
     queue_order = QueueOrder.FIFO
@@ -24,17 +19,17 @@ class Separate:
     uses_forecast = False
 
     def __init__(self, options: Options) -> None:
-        check_options("separate", options, {})
+        self._serving_share = check_options("separate", options, {"serving_share": 0.5})["serving_share"]
+        if self._serving_share > 1.0:
+            raise ValueError(
+                f"option 'serving_share' of policy 'separate' must be at most 1, got {self._serving_share}"
+            )
         self._in_turn = InTurn()
 
     def roles(self, node_ids: Sequence[str]) -> dict[str, NodeRole]:
         """Static split."""
-        if len(node_ids) == 1:
-            return {node_ids[0]: NodeRole.BOTH}
-        num_serving = max(1, len(node_ids) // 2)
-        return {
-            node_id: NodeRole.SERVE if index < num_serving else NodeRole.TRAIN for index, node_id in enumerate(node_ids)
-        }
+        # The small addend undoes rounding: a share of 0.29 of 100 nodes is 29.
+        return split(node_ids, int(len(node_ids) * self._serving_share + 1e-9))
 
     def place_inference(
         self, now_s: float, live: LiveInference, candidates: Sequence[NodeState], cluster: Cluster
@@ -49,3 +44,13 @@ class Separate:
         """The next training node in turn."""
         del now_s, live, cluster, may_hold
         return self._in_turn.microbatch(candidates)
+
+
+def split(node_ids: Sequence[str], num_serving: int) -> dict[str, NodeRole]:
+    """The first nodes serve, the others train, at least one each; a single node does both."""
+    if len(node_ids) == 1:
+        return {node_ids[0]: NodeRole.BOTH}
+    num_serving = max(1, min(num_serving, len(node_ids) - 1))
+    return {
+        node_id: NodeRole.SERVE if index < num_serving else NodeRole.TRAIN for index, node_id in enumerate(node_ids)
+    }

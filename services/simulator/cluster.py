@@ -58,6 +58,7 @@ from services.simulator.types import (
     SimulationConfig,
     SimulationResult,
     StageUse,
+    Stay,
     TaskRecord,
     VirtualNode,
     Work,
@@ -81,19 +82,24 @@ class Simulation:
         self._now_s = 0.0
         self._tasks: dict[str, TaskRecord] = {}
         self._num_open = 0
-        #: Training accepted and not offered to the core yet, and how much of what was offered waits there.
+        #: Training accepted and not offered to the core yet, and what of it waits there.
         self._backlog: deque[Microbatch] = deque()
-        self._num_offered = 0
+        self._offered: set[str] = set()
+        self._offering = False
+        #: Where the core thinks that tasks are.
+        self._on_node: dict[str, str] = {}
         self._sequences: dict[str, int] = {}
         self._reports: deque[Event] = deque()
         self._timer_s = math.inf
         self._stages: dict[tuple[str, int], StageUse] = {}
         self._decisions: list[Decision] = []
+        #: Open stay by task, and all of them.
+        self._stays: dict[str, Stay] = {}
+        self._all_stays: list[Stay] = []
         self._ops: list[OpRecord] = []
         self._num_ops = 0
+        _check_lives(nodes)
         for node in nodes:
-            if node.lost_s <= node.joins_s:
-                raise ValueError(f"node {node.node_id} is lost at {node.lost_s} s, before it joins at {node.joins_s} s")
             self._push(node.joins_s, _JOIN, node)
         for item in work:
             if item.task_id in self._tasks:
@@ -162,6 +168,8 @@ class Simulation:
     # ------------------------------------------------------------- the scheduler
 
     def _step_core(self, event: Event) -> None:
+        if type(event) is TaskEnded:
+            self._on_node.pop(event.task_id, None)
         for command in self._core.step(self._now_s, event):
             self._perform(command)
         self._offer_training()
@@ -175,7 +183,7 @@ class Simulation:
             case Assign():
                 self._assign(command)
             case Reject(task_id):
-                self._end(task_id, "rejected")
+                self._rejected(task_id)
             case Drop(task_id):
                 self._end(task_id, "cancelled")
             case CancelOnNode(task_id, node_id):
@@ -187,11 +195,28 @@ class Simulation:
                     node_id, SyncRequested(sync_id + _APPLY, changes_weights=True), delay_s=self._config.transfer_s
                 )
 
+    def _rejected(self, task_id: str) -> None:
+        work = self._tasks[task_id].work
+        if isinstance(work, Microbatch):
+            # Its job keeps it and offers it again.
+            self._offered.discard(task_id)
+            self._backlog.appendleft(work)
+        else:
+            self._end(task_id, "rejected")
+
     def _assign(self, command: Assign) -> None:
         record = self._tasks[command.task_id]
+        self._offered.discard(command.task_id)
+        self._on_node[command.task_id] = command.node_id
+        if record.outcome:
+            # It ended on a lost node before anybody could tell: the ledger knows and refuses to move it.
+            self._reports.append(TaskEnded(command.task_id, command.node_id, record.ok))
+            return
         record.node_id = command.node_id
         record.assigned_s = self._now_s
         record.assignments += 1
+        self._stays[command.task_id] = stay = Stay(command.node_id, command.task_id, self._now_s)
+        self._all_stays.append(stay)
         self._decisions.append(Decision(self._now_s, command.task_id, command.node_id, command.terms))
         work = record.work
         node = self._nodes[command.node_id]
@@ -199,7 +224,6 @@ class Simulation:
             node.took(work.task_id, work.output_tokens)
             self._send(command.node_id, RequestArrived(_node_request(work)))
         else:
-            self._num_offered -= 1
             sequence = self._sequences[work.job_id] = self._sequences.get(work.job_id, -1) + 1
             microbatch = TrainingMicrobatch(
                 work.task_id,
@@ -209,6 +233,7 @@ class Simulation:
                 work.batch,
                 work.length,
                 work.accumulation,
+                parts=command.parts,
             )
             self._send(command.node_id, MicrobatchArrived(microbatch))
 
@@ -237,16 +262,20 @@ class Simulation:
 
     def _offer_training(self) -> None:
         """The core sees no more of the backlog than it may hold, as behind the real feeder."""
-        while self._backlog and self._num_offered < self._config.core.max_waiting_training:
+        if self._offering:
+            return  # the loop below goes on when the step that led here has ended
+        self._offering = True
+        while self._backlog and len(self._offered) < self._config.core.max_waiting_training:
             work = self._backlog.popleft()
-            self._num_offered += 1
+            self._offered.add(work.task_id)
             task = TrainingTask(work.task_id, work.arrival_s, work.job_id, work.batch, work.length)
             self._step_core(TaskArrived(task))
+        self._offering = False
 
     # ------------------------------------------------------------- nodes
 
     def _join(self, spec: VirtualNode) -> None:
-        node = SimNode(spec, self._order, self._config.noise, self._random)
+        node = SimNode(spec, self._order, self._config, self._random)
         self._nodes[spec.node_id] = node
         if spec.lost_s < math.inf:
             self._push(spec.lost_s, _LOSS, node)
@@ -261,6 +290,7 @@ class Simulation:
                     max_batch=core.max_batch,
                     max_context_tokens=spec.max_context_tokens,
                     kv_capacity_tokens=core.kv_capacity_tokens,
+                    max_training_parts=spec.max_training_parts,
                 )
             )
         )
@@ -268,9 +298,14 @@ class Simulation:
     def _lose(self, node: SimNode) -> None:
         node.alive = False
         del self._nodes[node.node_id]
-        for task_id in node.core.tasks():
+        for stay in self._stays.values():
+            if stay.node_id == node.node_id and stay.end_s == math.inf:
+                stay.end_s = self._now_s
+        # Also those still on their way to it, or whose end nobody has heard of: the core will have them wait again.
+        for task_id in [task_id for task_id, node_id in self._on_node.items() if node_id == node.node_id]:
+            del self._on_node[task_id]
             if isinstance(self._tasks[task_id].work, Microbatch):
-                self._num_offered += 1
+                self._offered.add(task_id)
         self._step_core(NodeLost(node.node_id, "simulated loss"))
 
     def _step_node(self, node: SimNode, event: NodeEvent) -> None:
@@ -328,6 +363,8 @@ class Simulation:
                 op.context_tokens,
                 first_token,
                 op.version,
+                op.part,
+                op.parts,
             )
         )
         self._step_node(node, OpDone(stage, op.op_id, node.stopped(stage, op)))
@@ -355,21 +392,32 @@ class Simulation:
             raise RuntimeError(f"task {task_id} ended twice: {record.outcome}, then {outcome}")
         record.outcome = outcome
         record.ended_s = self._now_s
+        if task_id in self._stays:
+            self._stays[task_id].end_s = self._now_s
         self._num_open -= 1
 
     # ------------------------------------------------------------- the end
 
     def _result(self) -> SimulationResult:
-        snapshot = self._core.snapshot()
         return SimulationResult(
             tasks=self._tasks,
             stages=self._stages,
             decisions=self._decisions,
-            held_s={node.node_id: node.held_s for node in snapshot.nodes},
+            stays=self._all_stays,
             ended_s=self._now_s,
             num_ops=self._num_ops,
             ops=self._ops,
         )
+
+
+def _check_lives(nodes: Sequence[VirtualNode]) -> None:
+    until_s: dict[str, float] = {}
+    for node in sorted(nodes, key=lambda node: node.joins_s):
+        if node.lost_s <= node.joins_s:
+            raise ValueError(f"node {node.node_id} is lost at {node.lost_s} s, before it joins at {node.joins_s} s")
+        if node.joins_s < until_s.get(node.node_id, 0.0):
+            raise ValueError(f"node {node.node_id} joins at {node.joins_s} s, while it is there already")
+        until_s[node.node_id] = node.lost_s
 
 
 def _node_request(work: Request) -> InferenceRequest:

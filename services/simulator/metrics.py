@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.simulator.types import SimulationResult, TaskRecord
+from services.simulator.types import SimulationResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,28 +72,26 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 def held_node_s(result: SimulationResult, hold_s: float) -> float:
     """Held time of all nodes: a node is held from an assignment until it has been idle for `hold_s`."""
-    by_node: dict[str, list[TaskRecord]] = {}
-    for record in result.tasks.values():
-        if record.assigned_s is not None:
-            by_node.setdefault(record.node_id, []).append(record)
-    return sum(_held_s(records, hold_s, result.ended_s) for records in by_node.values())
+    return sum(end_s - begin_s for held in held_intervals(result, hold_s).values() for begin_s, end_s in held)
 
 
-def _held_s(records: list[TaskRecord], hold_s: float, ended_s: float) -> float:
-    """Union of the tasks' stays, each prolonged by `hold_s`; the last one counts in full."""
-    total_s = 0.0
-    until_s = -math.inf
-    for begin_s, end_s in sorted((_assigned_s(r), ended_s if r.ended_s is None else r.ended_s) for r in records):
-        held_until_s = end_s + hold_s
-        if held_until_s > until_s:
-            total_s += held_until_s - max(begin_s, until_s)
-            until_s = held_until_s
-    return total_s
+def held_intervals(result: SimulationResult, hold_s: float) -> dict[str, list[tuple[float, float]]]:
+    """When every used node was held: the union of its tasks' stays, each prolonged by `hold_s`, the last in full."""
+    by_node: dict[str, list[tuple[float, float]]] = {}
+    for stay in result.stays:
+        by_node.setdefault(stay.node_id, []).append((stay.begin_s, min(stay.end_s, result.ended_s)))
+    return {node_id: _union(by_node[node_id], hold_s) for node_id in sorted(by_node)}
 
 
-def _assigned_s(record: TaskRecord) -> float:
-    assert record.assigned_s is not None
-    return record.assigned_s
+def _union(stays: list[tuple[float, float]], hold_s: float) -> list[tuple[float, float]]:
+    held: list[tuple[float, float]] = []
+    for begin_s, end_s in sorted(stays):
+        until_s = end_s + hold_s
+        if held and begin_s <= held[-1][1]:
+            held[-1] = (held[-1][0], max(held[-1][1], until_s))
+        else:
+            held.append((begin_s, until_s))
+    return held
 
 
 def _node_spans_s(result: SimulationResult) -> dict[str, float]:

@@ -7,7 +7,7 @@ from services.latency import OpKind
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.types import Op, QueueOrder
 from services.scheduler.core.costs import NodeCosts
-from services.simulator.types import VirtualNode
+from services.simulator.types import SimulationConfig, VirtualNode
 
 _INFERENCE = (OpKind.PREFILL, OpKind.DECODE)
 #: A noisy duration stays above this share of the modelled one.
@@ -19,6 +19,7 @@ class SimNode:
 
     __slots__ = (
         "_costs",
+        "_cut_overhead",
         "_noise",
         "_random",
         "_remaining",
@@ -30,17 +31,17 @@ class SimNode:
         "top",
     )
 
-    def __init__(self, spec: VirtualNode, order: QueueOrder, noise: float, random: Random) -> None:
-        config = spec.core
+    def __init__(self, spec: VirtualNode, order: QueueOrder, config: SimulationConfig, random: Random) -> None:
         self.spec = spec
         self.node_id = spec.node_id
-        self.core = NodeCore(replace(config, queue_order=order))
-        self.top = config.num_stages - 1
+        self.core = NodeCore(replace(spec.core, queue_order=order))
+        self.top = spec.core.num_stages - 1
         self.alive = True
         #: When the pending timer fires; None: no timer.
         self.timer_s: float | None = None
         self._costs = NodeCosts(spec.latency)
-        self._noise = noise
+        self._noise = config.noise
+        self._cut_overhead = config.cut_overhead
         self._random = random
         #: Tokens a request has still to produce.
         self._remaining: dict[str, int] = {}
@@ -57,6 +58,8 @@ class SimNode:
             duration_s = self._costs.stage_s(stage, op.kind, batch, tokens / batch)
         else:
             duration_s = self._costs.stage_s(stage, op.kind, 1, 1)
+        if op.parts > 1:
+            duration_s *= (1.0 + self._cut_overhead) / op.parts
         if self._noise:
             duration_s *= max(_SHORTEST, 1.0 + self._noise * self._random.gauss(0.0, 1.0))
         return duration_s

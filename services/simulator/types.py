@@ -53,6 +53,7 @@ class VirtualNode:
     believed: NodeLatency | None = None
     max_inflight_inference: int = 64
     max_context_tokens: int = 1 << 30
+    max_training_parts: int = 1
     joins_s: float = 0.0
     lost_s: float = math.inf
 
@@ -61,7 +62,8 @@ class VirtualNode:
 class SimulationConfig:
     """How a simulation runs.
 
-    noise: relative standard deviation of operation durations. dispatch_s: from a decision until the node has the task.
+    noise: relative standard deviation of operation durations. cut_overhead: share that cutting a training operation
+    into pieces adds to it. dispatch_s: from a decision until the node has the task.
     report_s: from the end of an operation or task until the scheduler knows. transfer_s: a replica's weights from one
     node to another. horizon_s: stop then, whatever is unfinished. keep_ops: keep every operation (costs memory).
     """
@@ -69,6 +71,7 @@ class SimulationConfig:
     core: CoreConfig
     seed: int = 0
     noise: float = 0.0
+    cut_overhead: float = 0.05
     dispatch_s: float = 0.0
     report_s: float = 0.0
     transfer_s: float = 0.0
@@ -76,7 +79,7 @@ class SimulationConfig:
     keep_ops: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("noise", "dispatch_s", "report_s", "transfer_s", "horizon_s"):
+        for name in ("noise", "cut_overhead", "dispatch_s", "report_s", "transfer_s", "horizon_s"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -104,6 +107,16 @@ class TaskRecord:
     def response_s(self) -> float:
         """From arrival to end; infinite when it did not end well."""
         return self.ended_s - self.work.arrival_s if self.ok and self.ended_s is not None else math.inf
+
+
+@dataclass(slots=True, eq=False)
+class Stay:
+    """A task on a node, from its assignment until it left: by its end or because the node was lost."""
+
+    node_id: str
+    task_id: str
+    begin_s: float
+    end_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +164,8 @@ class SimulationResult:
     tasks: dict[str, TaskRecord]
     stages: dict[tuple[str, int], StageUse]
     decisions: list[Decision]
-    #: Seconds each node was held, see algorithm notes on `tasks_per_held_node_s`.
-    held_s: dict[str, float]
+    #: Every stay of a task on a node, in the order of assignment; several after the loss of a node.
+    stays: list[Stay]
     ended_s: float
     num_ops: int
     ops: list[OpRecord]

@@ -44,6 +44,8 @@ class LiveTraining:
     #: Pieces its operations are cut into, and the longest single one it brings to a stage of its node, seconds.
     parts: int = 1
     op_s: float = 0.0
+    #: Its forward left the first stage: under the A-PP rule the next micro-batch of its stream may follow.
+    entered: bool = False
     #: Its backward left the first stage: it waits for the optimizer step of its group and blocks nothing.
     backward_done: bool = False
 
@@ -116,6 +118,8 @@ class NodeState:
     context_tokens: int = 0
     #: Micro-batches whose backward is not over: what the A-PP rule counts.
     num_outstanding_training: int = 0
+    #: Those of them whose forward has not left the first stage.
+    num_entering_training: int = 0
     #: Longest single training operation that may be running or waiting on a stage, seconds.
     training_op_s: float = 0.0
     #: Lengths of the tasks sent here.
@@ -184,10 +188,17 @@ class NodeState:
         """Take a micro-batch."""
         live.node = self
         live.op_s = self.costs.training_op_s(live.task.batch, live.task.length) / live.parts
-        live.backward_done = False
+        live.entered = live.backward_done = False
+        self.num_entering_training += 1
         self.training[live.task.task_id] = live
         self.num_outstanding_training += 1
         self.training_op_s = max(self.training_op_s, live.op_s)
+
+    def entered(self, live: LiveTraining) -> None:
+        """The forward of one of its micro-batches left the first stage."""
+        if not live.entered:
+            live.entered = True
+            self.num_entering_training -= 1
 
     def backward_ended(self, live: LiveTraining) -> None:
         """The backward of one of its micro-batches left the first stage."""
@@ -198,6 +209,7 @@ class NodeState:
     def remove_training(self, live: LiveTraining) -> None:
         """A micro-batch left."""
         del self.training[live.task.task_id]
+        self.entered(live)
         self.backward_ended(live)
         self.training_op_s = max((other.op_s for other in self.training.values()), default=0.0)
         live.node = None

@@ -90,8 +90,11 @@ def _observe_training(op: OpFinished, node: NodeState) -> None:
             continue
         task = live.task
         is_last_part = op.part + 1 == op.parts
-        if op.op is OpKind.TRAIN_BACKWARD and op.stage == 0 and is_last_part:
-            node.backward_ended(live)
+        if op.stage == 0 and is_last_part:
+            if op.op is OpKind.TRAIN_FORWARD:
+                node.entered(live)
+            else:
+                node.backward_ended(live)
         node.costs.calibrate(op.stage, op.op, task.batch, task.length, (op.end_s - op.begin_s) * op.parts)
         if node.forecast is None or not is_last_part:
             continue

@@ -72,6 +72,43 @@ def test_work_of_a_lost_node_moves_to_another() -> None:
     assert max(record.assignments for record in result.tasks.values()) == 2
 
 
+@pytest.mark.parametrize("task", [Request("r", 0.0, 100, 1, 1), Microbatch("m", 0.0, "job", 1, 100)])
+def test_a_task_that_ended_before_its_node_was_lost_does_not_run_again(task: Work) -> None:
+    ended_s = _run(_nodes(1), [task]).tasks[task.task_id].ended_s
+    assert ended_s is not None
+    result = _run(_nodes(2, node_0=(0.0, ended_s + 0.05)), [task], report_s=0.1)
+    assert result.tasks[task.task_id].assignments == 1
+    assert result.tasks[task.task_id].ended_s == ended_s
+
+
+def test_training_on_its_way_to_a_lost_node_is_not_lost() -> None:
+    nodes = _nodes(9, **{f"node_{index}": (0.0, 2.5) for index in range(8)})
+    work: list[Work] = [Microbatch(f"m{index}", 0.0, "job", 1, 100) for index in range(100)]
+    core = CoreConfig(max_waiting_training=8, max_inflight_training=8, policy="round_robin")
+    result = Simulation(SimulationConfig(core=core, dispatch_s=1.0), nodes, work).run()
+    assert {record.outcome for record in result.tasks.values()} == {"trained"}
+
+
+def test_many_places_that_become_free_at_once_are_filled() -> None:
+    work: list[Work] = [Microbatch(f"m{index}", 0.0, "job", 1, 100) for index in range(3000)]
+    core = CoreConfig(max_inflight_training=2000, policy="round_robin")
+    nodes = _nodes(1, node_0=(1.0, math.inf))
+    result = Simulation(SimulationConfig(core=core, horizon_s=2.0), nodes, work).run()
+    assert sum(record.assignments for record in result.tasks.values()) == 2000
+
+
+def test_a_lost_node_counts_as_held_until_it_was_lost() -> None:
+    result = _run(_nodes(2, node_0=(0.0, 1.5)), [Request("r", 0.0, 100, 1, 1)])
+    # node-0: 0-1.5, node-1: 1.5-3.5, each prolonged by 10 s.
+    assert held_node_s(result, 10.0) == pytest.approx(1.5 + 2.0 + 20.0)
+
+
+def test_two_lives_of_a_node_may_not_overlap() -> None:
+    first, second = _nodes(1, node_0=(0.0, 5.0))[0], _nodes(1, node_0=(4.0, math.inf))[0]
+    with pytest.raises(ValueError, match="node-0 joins at 4"):
+        _run([first, second], [])
+
+
 def test_work_waits_for_the_first_node() -> None:
     result = _run(_nodes(1, node_0=(5.0, math.inf)), [Request("r", 0.0, 100, 1, 1)])
     assert result.tasks["r"].ended_s == pytest.approx(7.0)
@@ -140,3 +177,13 @@ def test_a_stage_runs_one_op_at_a_time() -> None:
         key = (op.node_id, op.stage)
         assert op.begin_s >= free_from.get(key, 0.0) - 1e-9
         free_from[key] = op.end_s
+
+
+def test_one_training_stream_sends_the_next_microbatch_when_the_first_stage_is_free() -> None:
+    work: list[Work] = [Microbatch(f"m{index}", 0.0, "job", 1, 100) for index in range(6)]
+    core = CoreConfig(policy="separate", policy_options={"one_stream": True})
+    result = Simulation(SimulationConfig(core=core, keep_ops=True), _nodes(4), work).run()
+    assert all(record.ok for record in result.tasks.values())
+    ends = sorted(op.end_s for op in result.ops if op.kind is OpKind.TRAIN_FORWARD and op.stage == 0)
+    assert [d.at_s for d in result.decisions[1:]] == ends[:-1]
+    assert [d.node_id for d in result.decisions] == ["node-2", "node-3"] * 3

@@ -11,7 +11,8 @@ class Separate:
     """The first nodes by id serve, `serving_share` of all, the rest train; requests and micro-batches go in turn.
 
     At least one node on each side; a single node does both. Serving nodes get the weights of the trainer with most
-    steps (REPLACE).
+    steps (REPLACE). one_stream: one training stream for the whole cluster, as in the research code: the next micro-batch
+    leaves when the forward of the one before has left its first stage. Else every node has its own.
     """
 
     queue_order = QueueOrder.FIFO
@@ -19,7 +20,9 @@ class Separate:
     uses_forecast = False
 
     def __init__(self, options: Options) -> None:
-        self._serving_share = check_options("separate", options, {"serving_share": 0.5})["serving_share"]
+        values = check_options("separate", options, {"serving_share": 0.5, "one_stream": False})
+        self._serving_share = values["serving_share"]
+        self._one_stream = bool(values["one_stream"])
         if self._serving_share > 1.0:
             raise ValueError(
                 f"option 'serving_share' of policy 'separate' must be at most 1, got {self._serving_share}"
@@ -42,7 +45,9 @@ class Separate:
         self, now_s: float, live: LiveTraining, candidates: Sequence[NodeState], cluster: Cluster, *, may_hold: bool
     ) -> TrainingPlacement:
         """The next training node in turn."""
-        del now_s, live, cluster, may_hold
+        del now_s, live, may_hold
+        if self._one_stream and any(node.num_entering_training for node in cluster.training):
+            return TrainingPlacement(None)
         return self._in_turn.microbatch(candidates)
 
 

@@ -11,8 +11,8 @@ class Separate:
     """The first nodes by id serve, `serving_share` of all, the rest train; requests and micro-batches go in turn.
 
     At least one node on each side; a single node does both. Serving nodes get the weights of the trainer with most
-    steps (REPLACE). one_stream: one training stream for the whole cluster, as in the research code: the next micro-batch
-    leaves when the forward of the one before has left its first stage. Else every node has its own.
+    steps (REPLACE). one_stream: one training stream for the whole cluster, as in the research code: the next
+    micro-batch leaves when the forward of the one before has left its first stage. Else every node has its own.
     """
 
     queue_order = QueueOrder.FIFO

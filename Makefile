@@ -8,7 +8,7 @@ PIP_INDEX := $(if $(LEMIX_TORCH_INDEX_URL),--extra-index-url $(LEMIX_TORCH_INDEX
 REPEAT ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test nightly check fmt lint types imports protos protos-lint protos-check bench compose-config clean
+.PHONY: help install demo paper up test nightly check fmt lint types imports protos protos-lint protos-check bench compose-config clean
 
 help:  ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install  ## Train and serve one model at once under four policies, with figures (about 6 minutes; REPEAT=3 for spreads)
 	@$(BIN)/python -m bench.demo --repeat $(REPEAT) $(DEMO_ARGS)
+
+paper: install  ## Check the paper's claims in the simulator, on any machine (minutes; FULL=1: every policy, ten seeds)
+	@$(BIN)/python -m bench.paper $(if $(FULL),--full) $(PAPER_ARGS)
 
 up: install  ## Run the local cluster in the foreground (Ctrl-C stops it)
 	@$(BIN)/python -m deploy.local $(UP_ARGS)

@@ -29,6 +29,7 @@ from bench.demo.records import RunRecord
 from bench.demo.runner import OnProgress, Runner
 from bench.demo.workload import describe, plan, read_trace
 from bench.machine import git_commit, machine
+from bench.report.progress import Terminal
 from deploy.local.cluster import ClusterError
 
 #: Lengths of the steps on the progress bar, seconds.
@@ -89,7 +90,7 @@ async def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Everything; writes the summary and the report and returns the former. Raises DemoError, ClusterError."""
     began_s, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     runs = len(config.policies) * config.repeat
-    screen = terminal.Terminal(console, _MODEL_S + _PROFILE_S + runs * (_START_S + config.traffic.seconds))
+    screen = Terminal(console, _MODEL_S + _PROFILE_S + runs * (_START_S + config.traffic.seconds))
     corpus = load_corpus()
     config.out.mkdir(parents=True, exist_ok=True)
     with screen.running():
@@ -112,7 +113,7 @@ async def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     return result
 
 
-async def _prepare_model(config: DemoConfig, corpus: Corpus, screen: terminal.Terminal) -> tuple[Path, dict[str, Any]]:
+async def _prepare_model(config: DemoConfig, corpus: Corpus, screen: Terminal) -> tuple[Path, dict[str, Any]]:
     stopped = threading.Event()
 
     def progress(done: int, total: int) -> None:
@@ -135,7 +136,7 @@ async def _prepare_model(config: DemoConfig, corpus: Corpus, screen: terminal.Te
 
 
 async def _run_policies(
-    config: DemoConfig, corpus: Corpus, runner: Runner, promised: Promise, screen: terminal.Terminal
+    config: DemoConfig, corpus: Corpus, runner: Runner, promised: Promise, screen: Terminal
 ) -> tuple[dict[str, list[dict[str, Any]]], list[RunRecord], list[str], dict[str, Any]]:
     """Metrics by policy and repetition, records of the first repetition, problems, and its workload in numbers."""
     measured: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -159,7 +160,7 @@ async def _run_policies(
     return dict(measured), first, problems, workload
 
 
-def _on_progress(screen: terminal.Terminal, label: str, total: int) -> OnProgress:
+def _on_progress(screen: Terminal, label: str, total: int) -> OnProgress:
     def show(at_s: float, counts: Counts) -> None:
         answered, failed = counts.get("ok", 0), counts.get("bad", 0)
         screen.advance(_START_S + at_s, f"{label}: {answered} of {total} answered, {failed} failed")
@@ -167,7 +168,7 @@ def _on_progress(screen: terminal.Terminal, label: str, total: int) -> OnProgres
     return show
 
 
-def _say_promise(screen: terminal.Terminal, config: DemoConfig, promised: Promise) -> None:
+def _say_promise(screen: Terminal, config: DemoConfig, promised: Promise) -> None:
     rate = config.traffic.load * promised.capacity_rps
     screen.say(
         f"One node can serve {promised.capacity_rps:.1f} requests/s; the traffic averages {rate:.1f}/s. "

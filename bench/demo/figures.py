@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from bench.demo.cpu import OTHERS
 from bench.demo.metrics import busy_shares, quantile
 from bench.demo.records import RequestRecord, RunRecord, Status
-from bench.demo.svg import Chart, Point, Scale, legend
+from bench.report.colors import policy_color
+from bench.report.svg import Chart, Point, Scale, legend
 from services.latency import OpKind
 
 #: Serving is blue, training orange, what changes the weights purple and green.
@@ -18,8 +19,6 @@ OP_COLORS = {
     OpKind.OPTIMIZER_STEP: ("optimizer step", "#a05cc0"),
     OpKind.WEIGHT_SYNC: ("weight synchronisation", "#1b9e77"),
 }
-POLICY_COLORS = {"separate": "#1b9e77", "round_robin": "#d3622a", "lemix": "#1f6fb5", "lemix_no_sync": "#7fb8e6"}
-_OTHER_COLORS = ("#a05cc0", "#b58900", "#888888")
 CPU_COLORS = {
     "stage_workers": "#1f6fb5",
     "node_agents": "#6db3e8",
@@ -32,11 +31,6 @@ CPU_COLORS = {
     OTHERS: "#4a4f55",
 }
 _WIDTH = 1060
-
-
-def policy_color(name: str) -> str:
-    """The colour of a policy in every chart."""
-    return POLICY_COLORS.get(name) or _OTHER_COLORS[sum(name.encode()) % len(_OTHER_COLORS)]
 
 
 def policy_legend(runs: Sequence[RunRecord]) -> str:

@@ -5,45 +5,10 @@ from typing import Any
 
 from bench.demo import figures
 from bench.demo.records import RunRecord
-from bench.demo.svg import legend, text
-from bench.demo.table import COLUMNS, cell
-
-_STYLE = """
-:root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1c2329;--soft:#5b6770;--edge:#dfe3e6;--track:#eceff1;
---good:#14784f;--bad:#b3372b;--unsure:#8a6100;--mark:#b3372b;--band:#00000010}
-@media (prefers-color-scheme:dark){:root{--bg:#14181b;--card:#1c2226;--ink:#e6eaed;--soft:#9aa6ae;--edge:#333c42;
---track:#2a3238;--good:#5fce9b;--bad:#f08a7d;--unsure:#e0b252;--mark:#f08a7d;--band:#ffffff14}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1140px;margin:0 auto;padding:28px 20px 60px}
-h1{font-size:26px;margin:0 0 6px}h2{font-size:19px;margin:38px 0 4px}
-p{margin:4px 0 10px;max-width:78ch}.soft{color:var(--soft)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:12px;margin:18px 0 8px}
-.tile{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:12px 14px}
-.tile b{display:block;font-size:25px;line-height:1.25}.tile span{font-size:13px;color:var(--soft);display:block}
-.chip{display:inline-block!important;font-weight:600;font-size:12px!important;border:1px solid;border-radius:99px;
-padding:0 8px;margin-top:6px}.held{color:var(--good)!important}.missed{color:var(--bad)!important}
-.unresolved{color:var(--unsure)!important}
-.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--edge);border-radius:10px}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--edge);white-space:nowrap}
-th{font-weight:600;font-size:13px;color:var(--soft);vertical-align:bottom;white-space:normal}
-th:first-child,td:first-child{text-align:left}tr:last-child td{border-bottom:0}
-td small{display:block;color:var(--soft);font-size:11px;font-weight:400}td.best{font-weight:700}
-.figure{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:14px;margin:8px 0}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:12px}.pair .figure{margin:0}
-svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font:12px system-ui,sans-serif;
-paint-order:stroke;stroke:var(--card);stroke-width:3px}
-svg .name{fill:var(--ink);font-size:12.5px}svg .strong{font-weight:600;fill:var(--ink)}
-.grid{stroke:var(--edge)}.axis{stroke:var(--soft)}.line{fill:none;stroke-width:2;stroke-linejoin:round}
-.marker{stroke:var(--mark);stroke-width:1.5;stroke-dasharray:4 3}.band{fill:var(--band)}.track{fill:var(--track)}
-.legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin:0 0 8px;font-size:13px}
-.key i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
-.warn{border-left:4px solid var(--bad);padding:6px 12px;background:var(--card)}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:3px 18px;margin:8px 0}dt{color:var(--soft)}dd{margin:0}
-pre{overflow-x:auto;background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:12px;
-font-size:12.5px}
-"""
+from bench.demo.table import COLUMNS
+from bench.report.page import chip, configuration, document, facts, notice, table, tile
+from bench.report.svg import legend, text
+from bench.report.table import cell
 
 
 def render(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> str:
@@ -60,11 +25,7 @@ def render(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> str:
         _claims(summary),
         _setup(summary),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>LeMix demo</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return document("LeMix demo", parts)
 
 
 def _header(summary: Mapping[str, Any]) -> str:
@@ -83,16 +44,9 @@ def _header(summary: Mapping[str, Any]) -> str:
 
 
 def _problems(summary: Mapping[str, Any]) -> str:
-    return _notice("Something went wrong in this run", summary["problems"]) + _notice(
+    return notice("Something went wrong in this run", summary["problems"]) + notice(
         "Take these figures with care", summary["warnings"]
     )
-
-
-def _notice(title: str, lines: Sequence[str]) -> str:
-    if not lines:
-        return ""
-    items = "".join(f"<li>{text(line)}</li>" for line in lines)
-    return f'<div class="warn"><b>{title}:</b><ul>{items}</ul></div>'
 
 
 _TILES = (
@@ -109,7 +63,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     for name, label in _TILES:
         claim = claims.get(name)
         if claim is not None:
-            tiles += f'<div class="tile"><b>{_value(claim)}</b><span>{text(label)}</span>{_chip(claim)}</div>'
+            tiles += tile(_value(claim), label, _chip(claim))
     return f'<div class="tiles">{tiles}</div>' if tiles else ""
 
 
@@ -124,9 +78,7 @@ def _claim_number(claim: Mapping[str, Any], value: float | None) -> str:
 
 
 def _chip(claim: Mapping[str, Any]) -> str:
-    limit = _claim_number(claim, claim["threshold"])
-    words = {"held": "held", "missed": "missed", "unresolved": "unresolved"}[claim["verdict"]]
-    return f'<span class="chip {claim["verdict"]}">{words}: {claim["direction"]} {limit}</span>'
+    return chip(claim["verdict"], f"{claim['direction']} {_claim_number(claim, claim['threshold'])}")
 
 
 def _table(summary: Mapping[str, Any]) -> str:
@@ -211,22 +163,20 @@ def _usage(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> str:
 def _claims(summary: Mapping[str, Any]) -> str:
     if not summary["claims"]:
         return ""
-    rows = "".join(
-        f"<tr><td>{text(claim['claim'])}</td><td>{text(', '.join(_claim_number(claim, v) for v in claim['values']))}"
-        f"</td><td>{_chip(claim)}</td></tr>"
+    rows = [
+        (text(claim["claim"]), text(", ".join(_claim_number(claim, v) for v in claim["values"])), _chip(claim))
         for claim in summary["claims"]
-    )
+    ]
     return (
         "<h2>Claims</h2><p>One value per repetition, both policies in the same repetition. <i>Unresolved</i>: the "
         "repetitions disagree. A single repetition shows a direction, not a spread.</p>"
-        '<div class="scroll"><table><thead><tr><th>claim</th><th>ratio, or points</th><th>verdict</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        + table(("claim", "ratio, or points", "verdict"), rows)
     )
 
 
 def _setup(summary: Mapping[str, Any]) -> str:
     workload, capacity = summary["workload"], summary["capacity"]
-    facts = {
+    setup = {
         "model": summary["model"]["description"],
         "traffic": f"{workload['requests']} requests, {workload['mean_rate_rps']:.2f}/s on average, "
         f"{workload['prompt_tokens_mean']:.0f} prompt and {workload['output_tokens_mean']:.0f} output tokens on "
@@ -238,15 +188,4 @@ def _setup(summary: Mapping[str, Any]) -> str:
         "fairness": summary["fairness"],
         "took": f"{summary['seconds_total']:.0f} s in all",
     }
-    items = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts.items())
-    config = "\n".join(_flat("", summary["config"]))
-    return (
-        f"<h2>Set-up</h2><dl>{items}</dl><details><summary>Configuration</summary><pre>{text(config)}</pre></details>"
-    )
-
-
-def _flat(prefix: str, values: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for key, value in values.items():
-        lines += _flat(f"{prefix}{key}.", value) if isinstance(value, Mapping) else [f"{prefix}{key} = {value}"]
-    return lines
+    return f"<h2>Set-up</h2>{facts(setup)}{configuration(summary['config'])}"

@@ -7,7 +7,8 @@ from typing import Any
 from bench.demo.config import DemoConfig
 from bench.demo.cpu import OTHERS
 from bench.demo.profile import Promise
-from bench.demo.verdict import combine, spread, verdicts
+from bench.demo.verdict import verdicts
+from bench.report.verdict import combine, spread
 
 _FAIRNESS = (
     "every policy gets a fresh cluster with the same initial weights, the same settings and the same warm-up; stage "

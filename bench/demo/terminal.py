@@ -1,61 +1,14 @@
-"""What the demo prints: a progress bar while it runs, one table at the end."""
+"""What the demo prints at the end: one table and the verdicts."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.demo.table import COLUMNS, Column, cell
-
-_VERDICT_STYLES = {"held": "green", "missed": "red", "unresolved": "yellow"}
-
-#: Drawings of the bar per second: rich's own 10 cost a noticeable part of a core while a policy is measured.
-_REFRESH_HZ = 2
-
-
-class Terminal:
-    """Steps of known length in seconds, one after the other, on one bar."""
-
-    def __init__(self, console: Console, total_s: float) -> None:
-        self.console = console
-        self._progress = Progress(
-            BarColumn(bar_width=32),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-            transient=True,
-            refresh_per_second=_REFRESH_HZ,
-        )
-        self._task = self._progress.add_task("", total=total_s)
-        self._done_s = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Show the bar."""
-        with self._progress:
-            yield
-
-    @contextmanager
-    def step(self, description: str, length_s: float) -> Iterator["Terminal"]:
-        """A part of the work that takes about so long."""
-        self._progress.update(self._task, description=description)
-        if not self.console.is_terminal:
-            self.console.print(description)
-        yield self
-        self._done_s += length_s
-        self._progress.update(self._task, completed=self._done_s)
-
-    def advance(self, within_s: float, description: str) -> None:
-        """Where the running step is."""
-        self._progress.update(self._task, completed=self._done_s + within_s, description=description)
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+from bench.demo.table import COLUMNS
+from bench.report.table import Column, cell
+from bench.report.verdict import STYLES
 
 
 def print_results(console: Console, summary: Mapping[str, Any]) -> None:
@@ -74,7 +27,7 @@ def print_results(console: Console, summary: Mapping[str, Any]) -> None:
     for warning in summary["warnings"]:
         console.print(f"[yellow]   warning[/yellow]  {warning}", highlight=False, soft_wrap=True)
     for claim in summary["claims"]:
-        style = _VERDICT_STYLES[claim["verdict"]]
+        style = STYLES[claim["verdict"]]
         console.print(
             f"[{style}]{claim['verdict']:>10}[/{style}]  {claim['claim']}: {_values(claim)}",
             highlight=False,

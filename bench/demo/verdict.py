@@ -1,44 +1,11 @@
-"""Repetitions put together: medians with their spread, and what may be claimed from them. Pure."""
+"""What may be claimed from the repetitions of the demo. Pure."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
-def combine(repetitions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Key by key the median of the repetitions. A value missing (None) in some is the median of the others."""
-    return {key: _combine_values([item.get(key) for item in repetitions]) for key in repetitions[0]}
-
-
-def spread(repetitions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Key by key `[min, max]` over the repetitions, for numbers only."""
-    result: dict[str, Any] = {}
-    for key in repetitions[0]:
-        values = [item.get(key) for item in repetitions]
-        if all(isinstance(value, Mapping) for value in values):
-            result[key] = spread([value for value in values if isinstance(value, Mapping)])
-        else:
-            numbers = _numbers(values)
-            if numbers:
-                result[key] = [min(numbers), max(numbers)]
-    return result
-
-
-def _combine_values(values: Sequence[Any]) -> Any:
-    if all(isinstance(value, Mapping) for value in values):
-        keys = list(dict.fromkeys(key for value in values for key in value))
-        return {key: _combine_values([value.get(key) for value in values]) for key in keys}
-    numbers = _numbers(values)
-    if not numbers:
-        return values[0]
-    middle = statistics.median(numbers)
-    whole = all(isinstance(number, int) for number in numbers)
-    return round(middle) if whole else middle
-
-
-def _numbers(values: Sequence[Any]) -> list[float]:
-    return [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+from bench.report.verdict import decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +91,7 @@ def _judge(claim: Claim, repetitions: Mapping[str, Sequence[Mapping[str, Any]]])
     pairs = zip(repetitions["lemix"], repetitions[claim.against], strict=True)
     values = [_compare(claim, _at(mine, claim.path), _at(theirs, claim.path)) for mine, theirs in pairs]
     known = [value for value in values if value is not None]
-    too_close = len(values) == 1 and bool(known) and abs(known[0] - claim.threshold) < _SINGLE_RUN_NOISE
-    if len(known) < len(values) or too_close:
-        verdict = "unresolved"
-    else:
-        good = [value >= claim.threshold if claim.at_least else value <= claim.threshold for value in known]
-        verdict = "held" if all(good) else "unresolved" if any(good) else "missed"
+    verdict = decide(values, claim.threshold, at_least=claim.at_least, single_run_noise=_SINGLE_RUN_NOISE)
     return {
         "name": claim.name,
         "claim": claim.text,

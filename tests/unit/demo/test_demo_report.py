@@ -10,8 +10,10 @@ import pytest
 from bench.demo import figures, report
 from bench.demo.records import Status
 from bench.demo.summary import warnings
-from bench.demo.svg import Chart, Scale, number
-from bench.demo.table import COLUMNS, cell
+from bench.demo.table import COLUMNS
+from bench.report.colors import policy_color
+from bench.report.svg import Chart, Scale, number
+from bench.report.table import cell
 from tests.unit.demo import synthetic
 
 
@@ -35,7 +37,7 @@ def test_every_chart_is_well_formed_and_named(page):
 def test_every_policy_is_in_table_and_charts(page):
     for run in synthetic.runs():
         assert f"<td>{run.policy}</td>" in page
-        assert figures.policy_color(run.policy) in page
+        assert policy_color(run.policy) in page
 
 
 def test_problems_are_told_and_escaped():

@@ -4,7 +4,8 @@ import io
 
 from rich.console import Console
 
-from bench.demo.terminal import Terminal, print_results
+from bench.demo.terminal import print_results
+from bench.report.progress import Terminal
 from tests.unit.demo import synthetic
 
 

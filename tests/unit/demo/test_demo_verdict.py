@@ -2,7 +2,8 @@
 
 import pytest
 
-from bench.demo.verdict import CLAIMS, combine, spread, verdicts
+from bench.demo.verdict import CLAIMS, verdicts
+from bench.report.verdict import combine, spread
 
 
 def _metrics(attainment=0.9, throughput=10.0, loss=2.0, trained=100.0):

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 Point = tuple[float, float]
 
 _MAX_LOG_TICKS = 9
+#: Opacity of a faded cell over that of another.
+_FADED = 0.3
 
 
 def text(value: object) -> str:
@@ -122,11 +124,48 @@ class Chart:
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(f'<polyline class="line" style="stroke:{color}"{dash} points="{path}"/>')
 
-    def marker(self, value: float, content: str) -> None:
-        """A named vertical line at a data value."""
+    def area(self, points: Sequence[tuple[float, float, float]], color: str) -> None:
+        """What lies between two lines over the same x: (x, low, high), in data units."""
+        if not points:
+            return
+        edge = [(x, high) for x, _, high in points] + [(x, low) for x, low, _ in reversed(points)]
+        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in edge)
+        self.parts.append(f'<polygon class="area" style="fill:{color}" points="{path}"/>')
+
+    def dots(self, points: Iterable[Point], color: str) -> None:
+        """Marks at data points, one path for all."""
+        path = "".join(f"M{self.x(x):.1f} {self.y(y):.1f}h0" for x, y in points)
+        if path:
+            self.parts.append(f'<path class="dots" style="stroke:{color}" d="{path}"/>')
+
+    def rule(self, value: float, *, strong: bool = False) -> None:
+        """A horizontal line at a data value."""
+        left, right, at = self.x.from_px, self.x.to_px, self.y(value)
+        css = "axis" if strong else "grid"
+        self.parts.append(f'<line class="{css}" x1="{left:.1f}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
+
+    def cell(
+        self, left: float, top: float, width: float, height: float, content: str, strength: float, *, faded: bool
+    ) -> None:
+        """A cell of a heat map, at pixels. strength: -1 (worst, red) over 0 (neutral) to 1 (best, blue).
+
+        faded: pale, for a value that says little.
+        """
+        color = "#1f6fb5" if strength >= 0 else "#c0392b"
+        opacity = min(1.0, abs(strength)) * (_FADED if faded else 1.0)
+        ink = "var(--soft)" if faded else "#fff" if opacity > 0.55 else "var(--ink)"
+        self.parts.append(
+            f'<rect class="track" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+            f'<rect style="fill:{color};opacity:{opacity:.2f}" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" '
+            f'height="{height:.1f}"/><text class="cell" style="fill:{ink}" x="{left + width / 2:.1f}" '
+            f'y="{top + height / 2 + 4:.1f}" text-anchor="middle">{text(content)}</text>'
+        )
+
+    def marker(self, value: float, content: str, *, low: bool = False) -> None:
+        """A named vertical line at a data value; the name is at its top or low at its foot."""
         at, top, bottom = self.x(value), self.y.to_px, self.y.from_px
         self.parts.append(f'<line class="marker" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
-        self.label(at + 5, top + 12, content, css="tick strong")
+        self.label(at + 5, bottom - 8 if low else top + 12, content, css="tick strong")
 
     def band(self, begin: float, end: float, content: str) -> None:
         """A shaded, named stretch of the x axis."""

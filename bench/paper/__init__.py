@@ -1,0 +1,1 @@
+"""The paper's claims in the simulator: `make paper`. See `__main__`."""

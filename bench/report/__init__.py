@@ -1,0 +1,1 @@
+"""What the benchmarks share to show their results: page, charts, tables, progress and verdicts."""

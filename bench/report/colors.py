@@ -1,0 +1,17 @@
+"""One colour per policy, the same in every chart."""
+
+_POLICY_COLORS = {
+    "separate": "#1b9e77",
+    "round_robin": "#d3622a",
+    "paper_additive": "#a05cc0",
+    "paper_ratio": "#b58900",
+    "paper_released": "#c2588f",
+    "lemix": "#1f6fb5",
+    "lemix_no_sync": "#7fb8e6",
+}
+_OTHER_COLORS = ("#6b7f3a", "#8c6d46", "#888888")
+
+
+def policy_color(name: str) -> str:
+    """The colour of a policy in every chart."""
+    return _POLICY_COLORS.get(name) or _OTHER_COLORS[sum(name.encode()) % len(_OTHER_COLORS)]

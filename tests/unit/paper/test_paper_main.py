@@ -1,0 +1,116 @@
+"""A quick run from the command line to the page."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from bench.paper.__main__ import main, parse
+from bench.paper.config import ALL_POLICIES, DEFAULT_POLICIES, PaperConfig, PaperError
+from services.scheduler.core.policies import POLICIES
+
+_QUICK = ["--quick", "--processes", "1", "--policies", "separate,round_robin,lemix"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    path = tmp_path_factory.mktemp("paper")
+    assert main([*_QUICK, "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def summary(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def page(out):
+    return (out / "report.html").read_text()
+
+
+def test_the_summary_has_the_published_keys(summary):
+    assert {"git_commit", "started_at", "machine", "config", "seeds", "grid", "vs_separate", "spread", "claims"} <= set(
+        summary
+    )
+    assert len(summary["grid"]) == 3 * 4
+    figures = summary["vs_separate"]["lemix"]
+    assert set(figures) >= {
+        "throughput_ratio", "attainment_ratio", "attainment_points", "efficiency", "makespan_ratio",
+        "worst_response_slos", "attainment_weighted", "points", "excluded",
+    }  # fmt: skip
+    assert set(figures["throughput_ratio"]) == {"geomean", "max", "min"}
+    assert {claim["verdict"] for claim in summary["claims"]} <= {"held", "missed", "unresolved"}
+    assert summary["config"]["scheduler"]["max_waiting_training"] == 1024
+
+
+def test_the_page_needs_nothing_from_outside(page):
+    assert not re.findall(r"""(?:src|href)=|@import|url\(""", page)
+    assert "<script" not in page
+
+
+def test_every_chart_is_well_formed_and_named(page):
+    charts = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(charts) == 7
+    for chart in charts:
+        assert ElementTree.fromstring(chart).attrib["aria-label"]
+        assert "nan" not in chart
+
+
+def test_every_claim_is_on_the_page(page, summary):
+    for claim in summary["claims"]:
+        assert claim["claim"] in page
+    assert page.count("missed:") >= sum(claim["verdict"] == "missed" for claim in summary["claims"])
+
+
+def test_the_same_run_gives_the_same_figures(summary, tmp_path, capsys):
+    assert main([*_QUICK, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["grid"] == summary["grid"]
+    printed = capsys.readouterr().out
+    for claim in summary["claims"]:
+        assert f"{claim['verdict']}  {claim['claim']}" in printed
+    assert "round_robin" in printed
+    assert "…" not in printed
+
+
+def test_defaults():
+    config = parse([])
+    assert config == PaperConfig()
+    assert len(config.points()) == 75
+    assert config.policies == DEFAULT_POLICIES
+    assert config.num_processes >= 1
+
+
+def test_policies_come_from_the_registry():
+    assert set(ALL_POLICIES) == set(POLICIES)
+    assert (ALL_POLICIES[0], ALL_POLICIES[-1]) == ("separate", "lemix")
+
+
+def test_full_is_every_policy_and_more_seeds():
+    config = parse(["--full"])
+    assert config.policies == ALL_POLICIES
+    assert len(config.seeds) == 10
+    assert parse(["--full", "--seeds", "5", "--policies", "separate"]).seeds == (5,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policies", "separate,best"], "unknown policy 'best'; known: "),
+        (["--policies", "lemix"], "--policies must name separate"),
+        (["--policies", "separate,lemix,lemix"], "twice"),
+        (["--seeds", ""], "--seeds names no seed"),
+        (["--seeds", "1,x"], "--seeds must be whole numbers"),
+        (["--seeds", "1,1"], "--seeds names a seed twice"),
+        (["--seeds", "101"], "100 to 102 are kept for tuning"),
+        (["--processes", "-1"], "--processes must not be negative"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(capsys, arguments, message):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    with pytest.raises(PaperError):
+        parse(arguments)

@@ -22,10 +22,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -q $(PIP_INDEX) -c constraints.txt --group dev -e .
 	@touch $@
 
-demo: install  ## Train and serve one model at once under four policies, with figures (about 6 minutes; REPEAT=3 for spreads)
+demo: install  ## Serve and train at once, four policies (about 5 minutes; REPEAT=3: spreads)
 	@$(BIN)/python -m bench.demo --repeat $(REPEAT) $(DEMO_ARGS)
 
-paper: install  ## Check the paper's claims in the simulator, on any machine (minutes; FULL=1: every policy, ten seeds)
+paper: install  ## Check the paper's claims in the simulator (minutes; FULL=1: everything)
 	@$(BIN)/python -m bench.paper $(if $(FULL),--full) $(PAPER_ARGS)
 
 up: install  ## Run the local cluster in the foreground (Ctrl-C stops it)

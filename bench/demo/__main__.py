@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from bench.demo.profile import Promise
 from bench.demo.records import RunRecord
 from bench.demo.runner import OnProgress, Runner
 from bench.demo.workload import describe, plan, read_trace
-from bench.machine import git_commit, machine
+from bench.machine import git_commit, machine, usable_cores
 from bench.report.progress import Terminal
 from deploy.local.cluster import ClusterError
 
 #: Lengths of the steps on the progress bar, seconds.
-_MODEL_S, _PROFILE_S, _START_S = 45.0, 25.0, 15.0
+_MODEL_S, _PROFILE_S, _START_S = 50.0, 17.0, 12.0
 #: `--quick`: enough to see that everything works, too short for figures.
 _QUICK_MODEL = ModelConfig(hidden=64, layers=2, pretrain_steps=20)
 _QUICK_SECONDS = 8.0
@@ -93,12 +93,13 @@ async def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     screen = Terminal(console, _MODEL_S + _PROFILE_S + runs * (_START_S + config.traffic.seconds))
     corpus = load_corpus()
     config.out.mkdir(parents=True, exist_ok=True)
+    for line in summary.sharing_warnings(config, usable_cores()):
+        screen.warn(line)
     with screen.running():
         model, facts = await _prepare_model(config, corpus, screen)
         runner = Runner(config, corpus, model)
-        with screen.step("measuring what a node can do while all run", _PROFILE_S):
+        with screen.step("measuring one node (capacity, SLO)", _PROFILE_S):
             promised = await runner.profile()
-        _say_promise(screen, config, promised)
         measured, first, problems, workload = await _run_policies(config, corpus, runner, promised, screen)
     result = summary.build(
         config,
@@ -119,16 +120,16 @@ async def _prepare_model(config: DemoConfig, corpus: Corpus, screen: Terminal) -
     def progress(done: int, total: int) -> None:
         if stopped.is_set():
             raise DemoError("interrupted")  # ends the thread, which nothing else can
-        screen.advance(_MODEL_S * done / total, f"pre-training the model: step {done} of {total}")
+        screen.advance(_MODEL_S * done / total, f"pre-training the model: step {done}/{total}")
 
-    with screen.step("pre-training the model on documentation (kept for the next time)", _MODEL_S):
+    with screen.step("pre-training the model (once)", _MODEL_S):
         try:
             return await asyncio.to_thread(
                 cached_model,
                 config.model,
                 corpus,
                 max_context_tokens=_CONTEXT_TOKENS,
-                cache=config.out / "cache",
+                cache=config.cache,
                 progress=progress,
             )
         finally:
@@ -146,10 +147,12 @@ async def _run_policies(
     rate = config.traffic.load * promised.capacity_rps
     for repetition in range(config.repeat):
         requests = plan(config.traffic, corpus, rate, config.seed + repetition)
-        workload = workload or describe(requests, config.traffic)
+        if not workload:
+            workload = describe(requests, config.traffic)
+            _say_promise(screen, config, promised, workload)
         for name in config.policies:
-            label = f"{name}, repetition {repetition + 1} of {config.repeat}" if config.repeat > 1 else name
-            with screen.step(f"{label}: starting a fresh cluster", _START_S + config.traffic.seconds):
+            label = f"{name} {repetition + 1}/{config.repeat}" if config.repeat > 1 else name
+            with screen.step(f"{label}: starting a cluster", _START_S + config.traffic.seconds):
                 outcome = await runner.run(
                     POLICIES[name], repetition, requests, promised, _on_progress(screen, label, len(requests))
                 )
@@ -163,15 +166,18 @@ async def _run_policies(
 def _on_progress(screen: Terminal, label: str, total: int) -> OnProgress:
     def show(at_s: float, counts: Counts) -> None:
         answered, failed = counts.get("ok", 0), counts.get("bad", 0)
-        screen.advance(_START_S + at_s, f"{label}: {answered} of {total} answered, {failed} failed")
+        failures = f", {failed} failed" if failed else ""
+        screen.advance(_START_S + at_s, f"{label}: {answered}/{total} answered{failures}")
 
     return show
 
 
-def _say_promise(screen: Terminal, config: DemoConfig, promised: Promise) -> None:
-    rate = config.traffic.load * promised.capacity_rps
+def _say_promise(screen: Terminal, config: DemoConfig, promised: Promise, workload: Mapping[str, Any]) -> None:
     screen.say(
-        f"One node can serve {promised.capacity_rps:.1f} requests/s; the traffic averages {rate:.1f}/s. "
+        f"One node can serve {promised.capacity_rps:.1f} requests/s; each policy gets {workload['requests']} in "
+        f"{workload['seconds']:g} s ({workload['mean_rate_rps']:.2f}/s)."
+    )
+    screen.say(
         f"SLO, fixed now: TTFT {1000 * promised.slo.ttft_s:.0f} ms, TPOT {1000 * promised.slo.tpot_s:.1f} ms "
         f"({config.slo_units:g} times the mean request alone)."
     )

@@ -105,6 +105,8 @@ class DemoConfig:
     repeat: int = 1
     seed: int = 0
     out: Path = Path("out/demo")
+    #: Pre-trained models, the same wherever results go.
+    cache: Path = Path("out/cache")
     #: SLO in units of the predicted time of the mean request alone on its node.
     slo_units: float = 5.0
     #: Time after the last planned arrival within which every answer must be there.
@@ -120,6 +122,7 @@ class DemoConfig:
         """Plain form for the summary; paths become strings relative to where the demo ran."""
         values = asdict(self)
         values["out"] = str(self.out)
+        values["cache"] = str(self.cache)
         values["policies"] = list(self.policies)
         return values
 

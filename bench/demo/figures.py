@@ -53,9 +53,9 @@ def response_cdf(
     low = 0.8 * min(quantile(times, 0.01) or slo_ms, slo_ms)
     chart = Chart.plot(520, 310, (max(low, 0.01), 1.2 * max(*times, slo_ms)), (0.0, 1.0), log_x=True)
     chart.axes(f"{name}, ms (log scale)", "requests", y_percent=True)
-    chart.marker(slo_ms, f"SLO {slo_ms:.0f} ms")
     for policy, points in curves.items():
         chart.line(points, policy_color(policy), dashed=policy == "lemix_no_sync")
+    chart.marker(slo_ms, f"SLO {slo_ms:.0f} ms", low=True)
     return chart.render(f"Cumulative distribution of {name} per policy")
 
 
@@ -99,9 +99,9 @@ def _loss_chart(
     if burst_s is not None:
         chart.band(burst_s[0], burst_s[1], "burst")
     chart.axes("time since the start of the traffic, s", y_name)
-    chart.marker(runs[0].drift_s, "drift: documentation → source code")
     for policy, points in curves.items():
         chart.line(points, policy_color(policy), dashed=policy == "lemix_no_sync")
+    chart.marker(runs[0].drift_s, "drift: documentation → source code")
     return chart.render(f"{title} per policy")
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bench.demo.config import DemoError
+from bench.demo.config import DemoError, TrainingConfig
 from bench.demo.records import Slo
 from lemix.internal.v1 import profile_pb2
 from services.latency import LatencyModel, NodeLatency, OpKind
@@ -18,6 +19,8 @@ _KINDS = {
     profile_pb2.OP_KIND_OPTIMIZER_STEP: OpKind.OPTIMIZER_STEP,
     profile_pb2.OP_KIND_WEIGHT_SYNC: OpKind.WEIGHT_SYNC,
 }
+#: Tokens of the largest prefill that is measured: about a full batch of mean prompts.
+_MAX_POINT_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,21 @@ class Promise:
     #: Requests per second one node can serve, its decode batches full.
     capacity_rps: float
     slo: Slo
+
+
+def profile_grid(training: TrainingConfig) -> dict[str, Any]:
+    """Settings of the profiler's grid: the sizes that occur in the demo and twice as much, not all a node could take.
+
+    Two thirds of the default grid's time go to micro-batches that the demo never trains.
+    """
+    longest = 2 * training.piece_tokens
+    return {
+        "max_point_tokens": _MAX_POINT_TOKENS,
+        "train": {
+            "batches": [training.batch_size, 2 * training.batch_size],
+            "lengths": [longest // 16, longest // 5, longest // 2, longest],
+        },
+    }
 
 
 def newest_profile(directory: Path, num_stages: int) -> profile_pb2.Profile:

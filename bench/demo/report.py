@@ -6,6 +6,7 @@ from typing import Any
 from bench.demo import figures
 from bench.demo.records import RunRecord
 from bench.demo.table import COLUMNS
+from bench.demo.verdict import limit, meaning
 from bench.report.page import chip, configuration, document, facts, notice, table, tile
 from bench.report.svg import legend, text
 from bench.report.table import cell
@@ -63,12 +64,8 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     for name, label in _TILES:
         claim = claims.get(name)
         if claim is not None:
-            tiles += tile(_value(claim), label, _chip(claim))
+            tiles += tile(_claim_number(claim, claim["median"]), label, _chip(claim))
     return f'<div class="tiles">{tiles}</div>' if tiles else ""
-
-
-def _value(claim: Mapping[str, Any], key: str = "median") -> str:
-    return _claim_number(claim, claim[key])
 
 
 def _claim_number(claim: Mapping[str, Any], value: float | None) -> str:
@@ -78,7 +75,7 @@ def _claim_number(claim: Mapping[str, Any], value: float | None) -> str:
 
 
 def _chip(claim: Mapping[str, Any]) -> str:
-    return chip(claim["verdict"], f"{claim['direction']} {_claim_number(claim, claim['threshold'])}")
+    return chip(claim["verdict"], claim["reason"] or limit(claim))
 
 
 def _table(summary: Mapping[str, Any]) -> str:
@@ -164,13 +161,17 @@ def _claims(summary: Mapping[str, Any]) -> str:
     if not summary["claims"]:
         return ""
     rows = [
-        (text(claim["claim"]), text(", ".join(_claim_number(claim, v) for v in claim["values"])), _chip(claim))
+        (
+            text(claim["claim"]),
+            text(", ".join(_claim_number(claim, value) for value in claim["values"])),
+            text(limit(claim)),
+            _chip(claim),
+        )
         for claim in summary["claims"]
     ]
     return (
-        "<h2>Claims</h2><p>One value per repetition, both policies in the same repetition. <i>Unresolved</i>: the "
-        "repetitions disagree. A single repetition shows a direction, not a spread.</p>"
-        + table(("claim", "ratio, or points", "verdict"), rows)
+        "<h2>Claims</h2><p>One value per repetition, both policies in the same repetition. "
+        f"{text(meaning(summary['repetitions']))}</p>" + table(("claim", "ratio, or points", "limit", "verdict"), rows)
     )
 
 

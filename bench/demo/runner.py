@@ -16,7 +16,7 @@ from bench.demo.corpus import Corpus, pieces
 from bench.demo.cpu import CpuMeter
 from bench.demo.event_log import read_event_log
 from bench.demo.plan_file import write_plan
-from bench.demo.profile import Promise, newest_profile, node_latency, promise
+from bench.demo.profile import Promise, newest_profile, node_latency, profile_grid, promise
 from bench.demo.records import RequestRecord, RunRecord
 from bench.demo.training_jobs import TrainingJobs, connect
 from bench.demo.workload import PlannedRequest, mean_lengths, warmup_plan
@@ -51,13 +51,14 @@ class Runner:
         self._profiles = config.out / "profiles"
 
     async def profile(self) -> Promise:
-        """Measure the nodes, all at once as they will run; what one of them predicts becomes capacity and SLO.
+        """Measure one node, for all are alike; what its profile predicts becomes capacity and SLO.
 
-        Old measurements are dropped first: the promise is about the machine as it is now.
+        Every later cluster takes this profile for each of its nodes. Old measurements are dropped first: the promise
+        is about the machine as it is now.
         """
         shutil.rmtree(self._profiles, ignore_errors=True)
         async with AsyncExitStack() as stack:
-            await self._start_cluster(stack, "profile", policy="lemix", nodes=self._config.cluster.nodes, core={})
+            await self._start_cluster(stack, "profile", policy="lemix", nodes=1, core={})
         config = self._config
         profile = newest_profile(self._profiles, config.cluster.stages)
         mean_prompt, mean_output = mean_lengths(config.traffic)
@@ -113,6 +114,7 @@ class Runner:
                 model_name=_MODEL_NAME,
                 core=core,
                 node={"max_batch": config.cluster.max_batch},
+                profiler={"grid": profile_grid(config.training)},
                 profiles_directory=self._profiles,
                 event_log=self._event_log(name),
                 start_timeout_s=config.cluster.start_timeout_s,

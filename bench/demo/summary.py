@@ -40,6 +40,8 @@ def build(
 ) -> dict[str, Any]:
     """The summary. `measured` holds, by policy, the metrics of every repetition."""
     promise = facts.promise
+    sharing = shared_cores(config, facts.machine["cores"])
+    doubts = dict.fromkeys(measured, sharing) if sharing else _disturbed(measured)
     return {
         "started_at": facts.started_at,
         "git_commit": facts.git_commit,
@@ -49,9 +51,9 @@ def build(
         "slo": {"ttft_ms": 1000 * promise.slo.ttft_s, "tpot_ms": 1000 * promise.slo.tpot_s},
         "policies": {name: combine(items) for name, items in measured.items()},
         "spread": {name: spread(items) for name, items in measured.items()} if config.repeat > 1 else {},
-        "claims": verdicts(measured),
+        "claims": verdicts(measured, doubts),
         "problems": list(problems),
-        "warnings": warnings(measured),
+        "warnings": sharing_warnings(config, facts.machine["cores"]) + warnings(measured),
         "capacity": {
             "profile_id": promise.profile_id,
             "requests_per_s": promise.capacity_rps,
@@ -69,15 +71,41 @@ def build(
 
 def warnings(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """Why the figures may mislead although every request ended well."""
-    found = []
-    for name, items in measured.items():
-        others = max(item["cpu_share"].get(OTHERS, 0.0) for item in items)
-        if others > _MAX_OTHERS:
-            found.append(
-                f"{name}: other programs used {100 * others:.0f} % of the machine's CPU time; run the demo on an "
-                "otherwise idle machine before you compare figures"
-            )
-    return found
+    disturbed = [name for name in measured if _others(measured[name]) > _MAX_OTHERS]
+    if not disturbed:
+        return []
+    shares = ", ".join(f"{100 * _others(measured[name]):.0f} % ({name})" for name in disturbed)
+    return [
+        f"other programs used much of the CPU: {shares}; run the demo on an otherwise idle machine before you compare "
+        "figures"
+    ]
+
+
+def sharing_warnings(config: DemoConfig, cores: int) -> list[str]:
+    """What to say before and after a run whose stage workers have to share cores."""
+    sharing = shared_cores(config, cores)
+    return [f"{sharing}: the figures say nothing about the policies"] if sharing else []
+
+
+def shared_cores(config: DemoConfig, cores: int) -> str:
+    """How many stage workers share how many cores; empty when each has one of its own."""
+    workers = config.cluster.nodes * config.cluster.stages
+    return f"{workers} stage workers share {cores} core{'s' if cores > 1 else ''}" if workers > cores else ""
+
+
+def _disturbed(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """By policy: why its figures are worth nothing."""
+    shares = {name: _others(items) for name, items in measured.items()}
+    return {
+        name: f"other programs used {100 * share:.0f} % of the CPU"
+        for name, share in shares.items()
+        if share > _MAX_OTHERS
+    }
+
+
+def _others(items: Sequence[Mapping[str, Any]]) -> float:
+    """Largest share of the machine's CPU time that other programs used in any repetition."""
+    return max(float(item["cpu_share"].get(OTHERS, 0.0)) for item in items)
 
 
 def _describe_fairness(config: DemoConfig, machine: Mapping[str, Any]) -> str:

@@ -76,22 +76,52 @@ CLAIMS = (
 _SINGLE_RUN_NOISE = 0.03
 
 
-def verdicts(repetitions: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Every claim whose two policies ran: values per repetition (paired), median, and the verdict.
+def verdicts(
+    repetitions: Mapping[str, Sequence[Mapping[str, Any]]], doubts: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Every claim whose two policies ran: values per repetition (paired), median, the verdict and its reason.
 
-    "held" or "missed" when every repetition agrees, "unresolved" when their spread spans the threshold or nothing was
-    measured. A single repetition has no spread: within `_SINGLE_RUN_NOISE` of the threshold it decides nothing.
+    "held" or "missed" when every repetition agrees; "unresolved" (`reason` says why) when their spread spans the
+    threshold, when nothing was measured, or when `doubts` names one of the two policies with why its figures are worth
+    nothing. A single repetition has no spread: within `_SINGLE_RUN_NOISE` of the threshold it decides nothing.
     """
     if "lemix" not in repetitions:
         return []
-    return [_judge(claim, repetitions) for claim in CLAIMS if claim.against in repetitions]
+    return [_judge(claim, repetitions, doubts or {}) for claim in CLAIMS if claim.against in repetitions]
 
 
-def _judge(claim: Claim, repetitions: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def limit(claim: Mapping[str, Any]) -> str:
+    """What the value of a claim is held against, in words."""
+    factor = 100 if claim["kind"] == "difference" else 1
+    return f"needs {claim['direction']} {factor * claim['threshold']:g}"
+
+
+def meaning(repetitions: int) -> str:
+    """What "unresolved" stands for with so many repetitions, in a line."""
+    if repetitions > 1:
+        return "Unresolved: the repetitions disagree, or the machine was shared."
+    return (
+        f"Unresolved: within {_SINGLE_RUN_NOISE:g} (or {100 * _SINGLE_RUN_NOISE:g} points) of the limit, the noise of "
+        "one repetition, or the machine was shared."
+    )
+
+
+def shown(claim: Mapping[str, Any], value: float | None) -> str:
+    """A value of a claim in words."""
+    if value is None:
+        return "not measured"
+    return f"{100 * value:+.1f} points" if claim["kind"] == "difference" else f"{value:.2f} times"
+
+
+def _judge(
+    claim: Claim, repetitions: Mapping[str, Sequence[Mapping[str, Any]]], doubts: Mapping[str, str]
+) -> dict[str, Any]:
     pairs = zip(repetitions["lemix"], repetitions[claim.against], strict=True)
     values = [_compare(claim, _at(mine, claim.path), _at(theirs, claim.path)) for mine, theirs in pairs]
     known = [value for value in values if value is not None]
     verdict = decide(values, claim.threshold, at_least=claim.at_least, single_run_noise=_SINGLE_RUN_NOISE)
+    doubt = doubts.get("lemix") or doubts.get(claim.against)
+    reason = doubt or (_why_unresolved(claim, values) if verdict == "unresolved" else "")
     return {
         "name": claim.name,
         "claim": claim.text,
@@ -102,8 +132,18 @@ def _judge(claim: Claim, repetitions: Mapping[str, Sequence[Mapping[str, Any]]])
         "direction": "at least" if claim.at_least else "at most",
         "values": values,
         "median": statistics.median(known) if known else None,
-        "verdict": verdict,
+        "verdict": "unresolved" if doubt else verdict,
+        "reason": reason,
     }
+
+
+def _why_unresolved(claim: Claim, values: Sequence[float | None]) -> str:
+    if None in values:
+        return "not measured"
+    if len(values) > 1:
+        return "the repetitions disagree"
+    noise = f"{100 * _SINGLE_RUN_NOISE:g} points" if claim.kind == "difference" else f"{_SINGLE_RUN_NOISE:g}"
+    return f"one repetition, and within {noise} of the limit"
 
 
 def _compare(claim: Claim, mine: float | None, theirs: float | None) -> float | None:

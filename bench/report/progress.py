@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 #: Drawings of the bar per second: rich's own 10 cost a noticeable part of a core while a policy is measured.
 _REFRESH_HZ = 2
@@ -16,10 +17,10 @@ class Terminal:
     def __init__(self, console: Console, total_s: float) -> None:
         self.console = console
         self._progress = Progress(
-            BarColumn(bar_width=32),
+            BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
             transient=True,
             refresh_per_second=_REFRESH_HZ,
@@ -49,4 +50,8 @@ class Terminal:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line, highlight=False, markup=False)
+
+    def warn(self, line: str) -> None:
+        """A warning that stays."""
+        self.console.print(f"warning: {line}", style="yellow", highlight=False, markup=False)

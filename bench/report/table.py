@@ -23,12 +23,14 @@ class Column:
         return found
 
     def best(self, policies: Mapping[str, Mapping[str, Any]]) -> str | None:
-        """The policy with the best value; None when there is no order or no comparison."""
+        """The policy with the best value; None when there is no order, no comparison, or a tie as it is shown."""
         values = {name: self.value(metrics) for name, metrics in policies.items()}
         known = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if not self.better or len(known) < 2:
             return None
-        return (max if self.better == "high" else min)(known, key=lambda name: known[name])
+        found = (max if self.better == "high" else min)(known, key=lambda name: known[name])
+        shown = [self.format(value) for value in known.values()]
+        return found if shown.count(self.format(known[found])) == 1 else None
 
 
 def percent(value: float) -> str:

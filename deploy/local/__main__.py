@@ -15,6 +15,7 @@ from deploy.local.tiny_model import write_tiny_model
 _WATCH_S = 0.5
 #: Id of the model that is served when none is named.
 _TINY_NAME = "tiny"
+_NOISE = "(the tiny model has random weights: its text is noise; --model DIR serves a real one)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,7 +97,9 @@ def _ready_text(cluster: LocalCluster) -> str:
     model = config.model_name or config.model_path.resolve().name
     cores = "each stage on a core of its own" if cluster.pinned else "stages not pinned to cores"
     chat = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
+    completion = json.dumps({"model": model, "prompt": "The import statement", "max_tokens": 32})
     feedback = json.dumps({"prompt": "The capital of France is", "completion": " Paris."})
+    noise = f"\n  {_NOISE}" if config.model_name == _TINY_NAME else ""
     return f"""
 LeMix is ready: {config.num_nodes} node(s) x {config.num_stages} stage(s), policy {config.policy}, {cores}
 
@@ -104,7 +107,9 @@ LeMix is ready: {config.num_nodes} node(s) x {config.num_stages} stage(s), polic
   gRPC   {cluster.grpc_address}
   model  {model}
 
-Generate:
+Generate:{noise}
+  curl {cluster.url}/v1/completions -H 'Content-Type: application/json' \\
+    -d '{completion}'
   curl {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{chat}'
 Teach it something while it serves:

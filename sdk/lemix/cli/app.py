@@ -1,5 +1,6 @@
 """Commands of the `lemix` tool: thin over the SDK, which does the work."""
 
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +9,10 @@ import typer
 from rich.console import Console
 
 from lemix.cli import render
+from lemix.cli.conversation import Conversation
 from lemix.client import DEFAULT_ADDRESS, Client
 from lemix.errors import ErrorCode, LemixError
-from lemix.types import GenerationChunk, GenerationOptions, Hyperparameters, JobStatus, Message
+from lemix.types import GenerationChunk, GenerationOptions, Hyperparameters, JobStatus
 
 ClientFactory = Callable[[str], Client]
 
@@ -21,6 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+#: Most tokens of a reply that names no limit.
+_MAX_REPLY_TOKENS = 256
 
 _MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1)]
 _Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0.0, max=2.0)]
@@ -48,7 +53,7 @@ def run(arguments: Sequence[str], *, connect: ClientFactory = Client) -> int:
         # standalone: typer reports wrong usage itself, in its own words, with exit code 2
         app(list(arguments), standalone_mode=True)
     except LemixError as error:
-        Console(stderr=True).print(f"lemix: {_explain(error)}", markup=False, highlight=False, soft_wrap=True)
+        _tell(error)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -84,19 +89,20 @@ def generate(
 
 @app.command()
 def chat(
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a reply.", min=1)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a reply; default a quarter of the context, 256 at most.", min=1)
+    ] = None,
     temperature: _Temperature = 1.0,
     system: Annotated[str, typer.Option(help="System message.")] = "",
 ) -> None:
-    """Talk to the model, one line at a time; end with Ctrl-D."""
-    messages = [Message("system", system)] if system else []
-    options: GenerationOptions = {"max_tokens": max_tokens, "temperature": temperature}
+    """Talk to the model, one line at a time; end with Ctrl-D. What the context cannot hold any more is dropped."""
     with _state.client() as client:
+        if max_tokens is None:
+            max_tokens = min([_MAX_REPLY_TOKENS, *(max(1, model.max_context_tokens // 4) for model in client.models())])
+        conversation = Conversation(client, system, {"max_tokens": max_tokens, "temperature": temperature})
         while (line := _read_line()) is not None:
-            if not line.strip():
-                continue
-            messages.append(Message("user", line))
-            messages.append(Message("assistant", _print_stream(client.stream_chat(messages, **options))))
+            if line.strip():
+                _print_reply(conversation, line)
 
 
 @app.command()
@@ -170,13 +176,33 @@ def _follow(client: Client, job_id: str) -> None:
         raise job.error or LemixError(ErrorCode.INTERNAL, "the job failed without a reason")
 
 
-def _print_stream(chunks: Iterable[GenerationChunk]) -> str:
-    text = ""
+def _print_stream(chunks: Iterable[GenerationChunk]) -> None:
     for chunk in chunks:
-        text += chunk.text
-        _state.out.print(chunk.text, end="", markup=False, highlight=False, soft_wrap=True)
+        text = _harmless(chunk.text) if _state.out.is_terminal else chunk.text
+        _state.out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
     _state.out.print()
-    return text
+
+
+def _harmless(text: str) -> str:
+    """Without the control characters by which a model could change the terminal."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) != "Cc" else "\N{REPLACEMENT CHARACTER}" for char in text
+    )
+
+
+def _print_reply(conversation: Conversation, line: str) -> None:
+    try:
+        _print_stream(conversation.reply(line))
+    except LemixError as error:
+        if error.code is not ErrorCode.CONTEXT_LENGTH_EXCEEDED:
+            raise
+        _tell(error)  # this line alone is too long; the talk goes on without it
+    if conversation.dropped:
+        _state.out.print(f"(the context is full: the {conversation.dropped} oldest messages were dropped)", style="dim")
+
+
+def _tell(error: LemixError) -> None:
+    Console(stderr=True).print(f"lemix: {_explain(error)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _read_line() -> str | None:
@@ -188,5 +214,6 @@ def _read_line() -> str | None:
 
 def _explain(error: LemixError) -> str:
     if error.code is ErrorCode.UNAVAILABLE:
-        return f"no answer from {_state.address}: {error.message} (is the cluster running? set --address)"
-    return error.message
+        hint = "is the cluster running? set --address"
+        return f"[{error.code.value}] no answer from {_state.address}: {error.message} ({hint})"
+    return str(error)

@@ -63,7 +63,7 @@ def runs() -> list[RunRecord]:
     ]
 
 
-def whole_summary(repetitions: int = 2) -> dict[str, Any]:
+def whole_summary(repetitions: int = 2, cores: int = 2) -> dict[str, Any]:
     """A summary as the demo writes it."""
     config = DemoConfig(repeat=repetitions, traffic=TrafficConfig())
     measured = {
@@ -71,7 +71,7 @@ def whole_summary(repetitions: int = 2) -> dict[str, Any]:
     }
     facts = summary.RunFacts(
         started_at="2026-01-01T00:00:00Z",
-        machine={"cpu": "Example CPU", "cores": 2, "gpu": []},
+        machine={"cpu": "Example CPU", "cores": cores, "gpu": []},
         git_commit="0123456789ab",
         promise=Promise("abc-1", 0.016, 0.0024, 24.0, SLO),
         workload={

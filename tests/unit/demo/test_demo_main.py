@@ -20,6 +20,10 @@ def test_options_reach_the_configuration(tmp_path):
     assert (config.cluster.nodes, config.cluster.stages) == (3, 2)
 
 
+def test_models_are_cached_in_one_place_wherever_results_go(tmp_path):
+    assert parse(["--out", str(tmp_path)]).cache == parse([]).cache
+
+
 def test_quick_is_smaller_but_may_be_longer():
     assert parse(["--quick"]).traffic.seconds < 10
     assert parse(["--quick", "--seconds", "12"]).traffic.seconds == 12
@@ -68,7 +72,7 @@ def test_an_unknown_option_exits_with_2():
 
 def test_configuration_is_plain_json():
     values = DemoConfig().to_json()
-    assert values["out"] == "out/demo"
+    assert (values["out"], values["cache"]) == ("out/demo", "out/cache")
     assert values["traffic"]["load"] == 0.3
     with pytest.raises(DemoError):
         parse(["--seconds", "-3"])

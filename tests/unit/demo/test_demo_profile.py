@@ -3,10 +3,11 @@
 import pytest
 from google.protobuf import json_format
 
-from bench.demo.config import DemoError
-from bench.demo.profile import newest_profile, node_latency, promise
+from bench.demo.config import DemoError, TrainingConfig
+from bench.demo.profile import newest_profile, node_latency, profile_grid, promise
 from lemix.internal.v1 import profile_pb2 as pb
 from services.latency import OpKind
+from services.profiler.config import GridSettings
 
 
 def _profile(version=1, created=1.0, stages=2, decode=0.002):
@@ -53,6 +54,13 @@ def test_only_chosen_models_predict():
 def test_a_profile_that_predicts_nothing_is_refused():
     with pytest.raises(DemoError, match="f-1 predicts no time"):
         _promise(_profile(decode=0.0))
+
+
+def test_the_grid_holds_what_the_demo_trains_and_little_more():
+    grid = GridSettings.model_validate(profile_grid(TrainingConfig(piece_tokens=128, batch_size=1)))
+    assert grid.train.batches == (1, 2)
+    assert grid.train.lengths == (16, 51, 128, 256)
+    assert grid.prefill == GridSettings().prefill
 
 
 def _store(directory, profile):

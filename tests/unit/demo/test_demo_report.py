@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 from bench.demo import figures, report
+from bench.demo.config import ClusterConfig, DemoConfig
 from bench.demo.records import Status
-from bench.demo.summary import warnings
+from bench.demo.summary import sharing_warnings, warnings
 from bench.demo.table import COLUMNS
 from bench.report.colors import policy_color
 from bench.report.svg import Chart, Scale, number
@@ -49,10 +50,21 @@ def test_problems_are_told_and_escaped():
 
 def test_a_busy_machine_is_told():
     measured = {"lemix": [{"cpu_share": {"other_programs": 0.05}}, {"cpu_share": {"other_programs": 0.4}}]}
-    assert "lemix: other programs used 40 %" in warnings(measured)[0]
+    (warning,) = warnings(measured | {"separate": [{"cpu_share": {"other_programs": 0.2}}]})
+    assert "40 % (lemix), 20 % (separate)" in warning
     assert warnings({"lemix": [{"cpu_share": {"other_programs": 0.05}}]}) == []
     summary = {**synthetic.whole_summary(), "warnings": ["lemix: busy"]}
     assert "lemix: busy" in report.render(summary, synthetic.runs())
+
+
+def test_stages_that_share_cores_are_told():
+    config = DemoConfig(cluster=ClusterConfig(nodes=2, stages=2))
+    told = ["4 stage workers share 2 cores: the figures say nothing about the policies"]
+    assert sharing_warnings(config, 2) == told
+    assert sharing_warnings(config, 4) == []
+    shared = synthetic.whole_summary(cores=1)
+    assert shared["warnings"][0].startswith("2 stage workers share 1 core:")
+    assert {claim["verdict"] for claim in shared["claims"]} == {"unresolved"}
 
 
 def test_one_policy_alone_gives_a_page_too():
@@ -161,3 +173,7 @@ def test_best_follows_the_direction():
     policies = {"a": {"slo_attainment": 0.9, "ttft_ms": {"p50": 5.0}}, "b": {"slo_attainment": 0.8}}
     assert COLUMNS[0].best(policies) == "a"
     assert COLUMNS[1].best(policies) is None
+
+
+def test_a_tie_as_shown_has_no_best():
+    assert COLUMNS[0].best({"a": {"slo_attainment": 0.95001}, "b": {"slo_attainment": 0.95}}) is None

@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from bench.demo.terminal import print_results
@@ -19,25 +20,42 @@ def _printed(summary, width=100):
     return console.file.getvalue()
 
 
-def test_the_table_fits_a_terminal_of_80_columns_without_cutting():
-    printed = _printed(synthetic.whole_summary(1), width=80)
+@pytest.mark.parametrize("repetitions", [1, 3])
+def test_the_table_fits_a_terminal_of_80_columns_without_cutting(repetitions):
+    printed = _printed(synthetic.whole_summary(repetitions), width=80)
     assert "…" not in printed
+    assert max(len(line) for line in printed.splitlines()) <= 80
     for name in ("separate", "round_robin", "lemix", "lemix_no_sync"):
         assert name in printed
-    assert "SLO kept" in printed
     assert "98.8 %" in printed
 
 
 def test_repetitions_show_their_spread():
-    assert " – " not in _printed(synthetic.whole_summary(1))
-    assert "98.8 % – 98.8 %" in _printed(synthetic.whole_summary(2))
+    assert "98.8–98.8" not in _printed(synthetic.whole_summary(1))
+    assert "98.8–98.8" in _printed(synthetic.whole_summary(2))
 
 
 def test_claims_come_with_verdict_and_threshold():
     printed = _printed(synthetic.whole_summary(), width=200)
-    assert "missed  after the drift" in printed
-    assert "times (at most 1.00)" in printed
-    assert "points (at least +0.0)" in printed
+    assert "missed after the drift" in printed
+    assert "times (needs at most 1)" in printed
+    assert "points (needs at least 0)" in printed
+
+
+def test_an_unresolved_claim_says_why():
+    summary = synthetic.whole_summary()
+    summary["claims"][0] |= {"verdict": "unresolved", "reason": "other programs used 41 % of the CPU"}
+    assert "unresolved (other programs used 41 % of the CPU) lemix finishes" in _printed(summary, width=200)
+
+
+def test_what_unresolved_means_depends_on_the_repetitions():
+    for repetitions, words in (
+        (1, "Unresolved: within 0.03 (or 3 points)"),
+        (2, "Unresolved: the repetitions disagree"),
+    ):
+        summary = synthetic.whole_summary(repetitions)
+        summary["claims"][0]["verdict"] = "unresolved"
+        assert words in _printed(summary)
 
 
 def test_without_a_terminal_steps_are_lines():
@@ -46,5 +64,7 @@ def test_without_a_terminal_steps_are_lines():
     with screen.running(), screen.step("first", 4.0):
         screen.advance(2.0, "half")
         screen.say("a line [that] stays")
+        screen.warn("mind [this]")
     assert "first\n" in console.file.getvalue()
     assert "a line [that] stays" in console.file.getvalue()
+    assert "warning: mind [this]" in console.file.getvalue()

@@ -55,12 +55,22 @@ def test_unresolved_when_the_spread_spans_the_threshold():
         {"lemix": [_metrics(trained=120.0), _metrics(trained=140.0)], "separate": [_metrics(), _metrics()]}
     )
     assert claims["training"]["verdict"] == "unresolved"
+    assert claims["training"]["reason"] == "the repetitions disagree"
+
+
+def test_figures_in_doubt_decide_nothing():
+    measured = {"lemix": [_metrics(throughput=20.0)], "separate": [_metrics()], "round_robin": [_metrics(0.1)]}
+    claims = {claim["name"]: claim for claim in verdicts(measured, {"separate": "other programs used 41 % of the CPU"})}
+    assert claims["throughput"]["verdict"] == "unresolved"
+    assert claims["throughput"]["reason"] == "other programs used 41 % of the CPU"
+    assert (claims["attainment_over_naive"]["verdict"], claims["attainment_over_naive"]["reason"]) == ("held", "")
 
 
 def test_unresolved_when_nothing_was_measured():
     claims = _by_name({"lemix": [_metrics(loss=None)], "separate": [_metrics()]})
     assert claims["loss_after_drift"]["verdict"] == "unresolved"
     assert claims["loss_after_drift"]["median"] is None
+    assert claims["loss_after_drift"]["reason"] == "not measured"
 
 
 def test_pairs_are_of_the_same_repetition():
@@ -86,3 +96,4 @@ def test_only_policies_that_ran_are_compared():
 def test_one_repetition_close_to_the_threshold_decides_nothing(trained, verdict):
     claims = _by_name({"lemix": [_metrics(trained=trained)], "separate": [_metrics()]})
     assert claims["training"]["verdict"] == verdict
+    assert claims["training"]["reason"] == ("" if verdict == "held" else "one repetition, and within 0.03 of the limit")

@@ -37,6 +37,16 @@ def test_generate_prints_the_text_as_it_is(lemix_command: Run, fake: FakeLemix) 
     assert fake.prompts == ["Hi"]
 
 
+@pytest.mark.parametrize(("terminal", "printed"), [(True, "a\ufffd[2Jb\n\tc"), (False, "a\x1b[2Jb\n\tc")])
+def test_a_model_cannot_send_control_characters_to_a_terminal(
+    terminal: bool, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lemix.cli.app.Console.is_terminal", terminal)
+    fake = FakeLemix(["a\x1b[2Jb\n\tc"])
+    assert run(["generate", "x"], connect=lambda _: fake.client()) == 0
+    assert printed.expandtabs(8) in capsys.readouterr().out.expandtabs(8)
+
+
 def test_chat_keeps_the_conversation(lemix_command: Run, fake: FakeLemix, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["one", "", "two"])
 
@@ -54,6 +64,44 @@ def test_chat_keeps_the_conversation(lemix_command: Run, fake: FakeLemix, monkey
     assert fake.prompts[-1] == [("system", "be brief"), ("user", "one"), reply, ("user", "two")]
 
 
+_FULL = LemixError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, "the context is full")
+
+
+def _talk(monkeypatch: pytest.MonkeyPatch, fake: FakeLemix, *lines: tuple[str, int]) -> None:
+    """Lines typed into a chat, each with how often the cluster finds the context full before it answers it."""
+    typed = iter(lines)
+
+    def read(_: str) -> str:
+        line, times = next(typed, (None, 0))
+        if line is None:
+            raise EOFError
+        fake.fail_next(*[_FULL] * times)
+        return line
+
+    monkeypatch.setattr(builtins, "input", read)
+
+
+def test_chat_drops_the_oldest_turns_when_the_context_is_full(
+    lemix_command: Run, fake: FakeLemix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _talk(monkeypatch, fake, ("one", 0), ("two", 0), ("three", 1))
+    code, out, _ = lemix_command("chat", "--system", "be brief")
+    assert code == 0
+    assert "(the context is full: the 2 oldest messages were dropped)" in out
+    reply = ("assistant", "hello [bold] world")
+    assert fake.prompts[-1] == [("system", "be brief"), ("user", "two"), reply, ("user", "three")]
+
+
+def test_a_line_that_does_not_fit_at_all_is_told_and_forgotten(
+    lemix_command: Run, fake: FakeLemix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _talk(monkeypatch, fake, ("one", 0), ("far too long", 3), ("two", 0))
+    code, out, err = lemix_command("chat")
+    assert (code, err) == (0, "lemix: [context_length_exceeded] the context is full\n")
+    assert "dropped" not in out
+    assert fake.prompts[-1] == [("user", "one"), ("assistant", "hello [bold] world"), ("user", "two")]
+
+
 def test_train_watch_jobs_and_cancel(lemix_command: Run, tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text('{"text": "a"}\n')
@@ -65,7 +113,7 @@ def test_train_watch_jobs_and_cancel(lemix_command: Run, tmp_path: Path) -> None
     assert (code, "job-1" in out) == (0, True)
     code, out, _ = lemix_command("watch", "job-1")
     assert (code, "done" in out) == (0, True)
-    assert lemix_command("cancel", "job-1") == (1, "", "lemix: the job has ended\n")
+    assert lemix_command("cancel", "job-1") == (1, "", "lemix: [conflict] the job has ended\n")
 
 
 def test_feedback(lemix_command: Run, fake: FakeLemix) -> None:
@@ -84,8 +132,8 @@ def test_status(lemix_command: Run) -> None:
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (LemixError(ErrorCode.NOT_FOUND, "there is no job x"), "lemix: there is no job x\n"),
-        (LemixError(ErrorCode.OVERLOADED, "full [b]"), "lemix: full [b]\n"),
+        (LemixError(ErrorCode.NOT_FOUND, "there is no job x"), "lemix: [not_found] there is no job x\n"),
+        (LemixError(ErrorCode.OVERLOADED, "full [b]"), "lemix: [overloaded] full [b]\n"),
     ],
 )
 def test_failures_are_one_line(lemix_command: Run, fake: FakeLemix, error: LemixError, line: str) -> None:

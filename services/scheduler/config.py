@@ -69,8 +69,8 @@ class SchedulerSettings(ServiceSettings):
     max_queued_events: int = Field(16384, ge=16)
     #: Messages waiting for one gateway or node; a slower one is disconnected.
     max_queued_messages: int = Field(8192, ge=16)
-    #: Jobs that run at once.
-    max_running_jobs: int = Field(64, ge=1)
+    #: Jobs that run at once. A node keeps the optimizer state of 8; more would push each other's out.
+    max_running_jobs: int = Field(8, ge=1)
     #: Feedback examples not trained yet.
     max_feedback_backlog: int = Field(10_000, ge=1)
     #: Examples of one file.

@@ -1,6 +1,5 @@
 """Seeded open-loop traffic: who asks what and when. The same plan is sent under every policy."""
 
-import csv
 import math
 import random
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ from typing import Any
 
 from bench.demo.config import DemoError, TrafficConfig
 from bench.demo.corpus import Corpus, sample_prompt
-
-TRACE_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
+from services.simulator import trace_file
+from services.simulator.trace_file import TraceError, TraceRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,34 +27,18 @@ class PlannedRequest:
     kind: str
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Prompt and output length of one request, tokens."""
-
-    prompt: int
-    output: int
-
-
-@dataclass(frozen=True, slots=True)
-class TraceRow:
-    """One request of a recorded trace."""
-
-    arrival_s: float
-    lengths: Lengths
-
-
 def mean_lengths(traffic: TrafficConfig) -> tuple[float, float]:
     """Mean (prompt, output) tokens of the clipped lognormals, by a fixed sample of 20,000."""
     rng = random.Random(12345)
     sample = [draw_lengths(traffic, rng) for _ in range(20_000)]
-    return sum(item.prompt for item in sample) / len(sample), sum(item.output for item in sample) / len(sample)
+    return sum(prompt for prompt, _ in sample) / len(sample), sum(output for _, output in sample) / len(sample)
 
 
-def draw_lengths(traffic: TrafficConfig, rng: random.Random) -> Lengths:
-    """Lengths of one request."""
+def draw_lengths(traffic: TrafficConfig, rng: random.Random) -> tuple[int, int]:
+    """Prompt and output length of one request, tokens."""
     prompt = traffic.prompt_median * math.exp(traffic.prompt_sigma * rng.gauss(0.0, 1.0))
     output = traffic.output_median * math.exp(traffic.output_sigma * rng.gauss(0.0, 1.0))
-    return Lengths(_clip(prompt, traffic.prompt_limits), _clip(output, traffic.output_limits))
+    return _clip(prompt, traffic.prompt_limits), _clip(output, traffic.output_limits)
 
 
 def _clip(value: float, limits: tuple[int, int]) -> int:
@@ -87,7 +70,7 @@ def plan(traffic: TrafficConfig, corpus: Corpus, mean_rate: float, seed: int) ->
     """The requests of one run, by time."""
     rng = random.Random(seed)
     if traffic.trace is None:
-        rows = [TraceRow(at, draw_lengths(traffic, rng)) for at in arrivals(traffic, mean_rate, rng)]
+        rows = [TraceRow(at, *draw_lengths(traffic, rng)) for at in arrivals(traffic, mean_rate, rng)]
     else:
         rows = scale_trace(read_trace(Path(traffic.trace)), traffic, mean_rate)
     return [_request(traffic, corpus, f"r{seed}-{index:05d}", row, rng) for index, row in enumerate(rows)]
@@ -97,7 +80,7 @@ def warmup_plan(traffic: TrafficConfig, corpus: Corpus, seed: int) -> list[Plann
     """Requests that wake everything up and are not counted: all at once."""
     rng = random.Random(seed + 1_000_003)
     return [
-        _request(traffic, corpus, f"w{seed}-{index:05d}", TraceRow(0.0, draw_lengths(traffic, rng)), rng)
+        _request(traffic, corpus, f"w{seed}-{index:05d}", TraceRow(0.0, *draw_lengths(traffic, rng)), rng)
         for index in range(traffic.warmup_requests)
     ]
 
@@ -107,42 +90,21 @@ def _request(
 ) -> PlannedRequest:
     drifted = row.arrival_s >= traffic.drift * traffic.seconds
     documents = corpus.code.prompts if drifted else corpus.docs.prompts
-    prompt, reference = sample_prompt(documents, row.lengths.prompt, traffic.reference_tokens, rng)
+    prompt, reference = sample_prompt(documents, row.prompt_tokens, traffic.reference_tokens, rng)
     return PlannedRequest(
-        request_id, row.arrival_s, prompt, reference, row.lengths.output, "code" if drifted else "docs"
+        request_id, row.arrival_s, prompt, reference, row.output_tokens, "code" if drifted else "docs"
     )
 
 
 def read_trace(path: Path) -> list[TraceRow]:
-    """Rows of a CSV file with a header. Raises DemoError naming the column and the line at fault."""
+    """At least two requests of a recorded trace. Raises DemoError naming the column and the line at fault."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            for column in TRACE_COLUMNS:
-                if column not in (reader.fieldnames or ()):
-                    raise DemoError(f"{path}: line 1: column {column!r} is missing; need {','.join(TRACE_COLUMNS)}")
-            rows = [_row(path, reader.line_num, record) for record in reader]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DemoError(f"--trace: cannot read {path}: {error}") from error
+        rows = trace_file.read_trace(path)
+    except TraceError as error:
+        raise DemoError(str(error)) from error
     if len(rows) < 2:
         raise DemoError(f"{path}: holds {len(rows)} requests; need at least 2")
-    for line, (before, after) in enumerate(pairwise(rows), start=3):
-        if after.arrival_s < before.arrival_s:
-            raise DemoError(f"{path}: line {line}: column 'arrival_s' goes back in time")
     return rows
-
-
-def _row(path: Path, line: int, record: dict[str, Any]) -> TraceRow:
-    values = []
-    for column, least in zip(TRACE_COLUMNS, (0.0, 1.0, 1.0), strict=True):
-        try:
-            value = float(record[column])
-        except (TypeError, ValueError):
-            raise DemoError(f"{path}: line {line}: column {column!r} is no number: {record[column]!r}") from None
-        if not math.isfinite(value) or value < least:
-            raise DemoError(f"{path}: line {line}: column {column!r} must be at least {least:g}, got {value:g}")
-        values.append(value)
-    return TraceRow(values[0], Lengths(int(values[1]), int(values[2])))
 
 
 def scale_trace(rows: Sequence[TraceRow], traffic: TrafficConfig, mean_rate: float) -> list[TraceRow]:
@@ -159,15 +121,13 @@ def scale_trace(rows: Sequence[TraceRow], traffic: TrafficConfig, mean_rate: flo
     seconds = traffic.seconds * min(1.0, len(taken) / wanted)
     stretch = seconds * (1.0 - 1.0 / len(taken)) / span
     mean_prompt, mean_output = mean_lengths(traffic)
-    by_prompt = mean_prompt * len(taken) / sum(row.lengths.prompt for row in taken)
-    by_output = mean_output * len(taken) / sum(row.lengths.output for row in taken)
+    by_prompt = mean_prompt * len(taken) / sum(row.prompt_tokens for row in taken)
+    by_output = mean_output * len(taken) / sum(row.output_tokens for row in taken)
     return [
         TraceRow(
             (row.arrival_s - taken[0].arrival_s) * stretch,
-            Lengths(
-                _clip(row.lengths.prompt * by_prompt, traffic.prompt_limits),
-                _clip(row.lengths.output * by_output, traffic.output_limits),
-            ),
+            _clip(row.prompt_tokens * by_prompt, traffic.prompt_limits),
+            _clip(row.output_tokens * by_output, traffic.output_limits),
         )
         for row in taken
     ]

@@ -33,15 +33,15 @@ def read_trace(path: Path, *, limit: int | None = None) -> list[TraceRow]:
 def _rows(path: Path, reader: "csv.DictReader[str]", limit: int | None) -> list[TraceRow]:
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
-        raise TraceError(f"{path}, line 1: no column {', '.join(missing)}; needed: {','.join(COLUMNS)}")
+        raise TraceError(f"{path}: line 1: column {missing[0]!r} is missing; need {','.join(COLUMNS)}")
     rows: list[TraceRow] = []
     for raw in reader:
         if limit is not None and len(rows) >= limit:
             break
-        row = _row(f"{path}, line {reader.line_num}", raw)
+        row = _row(f"{path}: line {reader.line_num}", raw)
         if rows and row.arrival_s < rows[-1].arrival_s:
             earlier = f"{row.arrival_s:g} after {rows[-1].arrival_s:g}"
-            raise TraceError(f"{path}, line {reader.line_num}: arrival_s is not sorted ({earlier})")
+            raise TraceError(f"{path}: line {reader.line_num}: column 'arrival_s' goes back in time ({earlier})")
         rows.append(row)
     if not rows:
         raise TraceError(f"{path}: no rows")
@@ -49,18 +49,20 @@ def _rows(path: Path, reader: "csv.DictReader[str]", limit: int | None) -> list[
 
 
 def _row(place: str, raw: Mapping[str, str | None]) -> TraceRow:
-    values = [_number(place, name, raw[name]) for name in COLUMNS]
-    for name, value in zip(COLUMNS[1:], values[1:], strict=True):
-        if value < 1 or value != int(value):
-            raise TraceError(f"{place}: {name} must be a whole number of at least 1, got {value:g}")
-    return TraceRow(values[0], int(values[1]), int(values[2]))
+    arrival_s, prompt, output = (
+        _number(f"{place}: column {name!r}", raw[name], least) for name, least in zip(COLUMNS, (0, 1, 1), strict=True)
+    )
+    for name, value in zip(COLUMNS[1:], (prompt, output), strict=True):
+        if value != int(value):
+            raise TraceError(f"{place}: column {name!r} must be a whole number, got {value:g}")
+    return TraceRow(arrival_s, int(prompt), int(output))
 
 
-def _number(place: str, name: str, text: str | None) -> float:
+def _number(place: str, text: str | None, least: int) -> float:
     try:
         value = float(text or "")
     except ValueError:
-        raise TraceError(f"{place}: {name} is not a number: {text!r}") from None
-    if not math.isfinite(value) or value < 0:
-        raise TraceError(f"{place}: {name} must be a number that is not negative, got {text!r}")
+        raise TraceError(f"{place} is no number: {text!r}") from None
+    if not math.isfinite(value) or value < least:
+        raise TraceError(f"{place} must be at least {least}, got {value:g}")
     return value

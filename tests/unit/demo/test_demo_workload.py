@@ -106,8 +106,8 @@ def test_a_trace_is_scaled_to_load_and_model(tmp_path):
     gaps = {round(b.arrival_s - a.arrival_s, 6) for a, b in itertools.pairwise(scaled)}
     assert gaps == {0.1}
     mean_prompt, mean_output = mean_lengths(_TRAFFIC)
-    assert sum(row.lengths.prompt for row in scaled) / 400 == pytest.approx(mean_prompt, rel=0.05)
-    assert sum(row.lengths.output for row in scaled) / 400 == pytest.approx(mean_output, rel=0.05)
+    assert sum(row.prompt_tokens for row in scaled) / 400 == pytest.approx(mean_prompt, rel=0.05)
+    assert sum(row.output_tokens for row in scaled) / 400 == pytest.approx(mean_output, rel=0.05)
 
 
 def test_a_short_trace_keeps_the_rate_and_ends_early(tmp_path):

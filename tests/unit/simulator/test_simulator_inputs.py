@@ -86,15 +86,15 @@ def test_a_trace_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("arrival_s,prompt_tokens\n0,1\n", "line 1: no column output_tokens"),
+        ("arrival_s,prompt_tokens\n0,1\n", "line 1: column 'output_tokens' is missing"),
         ("arrival_s,prompt_tokens,output_tokens\n", "no rows"),
-        ("arrival_s,prompt_tokens,output_tokens\n1,1,1\n0,1,1\n", "line 3: arrival_s is not sorted"),
-        ("arrival_s,prompt_tokens,output_tokens\n-1,1,1\n", "line 2: arrival_s must be"),
-        ("arrival_s,prompt_tokens,output_tokens\nnan,1,1\n", "line 2: arrival_s must be"),
-        ("arrival_s,prompt_tokens,output_tokens\n0,x,1\n", "line 2: prompt_tokens is not a number"),
-        ("arrival_s,prompt_tokens,output_tokens\n0,1\n", "line 2: output_tokens is not a number"),
-        ("arrival_s,prompt_tokens,output_tokens\n0,1,0\n", "line 2: output_tokens must be a whole number"),
-        ("arrival_s,prompt_tokens,output_tokens\n0,1.5,1\n", "line 2: prompt_tokens must be a whole number"),
+        ("arrival_s,prompt_tokens,output_tokens\n1,1,1\n0,1,1\n", "line 3: column 'arrival_s' goes back in time"),
+        ("arrival_s,prompt_tokens,output_tokens\n-1,1,1\n", "line 2: column 'arrival_s' must be at least 0"),
+        ("arrival_s,prompt_tokens,output_tokens\nnan,1,1\n", "line 2: column 'arrival_s' must be at least 0"),
+        ("arrival_s,prompt_tokens,output_tokens\n0,x,1\n", "line 2: column 'prompt_tokens' is no number"),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1\n", "line 2: column 'output_tokens' is no number"),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,0\n", "line 2: column 'output_tokens' must be at least 1"),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1.5,1\n", "line 2: column 'prompt_tokens' must be a whole number"),
     ],
 )
 def test_a_bad_trace_is_one_line_naming_the_place(tmp_path: Path, text: str, message: str) -> None:

@@ -1,1 +1,1 @@
-"""The second driver of the cores: virtual nodes on a virtual clock. See `cluster.Simulation`."""
+"""The second driver of the cores: virtual nodes on a virtual clock (`cluster.Simulation`), and plans made with it."""

@@ -6,7 +6,7 @@ input gives the same run, byte for byte.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 from random import Random
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 from services.latency import OpKind
 from services.node_agent.core.types import (
     Cancelled,
-    InferenceRequest,
     MicrobatchArrived,
     Op,
     OpDone,
@@ -23,7 +22,6 @@ from services.node_agent.core.types import (
     RunOp,
     SyncRequested,
     TaskDone,
-    TrainingMicrobatch,
 )
 from services.node_agent.core.types import Event as NodeEvent
 from services.node_agent.core.types import Tick as NodeTick
@@ -35,11 +33,8 @@ from services.scheduler.core.types import (
     Command,
     Drop,
     Event,
-    InferenceTask,
     NodeJoined,
     NodeLost,
-    NodeSpec,
-    OpFinished,
     Reject,
     SnapshotReady,
     SyncEnded,
@@ -47,31 +42,32 @@ from services.scheduler.core.types import (
     TaskArrived,
     TaskEnded,
     Tick,
-    TrainingTask,
 )
+from services.simulator import convert
+from services.simulator.journal import Journal
 from services.simulator.node import SimNode
-from services.simulator.types import (
-    Decision,
-    Microbatch,
-    OpRecord,
-    Request,
-    SimulationConfig,
-    SimulationResult,
-    StageUse,
-    Stay,
-    TaskRecord,
-    VirtualNode,
-    Work,
-)
+from services.simulator.training_supply import TrainingSupply
+from services.simulator.types import Microbatch, Request, SimulationConfig, SimulationResult, VirtualNode, Work
 
-_OP_END, _NODE_EVENT, _TELL, _ARRIVAL, _JOIN, _LOSS, _NODE_TIMER, _TIMER = range(8)
+_OP_END, _NODE_EVENT, _TELL, _ARRIVAL, _JOIN, _LOSS, _NODE_TIMER, _TIMER, _STREAM = range(9)
 _SNAPSHOT, _APPLY = "/snapshot", "/apply"
 
 
 class Simulation:
-    """One run: `run` once. Raises ValueError for nodes or work that make no sense."""
+    """One run: `run` once. Raises ValueError for nodes or work that make no sense.
 
-    def __init__(self, config: SimulationConfig, nodes: Sequence[VirtualNode], work: Iterable[Work]) -> None:
+    `training` brings micro-batches by rising arrival time, without end if it likes; one that comes later than the
+    scheduler has room for waits. The run does not go on for them: it ends with the last of `work`, or, when there is
+    none, at the horizon.
+    """
+
+    def __init__(
+        self,
+        config: SimulationConfig,
+        nodes: Sequence[VirtualNode],
+        work: Iterable[Work],
+        training: Iterator[Microbatch] | None = None,
+    ) -> None:
         self._config = config
         self._core = SchedulerCore(config.core)
         self._order = QueueOrder(self._core.queue_order.value)
@@ -80,39 +76,40 @@ class Simulation:
         self._heap: list[tuple[float, int, int, Any, Any, Any]] = []
         self._num_events = 0
         self._now_s = 0.0
-        self._tasks: dict[str, TaskRecord] = {}
-        self._num_open = 0
-        #: Training accepted and not offered to the core yet, and what of it waits there.
-        self._backlog: deque[Microbatch] = deque()
-        self._offered: set[str] = set()
+        self._journal = Journal(keep_ops=config.keep_ops)
+        self._supply = TrainingSupply(
+            config.core.max_waiting_training,
+            iter(()) if training is None else training,
+            lambda microbatch: self._journal.add(microbatch, has_to_end=False),
+        )
         self._offering = False
+        #: When the stream's next micro-batch is looked for; it opens with the first.
+        self._stream_s = -math.inf
+        self._stream_open = False
         #: Where the core thinks that tasks are.
         self._on_node: dict[str, str] = {}
         self._sequences: dict[str, int] = {}
         self._reports: deque[Event] = deque()
         self._timer_s = math.inf
-        self._stages: dict[tuple[str, int], StageUse] = {}
-        self._decisions: list[Decision] = []
-        #: Open stay by task, and all of them.
-        self._stays: dict[str, Stay] = {}
-        self._all_stays: list[Stay] = []
-        self._ops: list[OpRecord] = []
-        self._num_ops = 0
         _check_lives(nodes)
         for node in nodes:
             self._push(node.joins_s, _JOIN, node)
         for item in work:
-            if item.task_id in self._tasks:
-                raise ValueError(f"task {item.task_id} is there twice")
-            self._tasks[item.task_id] = TaskRecord(item)
+            self._journal.add(item, has_to_end=True)
             self._push(item.arrival_s, _ARRIVAL, item)
-        self._num_open = len(self._tasks)
+        self._until_horizon = training is not None and not self._journal.num_open
+        if self._until_horizon and config.horizon_s == math.inf:
+            raise ValueError("training alone never ends: set horizon_s")
+        if self._supply.next_arrival_s < math.inf:
+            # After the nodes that join at the same time: they are to share it.
+            self._push(self._supply.next_arrival_s, _STREAM)
 
     def run(self) -> SimulationResult:
         """Go on until every task has ended, nothing more can happen, or the horizon."""
         heap = self._heap
         horizon_s = self._config.horizon_s
-        while heap and self._num_open:
+        journal = self._journal
+        while heap and (journal.num_open or self._until_horizon):
             time_s, _, kind, a, b, c = heappop(heap)
             if time_s > horizon_s:
                 self._now_s = horizon_s
@@ -124,7 +121,7 @@ class Simulation:
             else:
                 self._handle(kind, a, b)
             self._tell()
-        return self._result()
+        return journal.result(self._now_s)
 
     def _handle(self, kind: int, a: Any, b: Any) -> None:
         """Everything rarer than the end of an operation."""
@@ -143,6 +140,9 @@ class Simulation:
                 self._step_core(Tick())
         elif kind == _JOIN:
             self._join(a)
+        elif kind == _STREAM:
+            self._stream_open = True
+            self._offer_training()
         else:
             self._lose(a)
 
@@ -185,7 +185,7 @@ class Simulation:
             case Reject(task_id):
                 self._rejected(task_id)
             case Drop(task_id):
-                self._end(task_id, "cancelled")
+                self._journal.ended(self._now_s, task_id, "cancelled")
             case CancelOnNode(task_id, node_id):
                 self._send(node_id, Cancelled(task_id))
             case TakeSnapshot(sync_id, node_id):
@@ -196,45 +196,29 @@ class Simulation:
                 )
 
     def _rejected(self, task_id: str) -> None:
-        work = self._tasks[task_id].work
+        work = self._journal.tasks[task_id].work
         if isinstance(work, Microbatch):
-            # Its job keeps it and offers it again.
-            self._offered.discard(task_id)
-            self._backlog.appendleft(work)
+            self._supply.refused(work)
         else:
-            self._end(task_id, "rejected")
+            self._journal.ended(self._now_s, task_id, "rejected")
 
     def _assign(self, command: Assign) -> None:
-        record = self._tasks[command.task_id]
-        self._offered.discard(command.task_id)
+        record = self._journal.tasks[command.task_id]
+        self._supply.left_core(command.task_id)
         self._on_node[command.task_id] = command.node_id
         if record.outcome:
             # It ended on a lost node before anybody could tell: the ledger knows and refuses to move it.
             self._reports.append(TaskEnded(command.task_id, command.node_id, record.ok))
             return
-        record.node_id = command.node_id
-        record.assigned_s = self._now_s
-        record.assignments += 1
-        self._stays[command.task_id] = stay = Stay(command.node_id, command.task_id, self._now_s)
-        self._all_stays.append(stay)
-        self._decisions.append(Decision(self._now_s, command.task_id, command.node_id, command.terms))
+        self._journal.assigned(self._now_s, command)
         work = record.work
         node = self._nodes[command.node_id]
         if isinstance(work, Request):
             node.took(work.task_id, work.output_tokens)
-            self._send(command.node_id, RequestArrived(_node_request(work)))
+            self._send(command.node_id, RequestArrived(convert.node_request(work)))
         else:
             sequence = self._sequences[work.job_id] = self._sequences.get(work.job_id, -1) + 1
-            microbatch = TrainingMicrobatch(
-                work.task_id,
-                work.arrival_s,
-                work.job_id,
-                sequence,
-                work.batch,
-                work.length,
-                work.accumulation,
-                parts=command.parts,
-            )
+            microbatch = convert.node_microbatch(work, sequence=sequence, parts=command.parts)
             self._send(command.node_id, MicrobatchArrived(microbatch))
 
     def _send(self, node_id: str, event: NodeEvent, *, delay_s: float = 0.0) -> None:
@@ -249,28 +233,28 @@ class Simulation:
 
     def _arrived(self, work: Work) -> None:
         if isinstance(work, Microbatch):
-            self._backlog.append(work)
+            self._supply.arrived(work)
             self._offer_training()
         else:
-            self._step_core(
-                TaskArrived(
-                    InferenceTask(
-                        work.task_id, work.arrival_s, work.prompt_tokens, work.max_tokens, work.slo, work.session_id
-                    )
-                )
-            )
+            self._step_core(TaskArrived(convert.inference_task(work)))
 
     def _offer_training(self) -> None:
         """The core sees no more of the backlog than it may hold, as behind the real feeder."""
         if self._offering:
             return  # the loop below goes on when the step that led here has ended
         self._offering = True
-        while self._backlog and len(self._offered) < self._config.core.max_waiting_training:
-            work = self._backlog.popleft()
-            self._offered.add(work.task_id)
-            task = TrainingTask(work.task_id, work.arrival_s, work.job_id, work.batch, work.length)
-            self._step_core(TaskArrived(task))
+        until_s = self._now_s if self._stream_open else -math.inf
+        while (work := self._supply.take(until_s)) is not None:
+            self._step_core(TaskArrived(convert.training_task(work)))
         self._offering = False
+        self._await_stream()
+
+    def _await_stream(self) -> None:
+        """Look again when the stream's next micro-batch arrives. One that is there already waits for room."""
+        next_s = self._supply.next_arrival_s
+        if self._stream_open and max(self._stream_s, self._now_s) < next_s < math.inf:
+            self._stream_s = next_s
+            self._push(next_s, _STREAM)
 
     # ------------------------------------------------------------- nodes
 
@@ -279,33 +263,17 @@ class Simulation:
         self._nodes[spec.node_id] = node
         if spec.lost_s < math.inf:
             self._push(spec.lost_s, _LOSS, node)
-        core = spec.core
-        self._step_core(
-            NodeJoined(
-                NodeSpec(
-                    spec.node_id,
-                    core.num_stages,
-                    spec.latency if spec.believed is None else spec.believed,
-                    max_inflight_inference=spec.max_inflight_inference,
-                    max_batch=core.max_batch,
-                    max_context_tokens=spec.max_context_tokens,
-                    kv_capacity_tokens=core.kv_capacity_tokens,
-                    max_training_parts=spec.max_training_parts,
-                )
-            )
-        )
+        self._step_core(NodeJoined(convert.node_spec(spec)))
 
     def _lose(self, node: SimNode) -> None:
         node.alive = False
         del self._nodes[node.node_id]
-        for stay in self._stays.values():
-            if stay.node_id == node.node_id and stay.end_s == math.inf:
-                stay.end_s = self._now_s
+        self._journal.node_lost(self._now_s, node.node_id)
         # Also those still on their way to it, or whose end nobody has heard of: the core will have them wait again.
         for task_id in [task_id for task_id, node_id in self._on_node.items() if node_id == node.node_id]:
             del self._on_node[task_id]
-            if isinstance(self._tasks[task_id].work, Microbatch):
-                self._offered.add(task_id)
+            if isinstance(self._journal.tasks[task_id].work, Microbatch):
+                self._supply.waits_in_core(task_id)
         self._step_core(NodeLost(node.node_id, "simulated loss"))
 
     def _step_node(self, node: SimNode, event: NodeEvent) -> None:
@@ -335,38 +303,11 @@ class Simulation:
     def _op_ended(self, node: SimNode, stage: int, op: Op, begin_s: float) -> None:
         now_s = self._now_s
         kind = op.kind
-        self._num_ops += 1
-        use = self._stages.get((node.node_id, stage))
-        if use is None:
-            use = self._stages[node.node_id, stage] = StageUse()
-        use.add(kind, begin_s, now_s)
-        if self._config.keep_ops:
-            self._ops.append(OpRecord(node.node_id, stage, kind, begin_s, now_s, op.task_ids))
+        self._journal.op_ended(node.node_id, stage, op, begin_s, now_s)
         first_token = kind is OpKind.PREFILL and stage == node.top
         if first_token:
-            for task_id in op.task_ids:
-                record = self._tasks[task_id]
-                if record.first_token_s is None:
-                    record.first_token_s = now_s
-        task_ids = op.task_ids
-        if kind is OpKind.OPTIMIZER_STEP or kind is OpKind.WEIGHT_SYNC:
-            task_ids = ()
-        self._report(
-            OpFinished(
-                node.node_id,
-                stage,
-                kind,
-                begin_s,
-                now_s,
-                task_ids,
-                op.num_tokens,
-                op.context_tokens,
-                first_token,
-                op.version,
-                op.part,
-                op.parts,
-            )
-        )
+            self._journal.first_tokens(now_s, op.task_ids)
+        self._report(convert.trace(node.node_id, stage, op, begin_s, now_s, first_token=first_token))
         self._step_node(node, OpDone(stage, op.op_id, node.stopped(stage, op)))
         if kind is OpKind.WEIGHT_SYNC and stage == node.top:
             self._sync_op_ended(node, op)
@@ -381,33 +322,9 @@ class Simulation:
     def _task_done(self, node: SimNode, done: TaskDone) -> None:
         task_id = done.task_id
         node.left(task_id)
-        record = self._tasks[task_id]
-        self._end(task_id, done.reason)
+        record = self._journal.ended(self._now_s, task_id, done.reason)
         output_tokens = record.work.output_tokens if isinstance(record.work, Request) else 0
         self._report(TaskEnded(task_id, node.node_id, record.ok, output_tokens if record.ok else 0))
-
-    def _end(self, task_id: str, outcome: str) -> None:
-        record = self._tasks[task_id]
-        if record.outcome:
-            raise RuntimeError(f"task {task_id} ended twice: {record.outcome}, then {outcome}")
-        record.outcome = outcome
-        record.ended_s = self._now_s
-        if task_id in self._stays:
-            self._stays[task_id].end_s = self._now_s
-        self._num_open -= 1
-
-    # ------------------------------------------------------------- the end
-
-    def _result(self) -> SimulationResult:
-        return SimulationResult(
-            tasks=self._tasks,
-            stages=self._stages,
-            decisions=self._decisions,
-            stays=self._all_stays,
-            ended_s=self._now_s,
-            num_ops=self._num_ops,
-            ops=self._ops,
-        )
 
 
 def _check_lives(nodes: Sequence[VirtualNode]) -> None:
@@ -418,11 +335,3 @@ def _check_lives(nodes: Sequence[VirtualNode]) -> None:
         if node.joins_s < until_s.get(node.node_id, 0.0):
             raise ValueError(f"node {node.node_id} joins at {node.joins_s} s, while it is there already")
         until_s[node.node_id] = node.lost_s
-
-
-def _node_request(work: Request) -> InferenceRequest:
-    slo = work.slo
-    deadline_s = None if slo.ttft_s is None else work.arrival_s + slo.ttft_s
-    return InferenceRequest(
-        work.task_id, work.arrival_s, work.prompt_tokens, work.max_tokens, deadline_s, tpot_s=slo.tpot_s
-    )

@@ -3,6 +3,10 @@
 The parameters are fits (mean and standard deviation of the logarithm) to published data, so that the repository needs
 none of it: the Azure LLM inference traces of 2023 (conversation and code; CC-BY-4.0, Splitwise, ISCA'24), ShareGPT
 conversations cut at 8k tokens (Sarathi-Serve), and the prompts of HH-RLHF (words, taken as 1.3 tokens each).
+
+LMSYS-Chat-1M is moments only: 69.5 tokens per prompt and 214.5 per response (arXiv 2309.11998, table 1). Their spread
+is that of a whole turn, 260.37 +- 346.97 tokens (Magpie, arXiv 2406.08464, table 1), taken for each of the two. Prompts
+are single turns: what a conversation sends again with every turn is not in them.
 """
 
 import math
@@ -46,11 +50,17 @@ class Shape:
     output: LogNormal
 
 
+#: Standard deviation over mean of the tokens of a turn in LMSYS-Chat-1M.
+_LMSYS_CV = 346.97 / 260.37
+
 #: Fits to published data, by name.
 SHAPES = {
     "conversation": Shape(LogNormal(6.633, 0.985, longest=4096), LogNormal(5.019, 0.859, longest=1024)),
     "code": Shape(LogNormal(6.999, 1.360, longest=7437), LogNormal(2.788, 0.847, longest=1024)),
     "chat": Shape(LogNormal(7.007, 1.626, longest=7434), LogNormal(5.769, 1.001, longest=1024)),
+    "lmsys_chat": Shape(
+        LogNormal.of(69.5, 69.5 * _LMSYS_CV, longest=4096), LogNormal.of(214.5, 214.5 * _LMSYS_CV, longest=2048)
+    ),
     "hh_rlhf": Shape(LogNormal(3.881, 1.108, longest=2048), LogNormal(3.329, 0.967, longest=512)),
 }
 

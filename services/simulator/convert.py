@@ -1,0 +1,73 @@
+"""The simulator's work and nodes in the words of the two cores."""
+
+from services.latency import OpKind
+from services.node_agent.core.types import InferenceRequest, Op, TrainingMicrobatch
+from services.scheduler.core.types import InferenceTask, NodeSpec, OpFinished, TrainingTask
+from services.simulator.types import Microbatch, Request, VirtualNode
+
+
+def inference_task(work: Request) -> InferenceTask:
+    """A request, for the scheduler."""
+    return InferenceTask(work.task_id, work.arrival_s, work.prompt_tokens, work.max_tokens, work.slo, work.session_id)
+
+
+def training_task(work: Microbatch) -> TrainingTask:
+    """A micro-batch, for the scheduler."""
+    return TrainingTask(work.task_id, work.arrival_s, work.job_id, work.batch, work.length)
+
+
+def node_request(work: Request) -> InferenceRequest:
+    """A request, for a node."""
+    slo = work.slo
+    deadline_s = None if slo.ttft_s is None else work.arrival_s + slo.ttft_s
+    return InferenceRequest(
+        work.task_id, work.arrival_s, work.prompt_tokens, work.max_tokens, deadline_s, tpot_s=slo.tpot_s
+    )
+
+
+def node_microbatch(work: Microbatch, *, sequence: int, parts: int) -> TrainingMicrobatch:
+    """A micro-batch, for a node; `sequence` counts those of its job."""
+    return TrainingMicrobatch(
+        work.task_id,
+        work.arrival_s,
+        work.job_id,
+        sequence,
+        work.batch,
+        work.length,
+        work.accumulation,
+        parts=parts,
+    )
+
+
+def node_spec(node: VirtualNode) -> NodeSpec:
+    """What a node tells the scheduler when it joins."""
+    core = node.core
+    return NodeSpec(
+        node.node_id,
+        core.num_stages,
+        node.latency if node.believed is None else node.believed,
+        max_inflight_inference=node.max_inflight_inference,
+        max_batch=core.max_batch,
+        max_context_tokens=node.max_context_tokens,
+        kv_capacity_tokens=core.kv_capacity_tokens,
+        max_training_parts=node.max_training_parts,
+    )
+
+
+def trace(node_id: str, stage: int, op: Op, begin_s: float, end_s: float, *, first_token: bool) -> OpFinished:
+    """The report of an operation. One on the weights names no tasks."""
+    of_weights = op.kind is OpKind.OPTIMIZER_STEP or op.kind is OpKind.WEIGHT_SYNC
+    return OpFinished(
+        node_id,
+        stage,
+        op.kind,
+        begin_s,
+        end_s,
+        () if of_weights else op.task_ids,
+        op.num_tokens,
+        op.context_tokens,
+        first_token,
+        op.version,
+        op.part,
+        op.parts,
+    )

@@ -1,0 +1,139 @@
+"""Latency profiles from the JSON artifacts that the profiler stores (`<directory>/<fingerprint>/<version>.json`)."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+
+from services.latency import LatencyModel, NodeLatency, OpKind
+
+_Place = tuple[int | str, ...]
+
+_PREFIX = "OP_KIND_"
+_KINDS = {f"{_PREFIX}{kind.name}": kind for kind in OpKind}
+#: Half widths of a 90 % interval in one standard deviation.
+_P90_SIGMAS = 1.645
+#: A profile so uncertain says nothing about single operations.
+_MOST_NOISE = 0.5
+
+
+class ProfileError(ValueError):
+    """The file cannot be used; the message is one line that names file, line and field."""
+
+
+class Profile(NamedTuple):
+    """What a simulation takes from a profile. `noise`: relative standard deviation of its operations' durations."""
+
+    profile_id: str
+    model: str
+    latency: NodeLatency
+    noise: float
+
+
+class _Fit(BaseModel):
+    """Protobuf's JSON leaves out what is 0, false or empty."""
+
+    stage: int = Field(default=0, ge=0)
+    op: str = ""
+    model: str = ""
+    coefficients: tuple[FiniteFloat, ...] = ()
+    mape: float = 0.0
+    interval_p90: float = 0.0
+    chosen: bool = False
+
+
+class _Artifact(BaseModel):
+    profile_id: str = ""
+    model: str = ""
+    num_stages: int = Field(default=0, ge=1, le=64, validate_default=True)
+    fits: tuple[_Fit, ...] = ()
+
+
+def read_profile(path: Path, *, model: str = "", num_stages: int = 0) -> Profile:
+    """The chosen fits. Raises ProfileError; also when the profile is of another `model` or number of stages."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: {error}") from error
+    try:
+        artifact = _Artifact.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _error(path, text, first["loc"], _reason(first)) from error
+    if model and artifact.model != model:
+        raise _error(path, text, ("model",), f"is {artifact.model!r}, asked for is {model!r}")
+    if num_stages and artifact.num_stages != num_stages:
+        raise _error(path, text, ("num_stages",), f"is {artifact.num_stages}, asked for are {num_stages} stages")
+    models = _models(path, text, artifact)
+    for stage, known in enumerate(models):
+        if OpKind.PREFILL not in known:
+            raise _error(path, text, ("fits",), f"no fit is chosen for {_PREFIX}PREFILL on stage {stage}")
+    return Profile(artifact.profile_id, artifact.model, NodeLatency(tuple(models)), _noise(models))
+
+
+def _models(path: Path, text: str, artifact: _Artifact) -> list[dict[OpKind, LatencyModel]]:
+    """The chosen model of every operation by stage; operations that this version does not know are left out."""
+    stages: list[dict[OpKind, LatencyModel]] = [{} for _ in range(artifact.num_stages)]
+    for index, fit in enumerate(artifact.fits):
+        kind = _KINDS.get(fit.op)
+        if not fit.chosen or kind is None:
+            continue
+        place: _Place = ("fits", index)
+        if fit.stage >= artifact.num_stages:
+            raise _error(path, text, (*place, "stage"), f"is {fit.stage}, of {artifact.num_stages} stages")
+        if kind in stages[fit.stage]:
+            raise _error(path, text, (*place, "chosen"), f"a second fit is chosen for {fit.op} on stage {fit.stage}")
+        if min(fit.coefficients, default=0.0) < 0.0:
+            raise _error(path, text, (*place, "coefficients"), "must not be negative")
+        try:
+            stages[fit.stage][kind] = LatencyModel(fit.model, fit.coefficients, fit.mape, fit.interval_p90)
+        except ValueError as error:
+            raise _error(path, text, (*place, "model"), str(error)) from error
+    return stages
+
+
+def _noise(models: list[dict[OpKind, LatencyModel]]) -> float:
+    """Mean over the operations that depend on a length: the others are single, rare measurements."""
+    halves = [model.interval_p90 for known in models for model in known.values() if model.form != "constant"]
+    if not halves:
+        return 0.0
+    noise = sum(halves) / len(halves) / _P90_SIGMAS
+    # Not a number, too: a fit may have no interval.
+    return min(noise, _MOST_NOISE) if noise >= 0.0 else 0.0
+
+
+def _reason(error: Any) -> str:
+    got = error["input"]
+    shown = f", got {got!r}" if isinstance(got, str | int | float) and error["type"] != "json_invalid" else ""
+    message: str = error["msg"]
+    return message.splitlines()[0] + shown
+
+
+def _error(path: Path, text: str, place: _Place, reason: str) -> ProfileError:
+    if not place:  # no JSON: the parser's message has the line
+        return ProfileError(f"{path}: {reason}")
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    try:
+        line = f"line {_line(text, place)}: "
+    except yaml.YAMLError:  # of JSON's escapes YAML lacks one
+        line = ""
+    return ProfileError(f"{path}: {line}field {field!r}: {reason}")
+
+
+def _line(text: str, place: _Place) -> int:
+    """Line of a field, or of the innermost thing around it that is there. JSON is YAML, whose parser keeps places."""
+    node = yaml.compose(text.replace("\t", " "), Loader=yaml.SafeLoader)
+    line = 1
+    for part in place:
+        if isinstance(part, int) and isinstance(node, yaml.SequenceNode) and part < len(node.value):
+            node = node.value[part]
+        elif isinstance(part, str) and isinstance(node, yaml.MappingNode):
+            found = [value for key, value in node.value if key.value == part]
+            if not found:
+                break
+            node = found[-1]
+        else:
+            break
+        line = node.start_mark.line + 1
+    return line

@@ -1,0 +1,111 @@
+"""Profiles as the profiler stores them, good and bad."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.latency import OpKind
+from services.simulator.profile_file import ProfileError, read_profile
+
+
+def artifact(**changes: Any) -> dict[str, Any]:
+    """As protobuf's JSON has it: what is 0 or false is left out."""
+    fits = [
+        {
+            "op": "OP_KIND_PREFILL",
+            "model": "affine",
+            "coefficients": [0.01, 0.0001],
+            "interval_p90": 0.1,
+            "chosen": True,
+        },
+        {"op": "OP_KIND_PREFILL", "model": "quadratic", "coefficients": [1e-7], "interval_p90": 9.0},
+        {"op": "OP_KIND_DECODE", "model": "full_decode", "coefficients": [0.005, 0.0, 1e-6], "chosen": True},
+        {
+            "op": "OP_KIND_OPTIMIZER_STEP",
+            "model": "constant",
+            "coefficients": [0.02],
+            "interval_p90": 5,
+            "chosen": True,
+        },
+        {"op": "OP_KIND_LATER", "model": "cubic", "coefficients": [1.0], "chosen": True},
+    ]
+    whole = {"profile_id": "abc-1", "fingerprint": "abc", "version": 1, "num_stages": 1, "model": "tiny", "fits": fits}
+    return whole | changes
+
+
+def write(tmp_path: Path, content: Any) -> Path:
+    path = tmp_path / "1.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content, indent=2))
+    return path
+
+
+def test_the_chosen_fits_are_read(tmp_path: Path) -> None:
+    profile = read_profile(write(tmp_path, artifact()), model="tiny", num_stages=1)
+    assert (profile.profile_id, profile.model) == ("abc-1", "tiny")
+    assert profile.latency.op_s(0, OpKind.PREFILL, 1, 100) == pytest.approx(0.02)
+    assert profile.latency.op_s(0, OpKind.DECODE, 4, 100) == pytest.approx(0.0054)
+    assert set(profile.latency.models[0]) == {OpKind.PREFILL, OpKind.DECODE, OpKind.OPTIMIZER_STEP}
+
+
+def test_the_noise_is_the_spread_of_what_depends_on_a_length(tmp_path: Path) -> None:
+    assert read_profile(write(tmp_path, artifact())).noise == pytest.approx((0.1 + 0.0) / 2 / 1.645)
+
+
+@pytest.mark.parametrize("interval", ["NaN", "Infinity", 40.0])
+def test_an_interval_that_says_nothing_gives_bounded_noise(tmp_path: Path, interval: float | str) -> None:
+    content = artifact()
+    content["fits"][0]["interval_p90"] = interval
+    assert 0.0 <= read_profile(write(tmp_path, content)).noise <= 0.5
+
+
+def _fit(**changes: Any) -> dict[str, Any]:
+    content = artifact()
+    content["fits"][0] |= changes
+    return content
+
+
+BAD = [
+    ("{,}", r"Invalid JSON: .* line 1 column 2"),
+    ("[]", r"should be an object"),
+    (artifact(num_stages=0), r"line 5: field 'num_stages': .* got 0"),
+    (artifact(fits=[]), r"line 7: field 'fits': no fit is chosen for OP_KIND_PREFILL on stage 0"),
+    (artifact(num_stages=2), r"no fit is chosen for OP_KIND_PREFILL on stage 1"),
+    (_fit(stage=3), r"line \d+: field 'fits\[0\].stage': is 3, of 1 stages"),
+    (_fit(stage=-1), r"field 'fits\[0\].stage'"),
+    (_fit(model="cubic"), r"line 10: field 'fits\[0\].model': unknown latency form 'cubic'"),
+    (_fit(coefficients=[1.0]), r"field 'fits\[0\].model': form affine takes 2 coefficients, got 1"),
+    (_fit(coefficients=[1.0, "x"]), r"line 13: field 'fits\[0\].coefficients\[1\]': .* got 'x'"),
+    (_fit(coefficients=[1.0, "NaN"]), r"field 'fits\[0\].coefficients\[1\]'"),
+    (_fit(coefficients=[1.0, -1.0]), r"field 'fits\[0\].coefficients': must not be negative"),
+    (_fit(op="OP_KIND_DECODE"), r"field 'fits\[2\].chosen': a second fit is chosen for OP_KIND_DECODE on stage 0"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD)
+def test_a_bad_profile_is_one_line_naming_the_place(tmp_path: Path, content: Any, message: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(ProfileError, match=message) as caught:
+        read_profile(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_profile_of_another_model_or_cut_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, artifact())
+    with pytest.raises(ProfileError, match=r"line 6: field 'model': is 'tiny', asked for is 'large'"):
+        read_profile(path, model="large")
+    with pytest.raises(ProfileError, match=r"line 5: field 'num_stages': is 1, asked for are 4 stages"):
+        read_profile(path, num_stages=4)
+
+
+def test_a_field_is_named_without_its_line_where_yaml_cannot_read_the_json(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps(artifact(model="tiny\x7f", num_stages=0), ensure_ascii=False))
+    with pytest.raises(ProfileError, match=r"json: field 'num_stages'"):
+        read_profile(path)
+
+
+def test_a_missing_profile_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"nowhere\.json"):
+        read_profile(tmp_path / "nowhere.json")

@@ -39,6 +39,7 @@ from services.scheduler.core.types import (
     Tick,
 )
 from services.scheduler.event_log import EventLog
+from services.scheduler.explain.decisions import Decisions
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import (
@@ -120,6 +121,7 @@ class Driver:
         jobs: TrainingJobs,
         clock: Clock,
         event_log: EventLog | None = None,
+        decisions: Decisions | None = None,
     ) -> None:
         self._core = core
         self._inbox = inbox
@@ -131,6 +133,7 @@ class Driver:
         self._clock = clock
         self._token = 0
         self._event_log = event_log
+        self._decisions = decisions
         self._tasks: dict[str, _Held] = {}
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         #: What performing commands made known to the core, before anything else is taken in.
@@ -192,6 +195,8 @@ class Driver:
             metrics.events(type(current).__name__).inc()
             if self._event_log is not None:
                 self._event_log.add(now_s, current, commands)
+            if self._decisions is not None:
+                self._decisions.add(now_s, current, commands)
             for command in commands:
                 metrics.commands(type(command).__name__).inc()
                 await self._perform(command)

@@ -15,6 +15,9 @@ from services.scheduler.core.types import Command, CoreConfig, Event
 
 _log = structlog.get_logger()
 
+#: Form of the log. A reader refuses a log of another version.
+VERSION: Final = 1
+
 _Entry = tuple[float, Event, Sequence[Command]]
 #: Entries between the driver and the writing thread.
 _MAX_BUFFERED: Final = 65_536
@@ -25,7 +28,7 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class EventLog:
-    """Appends JSON lines from a thread of its own: first {"config"}, then {"now_s", "event", "commands"} per event.
+    """Appends JSON lines from a thread of its own: {"version", "config"}, then {"now_s", "event", "commands"} each.
 
     Never delays the driver. Is the disk too slow or full, entries are left out and counted; such a log cannot be
     replayed, and its "dropped" lines say so.
@@ -42,7 +45,7 @@ class EventLog:
         self._num_told = 0
         self._failed = False
         self._closing = threading.Event()
-        self._write({"config": config_to_json(config)})
+        self._write({"version": VERSION, "config": config_to_json(config)})
         self._thread = threading.Thread(target=self._run, name="event-log", daemon=True)
         self._thread.start()
 

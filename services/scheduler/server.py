@@ -16,6 +16,8 @@ from lemix.internal.v1 import work_pb2
 from services.runtime.clock import Clock
 from services.scheduler.convert import status_to_proto
 from services.scheduler.driver import Core
+from services.scheduler.explain.convert import decision_to_proto, waits_to_proto
+from services.scheduler.explain.decisions import Decisions
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.jobs import JobRegistry
@@ -27,6 +29,9 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 #: Longest silence within an upload, seconds.
 _UPLOAD_TIMEOUT_S = 30.0
+#: Decisions listed when nothing is asked for, and at most: a decision takes about 100 bytes per candidate.
+_LISTED_DECISIONS = 20
+_MAX_LISTED_DECISIONS = 1000
 
 
 class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
@@ -41,6 +46,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         jobs: JobRegistry,
         guard: LedgerGuard,
         clock: Clock,
+        decisions: Decisions,
         max_file_examples: int,
     ) -> None:
         self._core = core
@@ -49,6 +55,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self._jobs = jobs
         self._guard = guard
         self._clock = clock
+        self._decisions = decisions
         self._max_file_examples = max_file_examples
 
     async def GatewaySession(  # noqa: N802  the name of the RPC
@@ -149,6 +156,29 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         """The cluster now."""
         snapshot = self._core.snapshot()
         return pb.GetClusterStateResponse(status=status_to_proto(snapshot, self._not_ready_reason(len(snapshot.nodes))))
+
+    async def ExplainTask(  # noqa: N802  the name of the RPC
+        self, request: pb.ExplainTaskRequest, context: Context
+    ) -> pb.ExplainTaskResponse:
+        """Decisions about one task."""
+        decisions = self._decisions.of_task(request.task_id)
+        if not decisions and not self._decisions.is_live(request.task_id):
+            message = f"task {request.task_id!r} is not among the newest {self._decisions.capacity} decisions"
+            raise LemixError(ErrorCode.NOT_FOUND, message, param="task_id")
+        return pb.ExplainTaskResponse(
+            decisions=[decision_to_proto(decision) for decision in decisions],
+            waits=waits_to_proto(self._decisions.waits(request.task_id)),
+            now_monotonic_s=self._clock.monotonic_s(),
+        )
+
+    async def ListDecisions(  # noqa: N802  the name of the RPC
+        self, request: pb.ListDecisionsRequest, context: Context
+    ) -> pb.ListDecisionsResponse:
+        """The newest decisions."""
+        newest = self._decisions.newest(min(request.limit or _LISTED_DECISIONS, _MAX_LISTED_DECISIONS))
+        return pb.ListDecisionsResponse(
+            decisions=[decision_to_proto(decision) for decision in newest], now_monotonic_s=self._clock.monotonic_s()
+        )
 
     def _not_ready_reason(self, num_nodes: int) -> str:
         if self._guard.outage:

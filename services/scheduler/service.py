@@ -21,6 +21,7 @@ from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.types import CoreConfig
 from services.scheduler.driver import Driver
 from services.scheduler.event_log import EventLog
+from services.scheduler.explain.decisions import Decisions
 from services.scheduler.feeder import Feeder
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
@@ -90,6 +91,7 @@ class SchedulerService:
         self.feeder = Feeder(
             jobs=self.jobs, guard=self.guard, inbox=self.inbox, look_ahead=settings.core.max_waiting_training
         )
+        decisions = Decisions(settings.core.policy)
         self.driver = Driver(
             core=core,
             inbox=self.inbox,
@@ -99,22 +101,28 @@ class SchedulerService:
             jobs=self.jobs,
             clock=clock,
             event_log=event_log,
+            decisions=decisions,
         )
+        self._server = self._make_server(decisions)
+
+    def _make_server(self, decisions: Decisions) -> GrpcServer:
         servicer = SchedulerServicer(
-            core=core,
+            core=self._core,
             nodes=self.nodes,
             gateways=self.gateways,
             jobs=self.jobs,
             guard=self.guard,
-            clock=clock,
-            max_file_examples=settings.max_file_examples,
+            clock=self._clock,
+            decisions=decisions,
+            max_file_examples=self._settings.max_file_examples,
         )
-        self._server = GrpcServer(settings.listen)
-        self._server.add(
+        server = GrpcServer(self._settings.listen)
+        server.add(
             scheduler_service_pb2_grpc.add_SchedulerServiceServicer_to_server,
             servicer,
             scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
         )
+        return server
 
     @property
     def address(self) -> str:

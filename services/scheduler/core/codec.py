@@ -25,7 +25,7 @@ def event_to_json(event: Event) -> dict[str, Any]:
 def event_from_json(data: Mapping[str, Any]) -> Event:
     """Event of a JSON object.
 
-    Raises ValueError for an unknown type, or a field that is missing, unknown or of the wrong kind.
+    Raises ValueError naming the field for an unknown type, or a field that is missing, unknown or of the wrong kind.
     """
     event: Event = _decode(Event, data)
     return event
@@ -151,7 +151,7 @@ def _union_decoder(hint: Any) -> Callable[[Any], Any]:
 
         def by_tag(data: Any) -> Any:
             name = _expect(dict, data).get(_TYPE)
-            if name not in classes:
+            if not isinstance(name, str) or name not in classes:
                 raise ValueError(f"unknown type {name!r}; known: {', '.join(sorted(classes))}")
             return _build(classes[name], {key: item for key, item in data.items() if key != _TYPE})
 
@@ -172,12 +172,19 @@ def _build(cls: Any, data: Mapping[str, Any]) -> Any:
     for name, field in known.items():
         if name not in data and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{cls.__name__} lacks the field {name!r}")
-    return cls(**{name: _decode(hints[name], item) for name, item in data.items()})
+    values = {}
+    for name, item in data.items():
+        try:
+            values[name] = _decode(hints[name], item)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return cls(**values)
 
 
 def _expect(kind: Any, data: Any) -> Any:
     """The value itself, if it is of that kind; bool is no number."""
     numeric = kind is int or kind == (float, int)
     if not isinstance(data, kind) or (numeric and isinstance(data, bool)):
-        raise ValueError(f"expected {kind!r}, got {data!r}")
+        names = " or ".join(option.__name__ for option in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"expected {names}, got {data!r}")
     return data

@@ -18,9 +18,35 @@ class SyncMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SYNC_MODE_UNSPECIFIED: _ClassVar[SyncMode]
     SYNC_MODE_REPLACE: _ClassVar[SyncMode]
     SYNC_MODE_AVERAGE: _ClassVar[SyncMode]
+
+class DecisionFate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DECISION_FATE_UNSPECIFIED: _ClassVar[DecisionFate]
+    DECISION_FATE_UNFINISHED: _ClassVar[DecisionFate]
+    DECISION_FATE_OK: _ClassVar[DecisionFate]
+    DECISION_FATE_FAILED: _ClassVar[DecisionFate]
+    DECISION_FATE_CANCELLED: _ClassVar[DecisionFate]
+    DECISION_FATE_NODE_LOST: _ClassVar[DecisionFate]
+    DECISION_FATE_REFUSED: _ClassVar[DecisionFate]
+
+class ResponseMeaning(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RESPONSE_MEANING_UNSPECIFIED: _ClassVar[ResponseMeaning]
+    RESPONSE_MEANING_FIRST_TOKEN: _ClassVar[ResponseMeaning]
+    RESPONSE_MEANING_FORWARD_END: _ClassVar[ResponseMeaning]
 SYNC_MODE_UNSPECIFIED: SyncMode
 SYNC_MODE_REPLACE: SyncMode
 SYNC_MODE_AVERAGE: SyncMode
+DECISION_FATE_UNSPECIFIED: DecisionFate
+DECISION_FATE_UNFINISHED: DecisionFate
+DECISION_FATE_OK: DecisionFate
+DECISION_FATE_FAILED: DecisionFate
+DECISION_FATE_CANCELLED: DecisionFate
+DECISION_FATE_NODE_LOST: DecisionFate
+DECISION_FATE_REFUSED: DecisionFate
+RESPONSE_MEANING_UNSPECIFIED: ResponseMeaning
+RESPONSE_MEANING_FIRST_TOKEN: ResponseMeaning
+RESPONSE_MEANING_FORWARD_END: ResponseMeaning
 
 class GatewaySessionRequest(_message.Message):
     __slots__ = ("hello", "submit", "cancel")
@@ -339,3 +365,129 @@ class GetClusterStateResponse(_message.Message):
     STATUS_FIELD_NUMBER: _ClassVar[int]
     status: _cluster_service_pb2.GetStatusResponse
     def __init__(self, status: _Optional[_Union[_cluster_service_pb2.GetStatusResponse, _Mapping]] = ...) -> None: ...
+
+class ExplainTaskRequest(_message.Message):
+    __slots__ = ("task_id",)
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    def __init__(self, task_id: _Optional[str] = ...) -> None: ...
+
+class ExplainTaskResponse(_message.Message):
+    __slots__ = ("decisions", "waits", "now_monotonic_s")
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    NOW_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    decisions: _containers.RepeatedCompositeFieldContainer[Decision]
+    waits: _containers.RepeatedCompositeFieldContainer[TaskWait]
+    now_monotonic_s: float
+    def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., waits: _Optional[_Iterable[_Union[TaskWait, _Mapping]]] = ..., now_monotonic_s: _Optional[float] = ...) -> None: ...
+
+class ListDecisionsRequest(_message.Message):
+    __slots__ = ("limit",)
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    limit: int
+    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+
+class ListDecisionsResponse(_message.Message):
+    __slots__ = ("decisions", "now_monotonic_s")
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    NOW_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    decisions: _containers.RepeatedCompositeFieldContainer[Decision]
+    now_monotonic_s: float
+    def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., now_monotonic_s: _Optional[float] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("sequence", "at_monotonic_s", "policy", "task_id", "arrival_monotonic_s", "request", "microbatch", "node_id", "refusal", "candidates", "waits", "outcome", "response_meaning", "predicted_response_s", "actual_response_s")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    AT_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_MEANING_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_RESPONSE_S_FIELD_NUMBER: _ClassVar[int]
+    ACTUAL_RESPONSE_S_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    at_monotonic_s: float
+    policy: str
+    task_id: str
+    arrival_monotonic_s: float
+    request: DecidedRequest
+    microbatch: DecidedMicrobatch
+    node_id: str
+    refusal: str
+    candidates: _containers.RepeatedCompositeFieldContainer[CandidateTerms]
+    waits: _containers.RepeatedCompositeFieldContainer[TaskWait]
+    outcome: DecisionOutcome
+    response_meaning: ResponseMeaning
+    predicted_response_s: float
+    actual_response_s: float
+    def __init__(self, sequence: _Optional[int] = ..., at_monotonic_s: _Optional[float] = ..., policy: _Optional[str] = ..., task_id: _Optional[str] = ..., arrival_monotonic_s: _Optional[float] = ..., request: _Optional[_Union[DecidedRequest, _Mapping]] = ..., microbatch: _Optional[_Union[DecidedMicrobatch, _Mapping]] = ..., node_id: _Optional[str] = ..., refusal: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateTerms, _Mapping]]] = ..., waits: _Optional[_Iterable[_Union[TaskWait, _Mapping]]] = ..., outcome: _Optional[_Union[DecisionOutcome, _Mapping]] = ..., response_meaning: _Optional[_Union[ResponseMeaning, str]] = ..., predicted_response_s: _Optional[float] = ..., actual_response_s: _Optional[float] = ...) -> None: ...
+
+class DecidedRequest(_message.Message):
+    __slots__ = ("prompt_tokens", "max_tokens")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    max_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+
+class DecidedMicrobatch(_message.Message):
+    __slots__ = ("job_id", "batch", "length", "parts")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    batch: int
+    length: int
+    parts: int
+    def __init__(self, job_id: _Optional[str] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
+
+class CandidateTerms(_message.Message):
+    __slots__ = ("node_id", "idleness_s", "response_s", "idleness_profit_s", "length_consistency", "score", "kv_share")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    IDLENESS_S_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_S_FIELD_NUMBER: _ClassVar[int]
+    IDLENESS_PROFIT_S_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_CONSISTENCY_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    KV_SHARE_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    idleness_s: float
+    response_s: float
+    idleness_profit_s: float
+    length_consistency: float
+    score: float
+    kv_share: float
+    def __init__(self, node_id: _Optional[str] = ..., idleness_s: _Optional[float] = ..., response_s: _Optional[float] = ..., idleness_profit_s: _Optional[float] = ..., length_consistency: _Optional[float] = ..., score: _Optional[float] = ..., kv_share: _Optional[float] = ...) -> None: ...
+
+class TaskWait(_message.Message):
+    __slots__ = ("reason", "since_monotonic_s")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SINCE_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    since_monotonic_s: float
+    def __init__(self, reason: _Optional[str] = ..., since_monotonic_s: _Optional[float] = ...) -> None: ...
+
+class DecisionOutcome(_message.Message):
+    __slots__ = ("fate", "first_op_monotonic_s", "first_token_monotonic_s", "forward_end_monotonic_s", "ended_monotonic_s", "output_tokens")
+    FATE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_OP_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_END_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    ENDED_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    fate: DecisionFate
+    first_op_monotonic_s: float
+    first_token_monotonic_s: float
+    forward_end_monotonic_s: float
+    ended_monotonic_s: float
+    output_tokens: int
+    def __init__(self, fate: _Optional[_Union[DecisionFate, str]] = ..., first_op_monotonic_s: _Optional[float] = ..., first_token_monotonic_s: _Optional[float] = ..., forward_end_monotonic_s: _Optional[float] = ..., ended_monotonic_s: _Optional[float] = ..., output_tokens: _Optional[int] = ...) -> None: ...

@@ -90,6 +90,16 @@ class SchedulerServiceStub:
                 request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.GetClusterStateRequest.SerializeToString,
                 response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.GetClusterStateResponse.FromString,
                 _registered_method=True)
+        self.ExplainTask = channel.unary_unary(
+                '/lemix.internal.v1.SchedulerService/ExplainTask',
+                request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExplainTaskRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExplainTaskResponse.FromString,
+                _registered_method=True)
+        self.ListDecisions = channel.unary_unary(
+                '/lemix.internal.v1.SchedulerService/ListDecisions',
+                request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListDecisionsRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListDecisionsResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServiceServicer:
@@ -176,6 +186,21 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainTask(self, request, context):
+        """Returns why a task went where it went, and what came of it; never blocks.
+        Errors: NOT_FOUND (never seen, or no longer among the newest decisions).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDecisions(self, request, context):
+        """Returns the newest decisions first; never blocks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -233,6 +258,16 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.GetClusterState,
                     request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.GetClusterStateRequest.FromString,
                     response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.GetClusterStateResponse.SerializeToString,
+            ),
+            'ExplainTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainTask,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExplainTaskRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExplainTaskResponse.SerializeToString,
+            ),
+            'ListDecisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDecisions,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListDecisionsRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListDecisionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -533,6 +568,60 @@ class SchedulerService:
             '/lemix.internal.v1.SchedulerService/GetClusterState',
             lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.GetClusterStateRequest.SerializeToString,
             lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.GetClusterStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.SchedulerService/ExplainTask',
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExplainTaskRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExplainTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDecisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.SchedulerService/ListDecisions',
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListDecisionsRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListDecisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,6 +61,12 @@ class SchedulerServiceStub:
     """Appends an example to the feedback job. Idempotent by request_id. Errors: OVERLOADED."""
     GetClusterState: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetClusterStateRequest, _scheduler_service_pb2.GetClusterStateResponse]
     """Returns the state of the cluster; never blocks."""
+    ExplainTask: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ExplainTaskRequest, _scheduler_service_pb2.ExplainTaskResponse]
+    """Returns why a task went where it went, and what came of it; never blocks.
+    Errors: NOT_FOUND (never seen, or no longer among the newest decisions).
+    """
+    ListDecisions: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListDecisionsRequest, _scheduler_service_pb2.ListDecisionsResponse]
+    """Returns the newest decisions first; never blocks."""
 
 @_typing.type_check_only
 class SchedulerServiceAsyncStub(SchedulerServiceStub):
@@ -95,6 +101,12 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Appends an example to the feedback job. Idempotent by request_id. Errors: OVERLOADED."""
     GetClusterState: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetClusterStateRequest, _scheduler_service_pb2.GetClusterStateResponse]  # type: ignore[assignment]
     """Returns the state of the cluster; never blocks."""
+    ExplainTask: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ExplainTaskRequest, _scheduler_service_pb2.ExplainTaskResponse]  # type: ignore[assignment]
+    """Returns why a task went where it went, and what came of it; never blocks.
+    Errors: NOT_FOUND (never seen, or no longer among the newest decisions).
+    """
+    ListDecisions: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListDecisionsRequest, _scheduler_service_pb2.ListDecisionsResponse]  # type: ignore[assignment]
+    """Returns the newest decisions first; never blocks."""
 
 class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     """The global scheduler."""
@@ -192,5 +204,23 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.GetClusterStateResponse, _abc.Awaitable[_scheduler_service_pb2.GetClusterStateResponse]]:
         """Returns the state of the cluster; never blocks."""
+
+    @_abc_1.abstractmethod
+    def ExplainTask(
+        self,
+        request: _scheduler_service_pb2.ExplainTaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.ExplainTaskResponse, _abc.Awaitable[_scheduler_service_pb2.ExplainTaskResponse]]:
+        """Returns why a task went where it went, and what came of it; never blocks.
+        Errors: NOT_FOUND (never seen, or no longer among the newest decisions).
+        """
+
+    @_abc_1.abstractmethod
+    def ListDecisions(
+        self,
+        request: _scheduler_service_pb2.ListDecisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.ListDecisionsResponse, _abc.Awaitable[_scheduler_service_pb2.ListDecisionsResponse]]:
+        """Returns the newest decisions first; never blocks."""
 
 def add_SchedulerServiceServicer_to_server(servicer: SchedulerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -249,4 +249,5 @@ def _core_config(settings: NodeAgentSettings) -> NodeCoreConfig:
         kv_capacity_tokens=settings.kv_capacity_tokens,
         max_inflight_training=settings.max_inflight_training,
         weight_handling=settings.weight_handling,
+        gradient_buffers=settings.gradient_buffers,
     )

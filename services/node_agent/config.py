@@ -59,8 +59,12 @@ class NodeAgentSettings(ServiceSettings):
     #: Jobs whose optimizer state a stage keeps (two more copies of its weights each). At least as many as train at
     #: once: a job crowded out by others starts its moments and its schedule anew when it comes back.
     max_optimizer_states: int = Field(8, ge=1, le=8)
-    #: "drain" or "stash"; see the node core.
+    #: "drain": micro-batches in flight finish before the weights change. "stash": the weights change at once; what is
+    #: on its way goes on with those it started with, and a stage keeps one copy per version for it.
     weight_handling: Literal["drain", "stash"] = "drain"
+    #: "stash": accumulation groups whose gradients a stage holds at once, one copy of its weights each. With one per
+    #: stage no backward waits for a step. No effect with "drain".
+    gradient_buffers: int = Field(1, ge=1, le=64)
 
     #: A stage worker that does not answer an op (or one measurement) for this long is given up, and the node with it.
     op_timeout_s: float = Field(600.0, gt=0.0)

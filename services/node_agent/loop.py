@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
@@ -262,15 +262,22 @@ class AgentLoop:
                 self._end(command)
 
     def _run(self, stage: int, op: Op) -> None:
+        given = self._with_kept_versions(stage, op)
         if op.kind is OpKind.WEIGHT_SYNC:
             weight_op = self._weight_ops[op.subject][0]
             weight_op.version = op.version
-            payload = weight_op.payload(op)
+            payload = weight_op.payload(given)
         else:
-            payload = self._payloads.build(op, stage)
+            payload = self._payloads.build(given, stage)
         if stage == 0 and op.batch:
             metrics.batch_size(op.kind).observe(op.batch)
         self._runners[stage].submit(payload, lambda result: self._op_ended(stage, op, result))
+
+    def _with_kept_versions(self, stage: int, op: Op) -> Op:
+        """The op as this stage gets it: what is on its way has left stage 0 behind, which keeps no weights for it."""
+        if op.changes_weights and stage == 0:
+            return replace(op, oldest_version=op.version + 1)
+        return op
 
     def _set_timer(self) -> None:
         wakeup_s = self._core.next_wakeup_s

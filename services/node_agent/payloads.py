@@ -37,8 +37,18 @@ class _Travelling:
 
 
 @dataclass(slots=True)
+class _Gradients:
+    """What a group of micro-batches has left in the stages' accumulators, until its step left the last stage."""
+
+    job_id: str
+    #: Squared norm by stage; None: nothing there.
+    norms_sq: list[float | None]
+
+
+@dataclass(slots=True)
 class PayloadBuilder:
-    """Payloads of the ops on their way. Its size is bounded by the ops in flight and `max_optimizer_states`.
+    """Payloads of the ops on their way. Its size is bounded by the ops in flight, the groups that wait for their step
+    and `max_optimizer_states`.
 
     A batch is fixed when its op starts on its first stage; every later stage gets the same sequences.
     """
@@ -49,12 +59,8 @@ class PayloadBuilder:
     max_optimizer_states: int
     _optimizers: OrderedDict[str, OptimizerSpec] = field(default_factory=OrderedDict)
     _travelling: dict[int, _Travelling] = field(default_factory=dict)
-    _grad_norms_sq: list[float | None] = field(default_factory=list)
-    # Jobs with gradients in the stages' accumulators: their optimizers are needed until the step left the last stage.
-    _unstepped: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self._grad_norms_sq = [None] * self.num_stages
+    # By accumulation group. Their jobs' optimizers are needed.
+    _gradients: dict[int, _Gradients] = field(default_factory=dict)
 
     def build(self, op: Op, stage: int) -> StageOp:
         """The payload of this op for this stage, the next on its way. Weight synchronisations are not built here."""
@@ -73,10 +79,9 @@ class PayloadBuilder:
                 scale = 1.0 / task.accumulation
                 return TrainForward(op.op_id, op.version, task.task_id, task.examples, scale, handle)
             case OpKind.TRAIN_BACKWARD:
-                return TrainBackward(op.op_id, op.task_ids[0], handle, state.tied if stage == 0 else None)
+                return TrainBackward(op.op_id, op.task_ids[0], handle, state.tied if stage == 0 else None, op.group)
             case OpKind.OPTIMIZER_STEP:
-                norm_sq, tied = state.grad_norm_sq_total, state.tied if stage == self.num_stages - 1 else None
-                return OptimizerStep(op.op_id, op.version, op.subject, self._optimizers[op.subject], norm_sq, tied)
+                return self._optimizer_step(op, stage, state)
             case _:
                 raise ValueError(f"{op.kind} has no payload here")
 
@@ -84,11 +89,12 @@ class PayloadBuilder:
         """Take over a result: the output for the next stage, and the norm of the stage's gradient."""
         state = self._travelling.get(op.op_id)
         if op.kind is OpKind.TRAIN_BACKWARD:
-            self._unstepped.add(op.subject)  # a failed one is followed by a step as well
+            # A failed one is followed by a step as well.
+            gradients = self._gradients.setdefault(op.group, _Gradients(op.subject, [None] * self.num_stages))
             if not result.error:
-                self._grad_norms_sq[stage] = result.grad_norm_sq
+                gradients.norms_sq[stage] = result.grad_norm_sq
         elif op.kind is OpKind.OPTIMIZER_STEP and stage == self.num_stages - 1:
-            self._unstepped.discard(op.subject)
+            self._gradients.pop(op.group, None)
         if state is None:  # its task was dropped while the op ran
             return
         if op.kind is OpKind.OPTIMIZER_STEP:
@@ -112,7 +118,8 @@ class PayloadBuilder:
         Its own when it was the job's last one; beyond the bound the least recently trained, whose moments and schedule
         start anew if it comes back. Never one with live micro-batches or with gradients that wait for their step.
         """
-        live = self._unstepped | {task.job_id for task in self.tasks.values() if isinstance(task, MicrobatchTask)}
+        live = {task.job_id for task in self.tasks.values() if isinstance(task, MicrobatchTask)}
+        live.update(gradients.job_id for gradients in self._gradients.values())
         idle = [job_id for job_id in self._optimizers if job_id not in live]
         jobs = idle[: max(0, len(self._optimizers) - self.max_optimizer_states)]
         if ended.last and ended.job_id in idle and ended.job_id not in jobs:
@@ -139,17 +146,29 @@ class PayloadBuilder:
         return state
 
     def _begin_step(self, op: Op, state: _Travelling) -> None:
-        """All stages clip by one norm: the whole model's, summed over the stages' last backwards.
+        """All stages clip by one norm: the whole model's, summed over the stages' last backwards of the group.
 
         When some stages hold no gradient (the only micro-batches were dropped on their way down) it is NaN: every
         stage skips the step then, instead of some changing their weights without the others.
         """
-        norms = [norm for norm in self._grad_norms_sq if norm is not None]
+        gradients = self._gradients.get(op.group)
+        norms = [norm for norm in gradients.norms_sq if norm is not None] if gradients is not None else []
         if norms:
             state.grad_norm_sq_total = sum(norms) if len(norms) == self.num_stages else math.nan
-        self._grad_norms_sq = [None] * self.num_stages
         for task_id in op.task_ids:
             self._microbatch(task_id).weight_step = op.version + 1
+
+    def _optimizer_step(self, op: Op, stage: int, state: _Travelling) -> OptimizerStep:
+        return OptimizerStep(
+            op.op_id,
+            op.version,
+            op.subject,
+            self._optimizers[op.subject],
+            grad_norm_sq_total=state.grad_norm_sq_total,
+            tied_weight=state.tied if stage == self.num_stages - 1 else None,
+            group=op.group,
+            oldest_version=op.oldest_version,
+        )
 
     def _request(self, task_id: str) -> RequestTask:
         task = self.tasks[task_id]

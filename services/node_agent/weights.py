@@ -158,7 +158,7 @@ class WeightSync:
                 replace = name == "replace"
                 weight_op = WeightOp(
                     True,
-                    lambda op: LoadWeights(op.op_id, op.version, sync_id, str(path), name),
+                    lambda op: LoadWeights(op.op_id, op.version, sync_id, str(path), name, op.oldest_version),
                     lambda before: trained_unix_s if replace else _latest(before, trained_unix_s),
                 )
                 await self._loop.run_weight_op(f"{sync_id}/apply", weight_op)

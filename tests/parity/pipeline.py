@@ -1,7 +1,7 @@
 """Drives an engine's stages through whole-model operations, as the node agent does, one operation at a time."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,11 +31,14 @@ from services.node_agent.engine.torch.executor import StageExecutor
 
 @dataclass
 class Pipeline:
-    """`version` is the weights version the next op is stamped with."""
+    """`version` is the weights version the next op is stamped with.
+
+    grad_norms_sq: squared norm of what each accumulation group holds on all stages.
+    """
 
     engine: TorchEngine
     version: int = 0
-    grad_norm_sq: float = 0.0
+    grad_norms_sq: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path, stages: int = 1, *, dtype: str = "float64", **config: object) -> "Pipeline":
@@ -76,23 +79,26 @@ class Pipeline:
         batch = tuple(examples)
         return await self.up(lambda hidden: TrainForward(0, self.version, task_id, batch, loss_scale, hidden))
 
-    async def backward(self, task_id: str) -> None:
-        """Backward of a micro-batch; `grad_norm_sq` becomes the whole model's."""
+    async def backward(self, task_id: str, group: int = 0) -> None:
+        """Backward of a micro-batch on all stages."""
         gradient = tied = None
-        self.grad_norm_sq = 0.0
+        self.grad_norms_sq[group] = 0.0
         for stage in reversed(range(len(self.engine.workers))):
-            result = await self.run(stage, TrainBackward(0, task_id, gradient, tied if stage == 0 else None))
+            result = await self.run(stage, TrainBackward(0, task_id, gradient, tied if stage == 0 else None, group))
             gradient, tied = result.output, result.tied_gradient or tied
             assert result.grad_norm_sq is not None
-            self.grad_norm_sq += result.grad_norm_sq
+            self.grad_norms_sq[group] += result.grad_norm_sq
 
-    async def step(self, optimizer: OptimizerSpec, job_id: str = "job") -> None:
+    async def step(
+        self, optimizer: OptimizerSpec, job_id: str = "job", *, group: int = 0, oldest_version: int | None = None
+    ) -> None:
         """Optimizer step on every stage."""
         last = len(self.engine.workers) - 1
         tied: Handle | None = None
         for stage in range(last + 1):
             given = tied if stage == last else None
-            op = OptimizerStep(0, self.version, job_id, optimizer, self.grad_norm_sq, given)
+            norm_sq = self.grad_norms_sq[group]
+            op = OptimizerStep(0, self.version, job_id, optimizer, norm_sq, given, group, oldest_version)
             result = await self.run(stage, op)
             tied = result.output or tied
         self.version += 1
@@ -102,10 +108,10 @@ class Pipeline:
         stages = range(len(self.engine.workers))
         return [(await self.run(stage, Snapshot(0, self.version, sync_id))).weights_path for stage in stages]
 
-    async def load_weights(self, sync_id: str, path: Path, mode: str) -> None:
+    async def load_weights(self, sync_id: str, path: Path, mode: str, *, oldest_version: int | None = None) -> None:
         """Replace or average the weights of every stage."""
         for stage in range(len(self.engine.workers)):
-            await self.run(stage, LoadWeights(0, self.version, sync_id, str(path), mode))
+            await self.run(stage, LoadWeights(0, self.version, sync_id, str(path), mode, oldest_version))
         self.version += 1
 
     async def forget(self, *task_ids: str) -> None:
@@ -143,13 +149,13 @@ class Pipeline:
             named |= {name: part.clone() for name, part in executor.stage.weights.named(with_borrowed=False).items()}
         return named
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Accumulated gradients of all stages by full-model name."""
+    def gradients(self, group: int = 0) -> dict[str, Tensor]:
+        """A group's accumulated gradients of all stages by full-model name."""
         named: dict[str, Tensor] = {}
         for executor in self.executors:
-            for weight in executor.stage.weights.owned:
-                assert weight.parameter.grad is not None
-                named |= dict(weight.parts(weight.parameter.grad))
+            held = executor.training.gradients[group]
+            for weight, gradient in zip(executor.stage.weights.owned, held, strict=True):
+                named |= dict(weight.parts(gradient))
         return named
 
 

@@ -156,7 +156,7 @@ class NodeCore:
             return self._training_op_done(now_s, event, flight)
         elif kind is OpKind.OPTIMIZER_STEP:
             self._travel_up(now_s, event.stage, flight)
-            return self._training.step_ran(flight.group_id, event.failed)
+            return self._training.step_ran(flight.op.group, event.failed)
         elif event.failed and not flight.op.changes_weights:
             return []
         self._travel_up(now_s, event.stage, flight)
@@ -182,16 +182,8 @@ class NodeCore:
             self._travel_up(now_s, event.stage, flight)
         else:
             op = flight.op
-            backward = self._new_op(
-                OpKind.TRAIN_BACKWARD,
-                op.task_ids,
-                op.version,
-                op.num_tokens,
-                subject=op.subject,
-                batch=op.batch,
-                parts=op.parts,
-            )
-            self._stages[event.stage].push(Flight(backward, flight.claim, flight.group_id), now_s)
+            backward = replace(op, op_id=self._new_id(), kind=OpKind.TRAIN_BACKWARD)
+            self._stages[event.stage].push(Flight(backward, flight.claim), now_s)
         return []
 
     def _next_part(self, now_s: float, stage: int, flight: Flight) -> bool:
@@ -221,8 +213,11 @@ class NodeCore:
         best = queue.best(now_s, self._training.backward_allowed)
         if best is None:
             return None
-        queue.ready.remove(best[1])
-        return best[1]
+        flight = best[1]
+        queue.ready.remove(flight)
+        if flight.op.kind is OpKind.TRAIN_BACKWARD:
+            self._training.backward_starts(flight.op.group, queue.stage)
+        return flight
 
     def _enter(self, now_s: float) -> Flight | None:
         """Next op of stage 0: a backward, or an op that enters the pipeline and is composed now."""
@@ -250,7 +245,7 @@ class NodeCore:
     def _entries(self, now_s: float) -> list[tuple[OpKind, Claim]]:
         """Ops that could enter the pipeline now."""
         entries: list[tuple[OpKind, Claim]] = []
-        is_between_parts = self._is_between_parts()
+        is_between_parts = self._drain and self._is_between_parts()
         drains = self._training.num_inflight and self._change_waits()
         if self._syncs and not (drains or is_between_parts):
             entries.append((OpKind.WEIGHT_SYNC, Claim(self._syncs[0].ready_s, now_s, 1.0)))
@@ -267,7 +262,7 @@ class NodeCore:
 
     def _is_between_parts(self) -> bool:
         """Whether a training forward that is cut into pieces waits on stage 0 for its next one: all of them run at one
-        version, so no weight change may enter in between. (On later stages the change queues up behind it.)"""
+        version, so with "drain" no weight change may enter in between. (On later stages it queues up behind it.)"""
         return any(flight.op.part and flight.op.kind is OpKind.TRAIN_FORWARD for flight in self._stages[0].ready)
 
     # ------------------------------------------------------------- composing
@@ -282,29 +277,44 @@ class NodeCore:
         claim = Claim(now_s, now_s, 1.0)
         if kind is OpKind.WEIGHT_SYNC:
             sync = self._syncs.pop(0)
-            op = self._new_op(kind, (), version, subject=sync.sync_id, changes_weights=sync.changes_weights)
+            op = Op(
+                self._new_id(),
+                kind,
+                (),
+                version,
+                subject=sync.sync_id,
+                changes_weights=sync.changes_weights,
+                oldest_version=self._oldest_version(),
+            )
             self._training.refresh(now_s, self._change_waits())
             return Flight(op, claim)
         if kind is OpKind.OPTIMIZER_STEP:
             group = self._training.take_step()
-            op = self._new_op(kind, tuple(group.accumulated), version, subject=group.job_id, changes_weights=True)
-            group_id = group.group_id
+            op = Op(
+                self._new_id(),
+                kind,
+                tuple(group.accumulated),
+                version,
+                subject=group.job_id,
+                changes_weights=True,
+                oldest_version=self._oldest_version(),
+                group=group.group_id,
+            )
         else:
             microbatch = self._training.take_forward()
-            num_tokens = microbatch.batch * microbatch.length
-            task_ids = (microbatch.task_id,)
-            op = self._new_op(
+            op = Op(
+                self._new_id(),
                 kind,
-                task_ids,
+                (microbatch.task_id,),
                 version,
-                num_tokens,
+                microbatch.batch * microbatch.length,
                 subject=microbatch.job_id,
                 batch=microbatch.batch,
+                group=self._training.group_of(microbatch.task_id),
                 parts=microbatch.parts,
             )
-            group_id = self._training.group_of(microbatch.task_id)
         self._training.refresh(now_s, self._change_waits())
-        return Flight(op, claim, group_id)
+        return Flight(op, claim)
 
     def _compose_prefill(self, now_s: float) -> Flight | None:
         claim = self._inference.prefill_claim(now_s)
@@ -313,7 +323,8 @@ class NodeCore:
             return None
         num_tokens = sum(request.prompt_tokens + request.reference_tokens for request in requests)
         task_ids = tuple(request.task_id for request in requests)
-        op = self._new_op(OpKind.PREFILL, task_ids, self._stages[0].version, num_tokens, batch=len(task_ids))
+        version = self._stages[0].version
+        op = Op(self._new_id(), OpKind.PREFILL, task_ids, version, num_tokens, batch=len(task_ids))
         return Flight(op, claim)
 
     def _compose_decode(self, now_s: float) -> Flight | None:
@@ -322,24 +333,24 @@ class NodeCore:
             return None
         task_ids, context = self._inference.take_decode()
         count = len(task_ids)
-        op = self._new_op(OpKind.DECODE, task_ids, self._stages[0].version, count, context, batch=count)
+        version = self._stages[0].version
+        op = Op(self._new_id(), OpKind.DECODE, task_ids, version, count, context, batch=count)
         return Flight(op, claim)
 
-    def _new_op(
-        self,
-        kind: OpKind,
-        task_ids: tuple[str, ...],
-        version: int,
-        num_tokens: int = 0,
-        context_tokens: int = 0,
-        *,
-        subject: str = "",
-        batch: int = 0,
-        changes_weights: bool = False,
-        parts: int = 1,
-    ) -> Op:
+    def _oldest_version(self) -> int:
+        """Oldest weights that an op on its way will still need when the ones of stage 0 change. With "drain" none: the
+        change follows those ops up the pipeline."""
+        oldest = self._stages[0].version + 1
+        if self._drain:
+            return oldest
+        for queue in self._stages:
+            for flight in queue.ready if queue.running is None else (queue.running, *queue.ready):
+                op = flight.op
+                if op.kind is not OpKind.TRAIN_BACKWARD and not op.changes_weights:
+                    oldest = min(oldest, op.version)
+        return oldest
+
+    def _new_id(self) -> int:
         op_id = self._next_op_id
         self._next_op_id += 1
-        return Op(
-            op_id, kind, task_ids, version, num_tokens, context_tokens, subject, batch, changes_weights, parts=parts
-        )
+        return op_id

@@ -1,8 +1,9 @@
 """One stage of the pipeline: what is ready on it, what runs, and which op it takes next.
 
-Version rule (LeMix design, "one iteration, one version"): a forward-type op runs on every stage at exactly the version
-it was stamped with; an op that changes the weights to v + 1 runs after every op stamped v has left the stage. Ops reach
-a stage in the order of their versions, so looking at the stage's own queue is enough.
+Version rule (LeMix design, "one iteration, one version"): a forward-type op runs on every stage with exactly the
+weights it was stamped with. With "drain" an op that changes the weights to v + 1 runs after every op stamped v has left
+the stage; ops reach a stage in the order of their versions, so looking at the stage's own queue is enough. With "stash"
+it need not wait: the stage keeps the older weights for ops stamped with them.
 """
 
 from collections.abc import Callable
@@ -17,27 +18,36 @@ Rank = tuple[float, float, float]
 
 _INFERENCE = frozenset((OpKind.PREFILL, OpKind.DECODE))
 _MICROBATCH = frozenset((OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD))
-#: Backwards free memory and end what was begun; a step frees the way for the next group.
-_TRAINING_ORDER = {OpKind.TRAIN_BACKWARD: 0, OpKind.OPTIMIZER_STEP: 1, OpKind.TRAIN_FORWARD: 2}
+#: A step ends tasks and frees a gradient buffer; backwards free activations and end what was begun.
+_TRAINING_ORDER = {OpKind.OPTIMIZER_STEP: 0, OpKind.TRAIN_BACKWARD: 1, OpKind.TRAIN_FORWARD: 2}
 _SYNC_CLASS, _TRAINING_TURN_CLASS, _INFERENCE_CLASS, _TRAINING_CLASS = 0, 1, 2, 3
 
 
 @dataclass(slots=True)
 class Flight:
-    """An op on its way. `claim.ready_s` is renewed at every stage; `group_id` is set for training ops."""
+    """An op on its way. `claim.ready_s` is renewed at every stage."""
 
     op: Op
     claim: Claim
-    group_id: int = 0
 
 
 class StageQueue:
     """Ready ops, running op and weights version of one stage."""
 
-    __slots__ = ("_fifo", "_max_training_wait_s", "ready", "running", "stage", "training_turn_s", "version")
+    __slots__ = (
+        "_fifo",
+        "_keeps_older",
+        "_max_training_wait_s",
+        "ready",
+        "running",
+        "stage",
+        "training_turn_s",
+        "version",
+    )
 
     def __init__(self, config: NodeCoreConfig, stage: int) -> None:
         self._fifo = config.queue_order is QueueOrder.FIFO
+        self._keeps_older = config.weight_handling == "stash"
         self._max_training_wait_s = config.max_training_wait_s
         self.stage = stage
         self.version = 0
@@ -54,16 +64,16 @@ class StageQueue:
     def rank(self, kind: OpKind, claim: Claim, now_s: float) -> Rank:
         """Place of an op in the stage's order.
 
-        fifo: by ready time. inference_first: weight synchronisations (short, and peers wait); training when its turn
-        is due; inference by urgency, the share of its allowance used up, so that a prefill waiting for its first-token
-        deadline and a decode waiting for its next-token deadline compare; training. Training is due when an op of it is
-        ready and none has run here for `max_training_wait_s`.
+        fifo: by ready time. inference_first: weight synchronisations (short, and peers wait) and steps that come up
+        (what entered after them waits); training when its turn is due; inference by urgency, the share of its allowance
+        used up, so that a prefill waiting for its first-token deadline and a decode waiting for its next-token deadline
+        compare; training. Training is due when an op of it is ready and none has run here for `max_training_wait_s`.
         """
         if self._fifo:
             return (claim.ready_s, 0.0, 0.0)
         if kind in _INFERENCE:
             return (_INFERENCE_CLASS, (claim.origin_s - now_s) / claim.allowance_s, claim.ready_s)
-        if kind is OpKind.WEIGHT_SYNC:
+        if kind is OpKind.WEIGHT_SYNC or (kind is OpKind.OPTIMIZER_STEP and self.stage):
             return (_SYNC_CLASS, claim.ready_s, 0.0)
         waited_s = now_s - max(claim.ready_s, self.training_turn_s)
         is_due = waited_s >= self._max_training_wait_s
@@ -73,14 +83,17 @@ class StageQueue:
         """The ready op to run next and its rank; None when none may run."""
         if not self.ready:
             return None
-        stamped_here = self._stamped_here()
+        stamped_here = not self._keeps_older and self._stamped_here()
         chosen: tuple[Rank, Flight] | None = None
         for flight in self.ready:
             op = flight.op
             if op.kind is OpKind.TRAIN_BACKWARD:
-                if not backward_allowed(flight.group_id, self.stage):
+                if not backward_allowed(op.group, self.stage):
                     continue
-            elif op.version != self.version or (op.changes_weights and stamped_here):
+            elif op.changes_weights:
+                if op.version != self.version or stamped_here:
+                    continue
+            elif op.version > self.version or (op.version < self.version and not self._keeps_older):
                 continue
             rank = self.rank(op.kind, flight.claim, now_s)
             if chosen is None or rank < chosen[0]:
@@ -126,6 +139,7 @@ class StageQueue:
         """An independent copy."""
         twin = StageQueue.__new__(StageQueue)
         twin._fifo = self._fifo
+        twin._keeps_older = self._keeps_older
         twin._max_training_wait_s = self._max_training_wait_s
         twin.stage = self.stage
         twin.version = self.version

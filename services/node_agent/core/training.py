@@ -41,6 +41,8 @@ class Group:
     closed: bool = False
     #: Some stage holds gradients of this group.
     has_gradients: bool = False
+    #: Stages from the last one down that hold a gradient buffer for it.
+    buffers: int = 0
     #: Micro-batches whose backward is done and that wait for the step.
     accumulated: dict[str, None] = field(default_factory=dict)
     stepping: bool = False
@@ -60,7 +62,7 @@ class TrainingQueue:
         self._waiting_jobs: dict[str, str] = {}
         self._arrivals = 0
         self._inflight: dict[str, _InFlight] = {}
-        # In the order their steps will run; only the newest may be open.
+        # In the order they were opened; only the newest may be open. Their steps run in the order they are complete.
         self._groups: list[Group] = []
         self._next_group_id = 1
         self._gate_open_s: float | None = None
@@ -113,13 +115,23 @@ class TrainingQueue:
         return self._inflight[task_id].group_id
 
     def backward_allowed(self, group_id: int, stage: int) -> bool:
-        """Whether every earlier group's step has run on this stage: gradients of two groups must not mix."""
+        """Whether the stage has a gradient buffer for this group: others hold theirs until their step ran there."""
+        height = self._config.num_stages - stage
+        free = self._config.gradient_buffers
         for group in self._groups:
+            if group.buffers < height:
+                continue
             if group.group_id == group_id:
                 return True
             if group.stages_stepped <= stage:
-                return False
-        return True
+                free -= 1
+        return free > 0
+
+    def backward_starts(self, group_id: int, stage: int) -> None:
+        """A stage takes a backward of this group: it holds a gradient buffer from now on. Every stage above does so
+        already, so groups that wait for each other's buffers cannot form a circle."""
+        group = self._group(group_id)
+        group.buffers = max(group.buffers, self._config.num_stages - stage)
 
     # ------------------------------------------------------------- arrival and cancellation
 
@@ -162,7 +174,7 @@ class TrainingQueue:
             self._gate_open_s = self._step_ready_s = self._open_group_idle_s = None
             return
         self._close_idle_group(now_s)
-        if self._step_is_due():
+        if self._complete_group() is not None:
             if self._step_ready_s is None:
                 self._step_ready_s = now_s
             self.entry = (OpKind.OPTIMIZER_STEP, self._step_ready_s)
@@ -201,7 +213,7 @@ class TrainingQueue:
 
     def take_step(self) -> Group:
         """Start the optimizer step that `entry` names."""
-        group = self._next_to_step()
+        group = self._complete_group()
         if group is None:
             raise ValueError("no optimizer step is due")
         group.stepping = True
@@ -252,20 +264,14 @@ class TrainingQueue:
                 return group
         raise ValueError(f"no accumulation group {group_id}")
 
-    def _next_to_step(self) -> Group | None:
-        """The oldest group whose step has not been released."""
-        for group in self._groups:
-            if not group.stepping:
-                return group
-        return None
-
-    def _step_is_due(self) -> bool:
-        """Whether the next group's gradients are complete on all stages. Groups without any gradient go away."""
-        while (group := self._next_to_step()) is not None and group.closed and not group.inflight:
+    def _complete_group(self) -> Group | None:
+        """The oldest group whose gradients are complete on all stages and whose step has not been released. Groups
+        that ended without any gradient go away."""
+        for group in [g for g in self._groups if g.closed and not g.inflight and not g.stepping]:
             if group.has_gradients:
-                return True
+                return group
             self._groups.remove(group)
-        return False
+        return None
 
     def _admitted_queue(self) -> list[_Waiting] | None:
         """Queue of the job whose next forward may enter stage 0; None when there is none."""

@@ -60,10 +60,10 @@ class TrainingMicrobatch:
 class Op:
     """One operation that travels over the stages: upwards for forwards and steps, downwards for backwards.
 
-    `version` is the weights step it was stamped with when it entered its first stage: every stage runs it at
-    exactly that version. An op with `changes_weights` (optimizer step, applied synchronisation) starts at `version`
-    and leaves the stage at `version` + 1. A backward carries the version of its forward; with "stash" the stage may be
-    newer by then.
+    `version` is the weights step it was stamped with when it entered its first stage: every stage runs it with
+    exactly those weights. An op with `changes_weights` (optimizer step, applied synchronisation) starts at `version`
+    and leaves the stage at `version` + 1. With "stash" a stage may be newer than the op: it keeps the older weights
+    from `oldest_version` on. A backward carries the version of its forward.
     """
 
     op_id: int
@@ -80,6 +80,11 @@ class Op:
     batch: int = 0
     #: The stage's version rises by one when this op ends on it, also when it failed there.
     changes_weights: bool = False
+    #: Of an op that changes weights: no op on its way needs weights older than this; `version` + 1: nor the ones it
+    #: changes.
+    oldest_version: int = 0
+    #: Accumulation group of a training op; its gradients are kept apart from those of others.
+    group: int = 0
     #: Which piece of a training forward or backward this is, from 0, and of how many.
     part: int = 0
     parts: int = 1
@@ -209,9 +214,13 @@ class NodeCoreConfig:
     kv_capacity_tokens: int = 1 << 30
     #: Micro-batches whose forward ran and whose backward has not (A-PP window).
     max_inflight_training: int = 2
-    #: "drain": finish in-flight backwards before the weights change. "stash": change them at once; in-flight
-    #: micro-batches keep the weights they ran with, so their gradient is applied late (PipeDream-like delay).
+    #: "drain": finish in-flight backwards before the weights change. "stash": change them at once; a stage keeps the
+    #: older weights for what is on its way with them. So nothing waits for a step, and a micro-batch's gradient is
+    #: applied late (PipeDream-like delay). Costs one copy of the weights per version on its way.
     weight_handling: str = "drain"
+    #: "stash": accumulation groups whose gradients a stage may hold at once, one copy of the weights each. With 1 a
+    #: stage waits with the next group's backward until the step has come up from stage 0; one per stage never waits.
+    gradient_buffers: int = 1
     #: inference_first: a stage with a training op ready gives training a turn at least this often.
     max_training_wait_s: float = 1.0
     #: An accumulation group that got no new micro-batch for this long takes its step with what it has.
@@ -225,7 +234,14 @@ class NodeCoreConfig:
     default_tpot_s: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("num_stages", "max_batch", "max_prefill_tokens", "kv_capacity_tokens", "max_inflight_training"):
+        for name in (
+            "num_stages",
+            "max_batch",
+            "max_prefill_tokens",
+            "kv_capacity_tokens",
+            "max_inflight_training",
+            "gradient_buffers",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_training_wait_s", "group_timeout_s", "max_bypass", "max_demotion_s"):

@@ -3,6 +3,10 @@
 A stage worker owns one device, the parameters of its layers, the KV cache of its layers and the optimizer state of
 its parameters. The node core decides the order; the worker never reorders. Large tensors (activations, gradients)
 travel from worker to worker through handles, never through the agent.
+
+A prefill, decode, training forward or snapshot runs with the weights of the version it was stamped with, also on a
+stage that is newer by now, as long as the stage keeps them; with any other version it is an error. Optimizer steps and
+changes of weights are for the stage's current version.
 """
 
 import asyncio
@@ -106,8 +110,9 @@ class TrainForward:
 
 @dataclass(frozen=True, slots=True)
 class TrainBackward:
-    """Backward of a micro-batch; `gradient` is None on the last stage. Gradients accumulate.
+    """Backward of a micro-batch; `gradient` is None on the last stage.
 
+    group: gradients accumulate per group, until the group's optimizer step.
     tied_gradient: for stage 0 of a model with tied embeddings cut into several stages, what the last stage returned in
     `StageResult.tied_gradient` for this micro-batch; stage 0 owns the embedding.
     """
@@ -116,17 +121,20 @@ class TrainBackward:
     task_id: str
     gradient: Handle | None = None
     tied_gradient: Handle | None = None
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """Apply the accumulated gradients; the stage's version rises by one, also when the result has an error.
+    """Apply a group's accumulated gradients; the stage's version rises by one, also when the result has an error.
 
-    grad_norm_sq_total: squared norm of the whole model's gradient, the sum of what the stages' last backwards reported;
+    grad_norm_sq_total: squared norm of the group's whole gradient, the sum of what the stages' last backwards reported;
     clipping uses it so that S stages clip like one. None: this stage's own norm. When it is not finite every stage
     drops its gradient, keeps its weights and reports an error.
     tied_weight: for the last stage of a model with tied embeddings cut into several stages, stage 0's `output` of this
     step.
+    oldest_version: no op on its way to this stage needs older weights; those from this version on are kept, the others
+    dropped. None: no such op needs any but the new ones.
     """
 
     op_id: int
@@ -135,11 +143,13 @@ class OptimizerStep:
     optimizer: OptimizerSpec
     grad_norm_sq_total: float | None = None
     tied_weight: Handle | None = None
+    group: int = 0
+    oldest_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Copy this stage's weights aside under a name; peers read them through `StageResult.weights`."""
+    """Copy this stage's weights of `version` aside under a name; peers read them through `StageResult.weights`."""
 
     op_id: int
     version: int
@@ -152,6 +162,7 @@ class LoadWeights:
 
     path: safetensors file with full-model parameter names. mode "replace": take them over. mode "average": the file
     holds the mean of all snapshots; weights += mean - own snapshot of `sync_id`, so that steps made meanwhile are kept.
+    oldest_version: as for OptimizerStep.
     """
 
     op_id: int
@@ -159,6 +170,7 @@ class LoadWeights:
     sync_id: str
     path: str
     mode: str
+    oldest_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +233,7 @@ class StageResult:
     #: Last stage, train forward: mean loss over the labels, unscaled, and their number.
     loss: float | None = None
     label_tokens: int = 0
-    #: Backward: squared norm of this stage's accumulated gradient. Optimizer step: norm used for clipping.
+    #: Backward: squared norm of what its group has accumulated on this stage. Optimizer step: norm used for clipping.
     grad_norm_sq: float | None = None
     #: Snapshot: path of a safetensors file with this stage's parameters under full-model names.
     weights_path: str = ""

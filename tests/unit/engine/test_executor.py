@@ -169,6 +169,41 @@ def test_step_with_a_gradient_that_is_not_finite_is_skipped(model: Path, norm_sq
     assert ok(stage, OptimizerStep(0, 1, "job", SPEC)).version == 2
 
 
+@pytest.mark.parametrize("norm_sq", [math.nan, None])
+def test_a_step_drops_the_gradient_of_its_group_alone(model: Path, norm_sq: float | None) -> None:
+    (stage,) = stages(model)
+    for group in (1, 2):
+        ok(stage, TrainForward(0, 0, f"m{group}", (EXAMPLE,)))
+        ok(stage, TrainBackward(0, f"m{group}", group=group))
+    assert stage.training.gradients.keys() == {1, 2}
+    error = stage.run(OptimizerStep(0, 0, "job", SPEC, norm_sq, group=2)).error
+    assert ("step skipped" in error) == (norm_sq is not None)
+    assert stage.training.gradients.keys() == {1}
+    assert "without an accumulated gradient" in stage.run(OptimizerStep(0, 1, "job", SPEC, group=2)).error
+    assert ok(stage, OptimizerStep(0, 2, "job", SPEC, group=1)).version == 3
+
+
+def test_the_norm_is_that_of_the_group(model: Path) -> None:
+    (stage,) = stages(model)
+    norms = []
+    for place, group in enumerate((1, 2, 1)):
+        ok(stage, TrainForward(0, 0, f"m{place}", (EXAMPLE,)))
+        norms.append(ok(stage, TrainBackward(0, f"m{place}", group=group)).grad_norm_sq)
+    assert norms == [norms[0], norms[0], pytest.approx(4.0 * norms[0])]
+
+
+def test_a_failed_step_keeps_the_weights_of_before_under_both_versions(model: Path) -> None:
+    (stage,) = stages(model)
+    ok(stage, Prefill(0, 0, (PROMPT,)))
+    first = ok(stage, Decode(0, 0, (DecodeSequence("r", 1, 3),))).tokens
+    assert stage.run(OptimizerStep(0, 0, "job", SPEC, oldest_version=0)).error
+    ok(stage, TrainForward(0, 0, "m", (EXAMPLE,)))
+    ok(stage, TrainBackward(0, "m"))
+    ok(stage, OptimizerStep(0, 1, "job", SPEC, oldest_version=0))
+    assert stage.stage.weights.versions == (0, 1, 2)
+    assert all(ok(stage, Decode(0, v, (DecodeSequence("r", 1, 3),))).tokens == first for v in (0, 1))
+
+
 def test_loss_that_is_not_finite_fails_the_microbatch(model: Path) -> None:
     (stage,) = stages(model)
     with torch.no_grad():

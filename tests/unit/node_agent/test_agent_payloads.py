@@ -80,7 +80,7 @@ def test_a_step_clips_by_the_sum_over_stages_and_dates_its_tasks() -> None:
         assert builder.build(backward, 0) == TrainBackward(op_id + 1, task.task_id, Handle("g"))
         builder.ended(backward, 0, _result(backward, grad_norm_sq=10.0))
     step = Op(5, OpKind.OPTIMIZER_STEP, ("job/0", "job/1"), 7, subject="job", changes_weights=True)
-    expected = OptimizerStep(5, 7, "job", SPEC, 3.0 + 10.0)
+    expected = OptimizerStep(5, 7, "job", SPEC, 3.0 + 10.0, oldest_version=0)
     assert builder.build(step, 0) == expected
     builder.ended(step, 0, _result(step))
     assert builder.build(step, 1) == expected, "one norm for all stages"
@@ -122,7 +122,7 @@ def test_a_step_of_cancelled_microbatches_keeps_the_job_s_optimizer() -> None:
     assert builder._travelling == {}
     del builder.tasks["job/0"]
     payload = builder.build(Op(2, OpKind.OPTIMIZER_STEP, (), 0, subject="job", changes_weights=True), 0)
-    assert payload == OptimizerStep(2, 0, "job", SPEC, None)
+    assert payload == OptimizerStep(2, 0, "job", SPEC, None, oldest_version=0)
 
 
 def test_failed_ops_stay_only_when_they_travel_on() -> None:
@@ -179,7 +179,7 @@ def test_a_job_whose_step_is_due_keeps_its_optimizer_until_the_step_left_the_las
     assert builder.jobs_to_forget(ended) == []
     step = Op(4, OpKind.OPTIMIZER_STEP, (), 0, subject="a", changes_weights=True)
     for stage in (0, 1):
-        assert builder.build(step, stage) == OptimizerStep(4, 0, "a", SPEC, 2.0)
+        assert builder.build(step, stage) == OptimizerStep(4, 0, "a", SPEC, 2.0, oldest_version=0)
         assert builder.jobs_to_forget(ended) == []
         builder.ended(step, stage, _result(step))
     assert builder.jobs_to_forget(ended) == ["a"]
@@ -197,6 +197,52 @@ def test_gradients_that_are_on_some_stages_only_are_dropped_on_all() -> None:
     assert isinstance(payload, OptimizerStep)
     assert payload.grad_norm_sq_total is not None
     assert math.isnan(payload.grad_norm_sq_total)
+
+
+def test_gradients_of_two_groups_are_kept_apart() -> None:
+    """The group opened second is complete first; the other one has lost a micro-batch on its way down."""
+    one, two = _microbatch("a/0", "a"), _microbatch("b/0", "b")
+    builder = _builder(one, two)
+    for op_id, task in ((1, one), (3, two)):
+        builder.build(Op(op_id, OpKind.TRAIN_FORWARD, (task.task_id,), 0, subject=task.job_id, group=op_id), 0)
+    for op_id, stage in ((1, 1), (3, 1), (3, 0)):
+        task_id, job_id = ("a/0", "a") if op_id == 1 else ("b/0", "b")
+        backward = Op(op_id + 1, OpKind.TRAIN_BACKWARD, (task_id,), 0, subject=job_id, group=op_id)
+        payload = builder.build(backward, stage)
+        assert isinstance(payload, TrainBackward)
+        assert payload.group == op_id
+        builder.ended(backward, stage, _result(backward, grad_norm_sq=float(op_id)))
+    builder.drop("a/0")
+    steps = (
+        (Op(5, OpKind.OPTIMIZER_STEP, ("b/0",), 0, subject="b", changes_weights=True, group=3), 6.0),
+        (Op(6, OpKind.OPTIMIZER_STEP, (), 1, subject="a", changes_weights=True, oldest_version=1, group=1), math.nan),
+    )
+    for step, norm_sq in steps:
+        for stage in (0, 1):
+            payload = builder.build(step, stage)
+            assert isinstance(payload, OptimizerStep)
+            assert (payload.group, payload.oldest_version) == (step.group, step.oldest_version)
+            assert payload.grad_norm_sq_total == pytest.approx(norm_sq, nan_ok=True)
+            builder.ended(step, stage, _result(step))
+    assert builder._gradients == {}
+
+
+def test_a_job_s_optimizer_stays_while_any_of_its_groups_waits_for_its_step() -> None:
+    builder = _builder(_microbatch("a/0", "a"))
+    builder.build(Op(1, OpKind.TRAIN_FORWARD, ("a/0",), 0, subject="a", group=1), 0)
+    for group in (1, 2):
+        backward = Op(1 + group, OpKind.TRAIN_BACKWARD, ("a/0",), 0, subject="a", group=group)
+        builder.build(backward, 1)
+        builder.ended(backward, 1, _result(backward, grad_norm_sq=1.0))
+    ended = _microbatch("a/0", "a")
+    ended.last = True
+    builder.tasks.clear()
+    for group, forgotten in ((1, []), (2, ["a"])):
+        step = Op(3 + group, OpKind.OPTIMIZER_STEP, (), group, subject="a", changes_weights=True, group=group)
+        for stage in (0, 1):
+            builder.build(step, stage)
+            builder.ended(step, stage, _result(step))
+        assert builder.jobs_to_forget(ended) == forgotten
 
 
 def test_kinds_must_match_their_tasks() -> None:

@@ -70,7 +70,8 @@ async def test_tokens_are_a_function_of_the_newest_token_and_its_place(model: Pa
 @pytest.mark.parametrize(
     ("stage", "op", "complaint"),
     [
-        (0, _prefill(version=1), "at version 0, the op wants 1"),
+        (0, _prefill(version=1), "has the versions (0,), the op wants 1"),
+        (0, OptimizerStep(1, 1, "job", OptimizerSpec()), "at version 0, the op wants 1"),
         (0, _prefill(hidden=Handle(1.0)), "activations come from the previous stage"),
         (1, _prefill(), "activations come from the previous stage"),
         (0, _prefill(tokens=(1,) * 99), "KV cache of 8 tokens is full"),
@@ -134,6 +135,38 @@ async def test_snapshots_and_loads(model: Path) -> None:
     await engine.close()
     with pytest.raises(FileNotFoundError):
         os.stat(path)
+
+
+async def test_older_versions_are_kept_as_long_as_ops_need_them(model: Path) -> None:
+    engine = _engine(model, 2)
+    hidden = Handle(2.0)
+    halve = OptimizerSpec(learning_rate=5e-3)
+    for version, oldest in enumerate((0, 1, 1)):
+        await _run(engine, 1, OptimizerStep(1, version, "job", halve, oldest_version=oldest))
+    stage = engine.workers[1].stage
+    assert stage.versions == (1, 2, 3)
+    examples = (Example((1, 2)),)
+    losses = [
+        (await _run(engine, 1, TrainForward(2, version, f"m{version}", examples, hidden=hidden))).loss
+        for version in stage.versions
+    ]
+    assert losses == [3.0, 2.5, 2.25]
+    assert "has the versions (1, 2, 3), the op wants 0" in await _error(engine, 1, _prefill(0, hidden=hidden))
+    path = (await _run(engine, 1, Snapshot(3, 1, "s"))).weights_path
+    assert (await engine.workers[1].run(LoadWeights(4, 3, "x", "/nowhere", "replace", 3))).error
+    assert stage.versions == (3, 4)
+    await _run(engine, 1, LoadWeights(5, 4, "s", path, "replace"))
+    assert (stage.versions, stage.weight) == ((5,), 2.0)
+    await engine.close()
+
+
+async def test_gradients_are_kept_apart_by_group(model: Path) -> None:
+    engine = _engine(model)
+    for place, group in enumerate((1, 2, 2)):
+        await _run(engine, 0, TrainForward(1, 0, f"m{place}", (Example((1, 2)),)))
+        await _run(engine, 0, TrainBackward(2, f"m{place}", group=group))
+    assert (await _run(engine, 0, OptimizerStep(3, 0, "job", OptimizerSpec(), group=2))).grad_norm_sq == 2.0
+    assert engine.workers[0].stage.grad_norms_sq == {1: 1.0}
 
 
 async def test_measurements_tell_the_model(model: Path) -> None:

@@ -58,6 +58,8 @@ class Checker:
         self._requests: dict[str, InferenceRequest] = {}
         self._holding: dict[str, int] = {}
         self._versions = [0] * config.num_stages
+        #: "stash": the oldest weights that a stage still has.
+        self._kept_from = [0] * config.num_stages
         # Forward-type ops in the pipeline: op id -> (version, next stage to run on).
         self._travelling: dict[int, tuple[int, int]] = {}
         self._forward_of: dict[str, int] = {}
@@ -113,18 +115,21 @@ class Checker:
         self.running[stage] = op
         assert op.part == self._expected_part.pop((stage, op.op_id), 0), "pieces out of order"
         version = self._versions[stage]
+        stash = self.config.weight_handling == "stash"
         if op.kind is OpKind.TRAIN_BACKWARD:
-            assert op.version <= version
-            if self.config.weight_handling == "drain":
-                assert op.version == version, "weights changed between a forward and its backward"
+            assert op.version == version or (stash and op.version < version), "weights changed before the backward"
+        elif stash and not op.changes_weights:
+            assert self._kept_from[stage] <= op.version <= version, f"no weights {op.version} on stage {stage}"
         else:
             assert op.version == version, f"op stamped {op.version} ran at {version}"
         if op.kind in FORWARD_TYPES or (op.kind is OpKind.WEIGHT_SYNC and not op.changes_weights):
             self._travelling.setdefault(op.op_id, (op.version, 0))
         if op.changes_weights:
+            self._kept_from[stage] = max(self._kept_from[stage], op.oldest_version)
             for op_id, (stamp, next_stage) in self._travelling.items():
-                assert not (stamp <= op.version and next_stage <= stage), f"{op.op_id} overtook {op_id} on {stage}"
-            if self.config.weight_handling == "drain" and stage == 0:
+                if not stash:
+                    assert not (stamp <= op.version and next_stage <= stage), f"{op.op_id} overtook {op_id} on {stage}"
+            if not stash and stage == 0:
                 assert not self._inflight, "weights changed between a forward and its backward"
         if op.kind is OpKind.TRAIN_FORWARD and stage == 0:
             self._inflight.add(op.task_ids[0])

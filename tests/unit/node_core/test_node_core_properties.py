@@ -19,6 +19,7 @@ configs = st.builds(
     kv_capacity_tokens=st.integers(20, 120),
     max_inflight_training=st.integers(1, 4),
     weight_handling=st.sampled_from(["drain", "stash"]),
+    gradient_buffers=st.integers(1, 3),
     max_training_wait_s=st.sampled_from([0.0, 0.3, 2.0]),
     group_timeout_s=st.sampled_from([0.0, 1.0]),
     max_bypass=st.integers(0, 3),

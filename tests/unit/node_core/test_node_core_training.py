@@ -1,5 +1,7 @@
 """Micro-batches, accumulation groups, the optimizer step and the version rule."""
 
+from itertools import accumulate
+
 from services.latency import OpKind
 from services.node_agent.core.types import Cancelled, Op, QueueOrder
 from tests.unit.node_core.driver import DURATIONS, Driver, microbatch, request, sync
@@ -169,12 +171,68 @@ def test_inference_runs_between_the_pieces_of_a_cut_op() -> None:
     ]
 
 
-def test_weights_do_not_change_between_the_pieces_of_a_forward() -> None:
-    driver = Driver(num_stages=2, weight_handling="stash").at(0.0, microbatch("m0", parts=3))
+def test_weights_that_drain_do_not_change_between_the_pieces_of_a_forward() -> None:
+    driver = Driver(num_stages=2).at(0.0, microbatch("m0", parts=3))
     driver.at(0.01, sync("s0", changes_weights=True)).run()
     begin_s = driver.ops(OpKind.WEIGHT_SYNC)[0][0]
-    assert begin_s >= max(time_s for time_s, _ in driver.ops(OpKind.TRAIN_FORWARD))
+    assert begin_s >= max(time_s for time_s, _ in driver.ops(OpKind.TRAIN_BACKWARD))
     assert driver.results == {"m0": "trained"}
+
+
+def test_pieces_after_a_weight_change_run_with_stashed_weights() -> None:
+    driver = Driver(num_stages=2, weight_handling="stash").at(0.0, microbatch("m0", parts=3))
+    driver.at(0.01, sync("s0", changes_weights=True)).run()
+    begin_s, change = driver.ops(OpKind.WEIGHT_SYNC)[0]
+    later = [op for time_s, op in driver.ops(OpKind.TRAIN_FORWARD) if time_s > begin_s]
+    assert later
+    assert {op.version for op in later} == {change.oldest_version} == {0}
+    assert driver.results == {"m0": "trained"}
+
+
+def test_a_step_does_not_wait_for_what_runs_with_older_weights() -> None:
+    """Forwards queue up on a slow stage 1; the steps of earlier micro-batches come up while they wait."""
+
+    def duration_s(stage: int, op: Op) -> float:
+        return 3.0 if stage and op.kind is OpKind.TRAIN_FORWARD else 0.1
+
+    driver = Driver(durations=duration_s, num_stages=2, weight_handling="stash", max_inflight_training=4)
+    driver.at(0.0, *(microbatch(f"m{index}") for index in range(4))).run()
+    assert set(driver.results.values()) == {"trained"}
+    steps = [op for _, op in driver.ops(OpKind.OPTIMIZER_STEP, stage=1)]
+    assert any(op.oldest_version < op.version for op in steps)
+    versions = [(op.version, op.changes_weights) for _, stage, op in driver.runs if stage == 1]
+    assert any(
+        not changes and version < highest
+        for (version, changes), highest in zip(versions, _highest(versions), strict=True)
+    )
+
+
+def _highest(versions: list[tuple[int, bool]]) -> list[int]:
+    """Weights version of a stage before each of its ops."""
+    return list(accumulate((int(changes) for _, changes in versions[:-1]), initial=0))
+
+
+def test_backwards_of_several_groups_need_as_many_gradient_buffers() -> None:
+    """With one buffer stage 1 waits for the step to come up from stage 0; with one per stage it need not."""
+
+    def span_s(gradient_buffers: int) -> float:
+        driver = Driver(
+            num_stages=2, weight_handling="stash", max_inflight_training=8, gradient_buffers=gradient_buffers
+        )
+        driver.at(0.0, *(microbatch(f"m{index}") for index in range(8))).run()
+        assert set(driver.results.values()) == {"trained"}
+        begins = [time_s for time_s, _ in driver.ops(OpKind.TRAIN_BACKWARD, stage=1)]
+        return max(begins) - min(begins)
+
+    assert span_s(2) < span_s(1)
+
+
+def test_steps_run_in_the_order_in_which_their_groups_are_complete() -> None:
+    """The pieces of a long micro-batch let a short one pass."""
+    driver = Driver(num_stages=2, weight_handling="stash", max_inflight_training=2, gradient_buffers=2)
+    driver.at(0.0, microbatch("m0", parts=8), microbatch("m1")).run()
+    assert [op.task_ids for _, op in driver.ops(OpKind.OPTIMIZER_STEP)] == [("m1",), ("m0",)]
+    assert set(driver.results.values()) == {"trained"}
 
 
 def test_a_cut_microbatch_can_be_cancelled_between_its_pieces() -> None:

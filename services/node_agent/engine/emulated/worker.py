@@ -49,7 +49,7 @@ class EmulatedStage:
 
     Its only parameter, `layers.<stage>.weight` (F32, shape (4,)), starts at 4. The loss of anything is the mean of all
     stages' weights. An optimizer step multiplies the weights by 1 - min(0.5, 100 * learning rate), so that the loss
-    falls with every step; each backward adds 1 to the squared gradient norm.
+    falls with every step; each backward adds 1 to its group's squared gradient norm.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EmulatedStage:
         self.version = 0
         self.kv_tokens: dict[str, int] = {}
         self.train_shapes: dict[str, tuple[int, int]] = {}
-        self.grad_norm_sq = 0.0
+        self.grad_norms_sq: dict[int, float] = {}
         self.clip_norms_sq: list[float | None] = []
         self._num_stages = num_stages
         self._info = info
@@ -77,7 +77,8 @@ class EmulatedStage:
         self._samplings: dict[str, Sampling] = {}
         self._losses: dict[str, float] = {}
         self._snapshots: dict[str, npt.NDArray[Any]] = {}
-        self._weight = np.full(_ELEMENTS, _INITIAL_WEIGHT, dtype=np.float32)
+        # By version: the current one, and older ones that ops on their way need.
+        self._weights = {0: np.full(_ELEMENTS, _INITIAL_WEIGHT, dtype=np.float32)}
         self._handlers: dict[type, Callable[[Any], dict[str, Any]]] = {
             Prefill: self._prefill,
             Decode: self._decode,
@@ -93,7 +94,12 @@ class EmulatedStage:
     @property
     def weight(self) -> float:
         """Mean of this stage's parameter."""
-        return float(self._weight.mean())
+        return float(self._weights[self.version].mean())
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Versions an op can run with, the current one last."""
+        return tuple(self._weights)
 
     def perform(self, op: StageOp, begin_s: float, end_s: float) -> StageResult:
         """Do the op's bookkeeping; one that breaks it, or cannot be done, is returned as failed."""
@@ -101,15 +107,14 @@ class EmulatedStage:
             fields = self._handlers[type(op)](op)
         except (BookkeepingError, ArithmeticError, OSError, ValueError, KeyError) as error:
             fields = {"error": f"{type(error).__name__}: {error}"}
-        if isinstance(op, OptimizerStep | LoadWeights):
-            self.version += 1  # also when it failed: stages stay in step
+        if isinstance(op, OptimizerStep | LoadWeights) and op.version == self.version:
+            self._advance(op)
         return StageResult(op_id=op.op_id, begin_s=begin_s, end_s=end_s, version=self.version, **fields)
 
     # ------------------------------------------------------------- serving
 
     def _prefill(self, op: Prefill) -> dict[str, Any]:
-        self._check_version(op.version)
-        partial = self._partial(op.hidden)
+        partial = self._partial(op)
         for sequence in op.sequences:
             if sequence.request_id in self.kv_tokens:
                 raise BookkeepingError(f"{sequence.request_id} is in the KV cache already")
@@ -128,8 +133,7 @@ class EmulatedStage:
         }
 
     def _decode(self, op: Decode) -> dict[str, Any]:
-        self._check_version(op.version)
-        partial = self._partial(op.hidden)
+        partial = self._partial(op)
         for sequence in op.sequences:
             if self.kv_tokens.get(sequence.request_id) != sequence.position:
                 held = self.kv_tokens.get(sequence.request_id)
@@ -164,10 +168,9 @@ class EmulatedStage:
     # ------------------------------------------------------------- training
 
     def _train_forward(self, op: TrainForward) -> dict[str, Any]:
-        self._check_version(op.version)
+        partial = self._partial(op)
         if op.task_id in self.train_shapes:
             raise BookkeepingError(f"{op.task_id} has saved activations already")
-        partial = self._partial(op.hidden)
         self.train_shapes[op.task_id] = train_shape(op)
         if not self.is_last:
             return {"output": Handle(partial)}
@@ -179,17 +182,18 @@ class EmulatedStage:
             raise BookkeepingError("a gradient comes from the next stage, and only from there")
         if self.train_shapes.pop(op.task_id, None) is None:
             raise BookkeepingError(f"{op.task_id} has no saved activations")
-        self.grad_norm_sq += 1.0
-        return {"grad_norm_sq": self.grad_norm_sq, "output": None if self.is_first else Handle("gradient")}
+        norm_sq = self.grad_norms_sq[op.group] = self.grad_norms_sq.get(op.group, 0.0) + 1.0
+        return {"grad_norm_sq": norm_sq, "output": None if self.is_first else Handle("gradient")}
 
     def _optimizer_step(self, op: OptimizerStep) -> dict[str, Any]:
-        self._check_version(op.version)
-        norm_sq = self.grad_norm_sq if op.grad_norm_sq_total is None else op.grad_norm_sq_total
+        self._check_is_current(op.version)
+        own_norm_sq = self.grad_norms_sq.pop(op.group, 0.0)
+        norm_sq = own_norm_sq if op.grad_norm_sq_total is None else op.grad_norm_sq_total
         self.clip_norms_sq.append(op.grad_norm_sq_total)
-        self.grad_norm_sq = 0.0
         if not math.isfinite(norm_sq):
             raise ArithmeticError(f"the squared gradient norm is {norm_sq}")
-        self._weight *= np.float32(1.0 - min(0.5, 100.0 * op.optimizer.learning_rate))
+        factor = np.float32(1.0 - min(0.5, 100.0 * op.optimizer.learning_rate))
+        self._weights[op.version + 1] = self._weights[op.version] * factor
         return {"grad_norm_sq": norm_sq}
 
     # ------------------------------------------------------------- weights
@@ -199,23 +203,30 @@ class EmulatedStage:
         return f"layers.{self.index}.weight"
 
     def _snapshot(self, op: Snapshot) -> dict[str, Any]:
-        self._check_version(op.version)
+        weight = self._weight_of(op.version)
         self._directory.mkdir(mode=0o700, exist_ok=True)
         path = self._directory / f"{op.sync_id.replace('/', '_')}-{self.index}.safetensors"
-        self._snapshots[op.sync_id] = self._weight.copy()
+        self._snapshots[op.sync_id] = weight
         while len(self._snapshots) > _MAX_SNAPSHOTS:
             del self._snapshots[next(iter(self._snapshots))]
-        save_file({self._parameter: self._weight}, path)
+        save_file({self._parameter: weight}, path)
         return {"weights_path": str(path)}
 
     def _load_weights(self, op: LoadWeights) -> dict[str, Any]:
-        self._check_version(op.version)
+        self._check_is_current(op.version)
         loaded = load_file(op.path)[self._parameter].astype(np.float32)
-        if op.mode == "replace":
-            self._weight = loaded
-        else:
-            self._weight = self._weight + loaded - self._snapshots[op.sync_id]
+        if op.mode == "average":
+            loaded = self._weights[op.version] + loaded - self._snapshots[op.sync_id]
+        self._weights[op.version + 1] = loaded
         return {}
+
+    def _advance(self, op: OptimizerStep | LoadWeights) -> None:
+        """The version rises also when the op failed, with equal weights: stages stay in step."""
+        current = self._weights[self.version]
+        self.version += 1
+        self._weights.setdefault(self.version, current)
+        oldest = self.version if op.oldest_version is None else op.oldest_version
+        self._weights = {v: weight for v, weight in self._weights.items() if v >= min(oldest, self.version)}
 
     # ------------------------------------------------------------- the rest
 
@@ -229,13 +240,20 @@ class EmulatedStage:
             "resident_bytes": (self.index + 1) << 20,
         }
 
-    def _check_version(self, version: int) -> None:
+    def _check_is_current(self, version: int) -> None:
         if version != self.version:
             raise BookkeepingError(f"stage {self.index} is at version {self.version}, the op wants {version}")
 
-    def _partial(self, hidden: Handle | None) -> float:
+    def _weight_of(self, version: int) -> npt.NDArray[Any]:
+        """The parameter as an op stamped `version` must see it."""
+        if version not in self._weights:
+            raise BookkeepingError(f"stage {self.index} has the versions {self.versions}, the op wants {version}")
+        return self._weights[version]
+
+    def _partial(self, op: Prefill | Decode | TrainForward) -> float:
         """Mean of the weights of this stage and those before it, weighted for the mean over all stages."""
-        if self.is_first != (hidden is None):
+        weight = float(self._weight_of(op.version).mean())
+        if self.is_first != (op.hidden is None):
             raise BookkeepingError("activations come from the previous stage, and only from there")
-        before = 0.0 if hidden is None else float(str(hidden.token))
-        return before + self.weight / self._num_stages
+        before = 0.0 if op.hidden is None else float(str(op.hidden.token))
+        return before + weight / self._num_stages

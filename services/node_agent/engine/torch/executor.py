@@ -1,10 +1,11 @@
 """Runs stage ops one at a time on a loaded stage: checks versions, moves tensors, turns exceptions into results."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from services.node_agent.engine.torch.weights import Snapshots, read_weights
 
 
 class VersionMismatch(RuntimeError):
-    """An op was stamped with another weights version than the stage holds."""
+    """An op was stamped with a weights version that the stage does not hold (any more)."""
 
 
 class StageExecutor:
@@ -46,7 +47,6 @@ class StageExecutor:
         """Loads the stage's weights. Raises ModelDirectoryError or ValueError."""
         device = config.devices[stage] if len(config.devices) > 1 else config.devices[0]
         context = spec.info(config.max_context_tokens).max_context_tokens
-        self.version = 0
         self.stage = Stage(spec, stage, config.num_stages, device=device, dtype=config.dtype)
         self._transport = transport
         self.inference = Inference(self.stage, kv_capacity_tokens=config.kv_capacity_tokens, max_context_tokens=context)
@@ -65,6 +65,11 @@ class StageExecutor:
             Measure: self._measure,
         }
 
+    @property
+    def version(self) -> int:
+        """The current weights version."""
+        return self.stage.weights.version
+
     def warm_up(self) -> None:
         """Make the first op as fast as the later ones; before any `run`."""
         self._timer.warm_up()
@@ -80,7 +85,7 @@ class StageExecutor:
             result = StageResult(op.op_id, 0.0, 0.0, 0, error=f"{type(error).__name__}: {_message(error)}")
             if isinstance(op, OptimizerStep | LoadWeights) and op.version == self.version:
                 # The op travels on all the same: stages stay at one version although this one changed nothing.
-                self.version += 1
+                self.stage.weights.advance(op.oldest_version)
         return replace(result, begin_s=begin_s, end_s=time.monotonic(), version=self.version)
 
     def close(self) -> None:
@@ -90,13 +95,13 @@ class StageExecutor:
 
     def _prefill(self, op: Prefill) -> StageResult:
         hidden = self._input(op.hidden)
-        self._check_version(op.version)
-        return self._inference_result(op, self.inference.prefill(op, hidden))
+        with self._weights_of(op.version):
+            return self._inference_result(op, self.inference.prefill(op, hidden))
 
     def _decode(self, op: Decode) -> StageResult:
         hidden = self._input(op.hidden)
-        self._check_version(op.version)
-        return self._inference_result(op, self.inference.decode(op, hidden))
+        with self._weights_of(op.version):
+            return self._inference_result(op, self.inference.decode(op, hidden))
 
     def _inference_result(self, op: Prefill | Decode, output: InferenceOutput) -> StageResult:
         hidden = output.hidden
@@ -109,8 +114,8 @@ class StageExecutor:
 
     def _train_forward(self, op: TrainForward) -> StageResult:
         hidden = self._input(op.hidden)
-        self._check_version(op.version)
-        output = self.training.forward(op, hidden)
+        with self._weights_of(op.version):
+            output = self.training.forward(op, hidden)
         return _result(
             op,
             output=self._put(output.hidden, op.task_id),
@@ -119,7 +124,7 @@ class StageExecutor:
         )
 
     def _train_backward(self, op: TrainBackward) -> StageResult:
-        # No version check: with stashed weights a backward belongs to an older version.
+        # Its version does not matter: the graph holds the weights its forward ran with.
         gradient, tied = self._input(op.gradient, first=False), self._input(op.tied_gradient, first=False)
         if (gradient is None) != self.stage.is_last:
             raise ValueError("a backward takes a gradient on every stage but the last")
@@ -137,19 +142,16 @@ class StageExecutor:
 
     def _optimizer_step(self, op: OptimizerStep) -> StageResult:
         tied_weight = self._input(op.tied_weight, first=False)
-        self._check_version(op.version)
-        # Raised first: a step that fails counts as well, so that all stages agree on the version.
-        self.version += 1
+        self._begin_version(op)
         norm_sq = self.training.step(op, tied_weight)
         return _result(op, output=self._put(self.training.tied_embedding(), op.job_id), grad_norm_sq=norm_sq)
 
     def _snapshot(self, op: Snapshot) -> StageResult:
-        self._check_version(op.version)
-        return _result(op, weights_path=str(self._snapshots.take(op.sync_id, self.stage.weights)))
+        with self._weights_of(op.version):
+            return _result(op, weights_path=str(self._snapshots.take(op.sync_id, self.stage.weights)))
 
     def _load_weights(self, op: LoadWeights) -> StageResult:
-        self._check_version(op.version)
-        self.version += 1
+        self._begin_version(op)
         if op.mode not in ("replace", "average"):
             raise ValueError(f"unknown mode {op.mode!r}; known: replace, average")
         loaded = read_weights(op.path, self.stage.weights, self.stage.spec)
@@ -161,7 +163,7 @@ class StageExecutor:
             wide = widen(current)
             return wide + (loaded[name].to(wide) - own[name].to(wide))
 
-        self.training.detach_in_flight()
+        self.training.before_change()
         with torch.no_grad():
             self.stage.weights.apply(update)
         return _result(op)
@@ -186,11 +188,22 @@ class StageExecutor:
     def _put(self, tensor: Tensor | None, task_id: str) -> Handle | None:
         return None if tensor is None else self._transport.put(tensor, (task_id,))
 
-    def _check_version(self, version: int) -> None:
-        if version != self.version:
-            raise VersionMismatch(
-                f"the op is for weights version {version}, stage {self.stage.index} holds {self.version}"
-            )
+    def _weights_of(self, version: int) -> AbstractContextManager[None]:
+        """The weights an op was stamped with."""
+        weights = self.stage.weights
+        if version not in weights.versions:
+            self._refuse(version, weights.versions)
+        return weights.at(version)
+
+    def _begin_version(self, op: OptimizerStep | LoadWeights) -> None:
+        """Raised before the change: one that fails counts as well, so that all stages agree on the version."""
+        if op.version != self.version:
+            self._refuse(op.version, (self.version,))
+        self.stage.weights.advance(op.oldest_version)
+
+    def _refuse(self, version: int, held: Sequence[int]) -> NoReturn:
+        versions = ", ".join(map(str, held))
+        raise VersionMismatch(f"the op is for weights version {version}, stage {self.stage.index} holds {versions}")
 
 
 def _result(op: StageOp, **fields: Any) -> StageResult:

@@ -1,12 +1,12 @@
 """Forward, backward and optimizer steps of one stage.
 
-Gradients are taken with `torch.autograd.grad` for the parameters the forward ran with and added to the current
-parameters, so a step may come between a micro-batch's forward and its backward (weight stashing): the step then works
-on new parameter objects and leaves those the graph holds untouched.
+Gradients are taken with `torch.autograd.grad` for the parameters the forward ran with and kept apart by accumulation
+group, so steps may come between a micro-batch's forward and its backward, and backwards of the next group before the
+step of this one (weight stashing): a step works on new parameter objects and leaves those a graph holds untouched.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
@@ -38,7 +38,7 @@ class ForwardOutput:
 class BackwardOutput:
     """`hidden`: gradient for the previous stage. `tied`: last stage's part of the tied embedding's gradient.
 
-    grad_norm_sq: squared norm of everything accumulated on this stage so far.
+    grad_norm_sq: squared norm of everything its group has accumulated on this stage so far.
     """
 
     hidden: Tensor | None
@@ -63,12 +63,14 @@ class _Job:
 
 
 class Training:
-    """Training state of a stage: micro-batches in flight, accumulated gradients, one AdamW per job."""
+    """Training state of a stage: micro-batches in flight, gradients by accumulation group, one AdamW per job."""
 
     def __init__(self, stage: Stage, *, max_context_tokens: int) -> None:
         self._stage = stage
         self._max_context_tokens = max_context_tokens
         self._saved: dict[str, _Saved] = {}
+        # In the order of the owned weights.
+        self._gradients: dict[int, list[Tensor]] = {}
         self._jobs: dict[str, _Job] = {}
         stage.weights.on_replace.append(self._rekey)
 
@@ -76,6 +78,11 @@ class Training:
     def num_in_flight(self) -> int:
         """Micro-batches whose forward ran and whose backward has not."""
         return len(self._saved)
+
+    @property
+    def gradients(self) -> Mapping[int, Sequence[Tensor]]:
+        """What each group has accumulated, in the order of the owned weights."""
+        return self._gradients
 
     def forward(self, op: TrainForward, hidden: Tensor | None) -> ForwardOutput:
         """Run a micro-batch and keep its graph. Raises ValueError for bad examples, ArithmeticError for a loss that
@@ -88,54 +95,60 @@ class Training:
         return result
 
     def backward(self, op: TrainBackward, gradient: Tensor | None, tied: Tensor | None) -> BackwardOutput:
-        """Add a micro-batch's gradient; `tied` is the last stage's part of the tied embedding's (stage 0 only)."""
+        """Add a micro-batch's gradient to its group's; `tied` is the last stage's part of the tied embedding's (stage 0
+        only)."""
         saved = self._saved.pop(op.task_id, None)
         if saved is None:
             raise KeyError(f"micro-batch {op.task_id} is not in flight on this stage")
         gradients = run_backward(saved, gradient)
-        weights = self._stage.weights
-        offset = 0 if saved.inputs is None else 1
-        exported = None
-        for weight, value in zip(weights.weights, gradients[offset:], strict=True):
-            if weight.borrowed:
-                exported = value
-            else:
-                _add_gradient(weight.parameter, value)
+        entering = None if saved.inputs is None else gradients[0]
+        by_weight = list(zip(self._stage.weights.weights, gradients[-len(saved.parameters) :], strict=True))
+        accumulated = self._accumulate(op.group, [value for weight, value in by_weight if not weight.borrowed])
         if tied is not None:
-            _add_gradient(weights.weights[0].parameter, tied)
-        return BackwardOutput(gradients[0] if offset else None, exported, self._grad_norm_sq())
+            accumulated[0].add_(tied)
+        exported = next((value for weight, value in by_weight if weight.borrowed), None)
+        return BackwardOutput(entering, exported, _norm_sq(accumulated))
+
+    def _accumulate(self, group: int, gradients: list[Tensor]) -> list[Tensor]:
+        accumulated = self._gradients.setdefault(group, gradients)
+        if accumulated is not gradients:
+            torch._foreach_add_(accumulated, gradients)
+        return accumulated
 
     def step(self, op: OptimizerStep, tied_weight: Tensor | None) -> float:
-        """Apply the accumulated gradients; returns the squared norm used for clipping. They are dropped in any case.
+        """Apply a group's gradients; returns the squared norm used for clipping. They are dropped in any case.
 
-        Raises, with weights unchanged, ValueError when nothing is accumulated or the job's optimizer changed, and
-        ArithmeticError for a gradient that is not finite.
+        Raises, with weights unchanged, ValueError when the group has accumulated nothing or the job's optimizer
+        changed, and ArithmeticError for a gradient that is not finite.
         """
-        try:
-            return self._step(op, tied_weight)
-        finally:
-            for weight in self._stage.weights.owned:
-                weight.parameter.grad = None
-
-    def _step(self, op: OptimizerStep, tied_weight: Tensor | None) -> float:
-        weights = self._stage.weights
-        if any(weight.parameter.grad is None for weight in weights.owned):
+        gradients = self._gradients.pop(op.group, None)
+        if gradients is None:
             raise ValueError(f"job {op.job_id} steps without an accumulated gradient")
-        norm_sq = self._grad_norm_sq() if op.grad_norm_sq_total is None else op.grad_norm_sq_total
+        norm_sq = _norm_sq(gradients) if op.grad_norm_sq_total is None else op.grad_norm_sq_total
         if not math.isfinite(norm_sq):
             raise ArithmeticError(f"the squared gradient norm is {norm_sq}; step skipped, weights unchanged")
-        borrowed = weights.borrowed
+        borrowed = self._stage.weights.borrowed
         if borrowed is not None and tied_weight is None:
             raise ValueError("the last stage of a tied model needs stage 0's new embedding (tied_weight)")
         job = self._job(op.job_id, op.optimizer)
-        self.detach_in_flight()
-        self._clip(math.sqrt(norm_sq), op.optimizer.max_grad_norm)
-        job.optimizer.step()
-        job.scheduler.step()
+        self.before_change()
+        _clip(gradients, math.sqrt(norm_sq), op.optimizer.max_grad_norm)
+        self._apply(job, gradients)
         if borrowed is not None and tied_weight is not None:
             with torch.no_grad():
                 borrowed.parameter.copy_(tied_weight)
         return norm_sq
+
+    def _apply(self, job: _Job, gradients: Sequence[Tensor]) -> None:
+        owned = self._stage.weights.owned
+        for weight, gradient in zip(owned, gradients, strict=True):
+            weight.parameter.grad = gradient
+        try:
+            job.optimizer.step()
+        finally:
+            for weight in owned:
+                weight.parameter.grad = None
+        job.scheduler.step()
 
     def tied_embedding(self) -> Tensor | None:
         """Stage 0's embedding when another stage keeps a copy of it."""
@@ -144,10 +157,11 @@ class Training:
             return None
         return stage.weights.weights[0].parameter.detach()
 
-    def detach_in_flight(self) -> None:
-        """To be called before weights change: micro-batches in flight keep the values they ran with."""
-        if self._saved:
-            self._stage.weights.replace_parameters()
+    def before_change(self) -> None:
+        """To be called before weights change: whatever runs with the current values, now or later, keeps them."""
+        weights = self._stage.weights
+        current = weights.weights[0].parameter
+        weights.replace_parameters(any(saved.parameters[0] is current for saved in self._saved.values()))
 
     def forget(self, ids: Sequence[str]) -> None:
         """Drop micro-batches in flight and optimizers of jobs by id; unknown ids are ignored."""
@@ -165,24 +179,15 @@ class Training:
             raise ValueError(f"job {job_id} changed its optimizer from {job.spec} to {spec}")
         return job
 
-    def _grad_norm_sq(self) -> float:
-        return float(torch.stack(torch._foreach_norm(self._gradients())).double().square().sum())
-
-    def _gradients(self) -> list[Tensor]:
-        return [w.parameter.grad for w in self._stage.weights.owned if w.parameter.grad is not None]
-
-    def _clip(self, norm: float, max_norm: float) -> None:
-        """As torch.nn.utils.clip_grad_norm_, with the whole model's norm."""
-        scale = max_norm / (norm + 1e-6)
-        if max_norm > 0.0 and scale < 1.0:
-            torch._foreach_mul_(self._gradients(), scale)
-
-    def _rekey(self, old: nn.Parameter, new: nn.Parameter) -> None:
+    def _rekey(self, renewed: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """The optimizers go on with the new parameter objects."""
         for job in self._jobs.values():
-            if old in job.optimizer.state:
-                job.optimizer.state[new] = job.optimizer.state.pop(old)
+            state = job.optimizer.state
+            for old, new in renewed.items():
+                if old in state:
+                    state[new] = state.pop(old)
             for group in job.optimizer.param_groups:
-                group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+                group["params"] = [renewed[parameter] for parameter in group["params"]]
 
 
 def make_job(parameters: list[nn.Parameter], spec: OptimizerSpec) -> _Job:
@@ -264,8 +269,12 @@ def _labels(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
     return places, targets
 
 
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = gradient
-    else:
-        parameter.grad.add_(gradient)
+def _norm_sq(gradients: list[Tensor]) -> float:
+    return float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
+
+
+def _clip(gradients: list[Tensor], norm: float, max_norm: float) -> None:
+    """As torch.nn.utils.clip_grad_norm_, with the whole model's norm."""
+    scale = max_norm / (norm + 1e-6)
+    if max_norm > 0.0 and scale < 1.0:
+        torch._foreach_mul_(gradients, scale)

@@ -4,7 +4,8 @@ Projections that read the same input (q, k, v; gate, up) are stored as one matri
 are cut apart again under their full-model names wherever weights leave the stage.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,11 +68,17 @@ class WeightLoader:
 
 @dataclass(slots=True)
 class WeightSet:
-    """All parameters of a stage."""
+    """All parameters of a stage: the current ones, and those of older versions for ops stamped with them.
+
+    Graphs refer to parameter objects, and older versions are the objects they were: values stay as they are because the
+    current objects are replaced before they change, see `replace_parameters`.
+    """
 
     weights: tuple[Weight, ...]
-    #: Called with (old, new) whenever `replace_parameters` swaps a parameter object.
-    on_replace: list[Callable[[nn.Parameter, nn.Parameter], None]] = field(default_factory=list)
+    version: int = 0
+    #: Called with old -> new whenever `replace_parameters` swaps the parameter objects.
+    on_replace: list[Callable[[Mapping[nn.Parameter, nn.Parameter]], None]] = field(default_factory=list)
+    _kept: dict[int, list[nn.Parameter]] = field(default_factory=dict)
 
     @property
     def owned(self) -> list[Weight]:
@@ -83,20 +90,52 @@ class WeightSet:
         """The copy of a tied embedding, on the last stage of several."""
         return next((weight for weight in self.weights if weight.borrowed), None)
 
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Versions an op can run with, the current one last."""
+        return (*self._kept, self.version)
+
     def parameters(self) -> list[nn.Parameter]:
-        """Current parameter objects, in the order of `weights`."""
+        """Parameter objects in use, in the order of `weights`."""
         return [weight.parameter for weight in self.weights]
 
-    def replace_parameters(self) -> None:
-        """Put equal new parameter objects in place of the current ones, which then stay as they are for the graphs
-        of micro-batches in flight (weight stashing)."""
-        for weight in self.weights:
-            old = weight.parameter
-            new = nn.Parameter(old.detach().clone())
-            new.grad, old.grad = old.grad, None
-            weight.parameter = new
-            for callback in self.on_replace:
-                callback(old, new)
+    def advance(self, oldest_version: int | None) -> None:
+        """Begin the next version, with the current values; keep older ones from `oldest_version` on, None: none.
+
+        A version whose values do not change after all shares its parameters with the one before.
+        """
+        self._kept[self.version] = self.parameters()
+        self.version += 1
+        oldest = self.version if oldest_version is None else oldest_version
+        self._kept = {version: kept for version, kept in self._kept.items() if version >= oldest}
+
+    @contextmanager
+    def at(self, version: int) -> Iterator[None]:
+        """Every reader of the weights sees those of one of `versions`. Raises KeyError for another one."""
+        if version == self.version:
+            yield
+            return
+        kept, current = self._kept[version], self.parameters()
+        self._put(kept)
+        try:
+            yield
+        finally:
+            self._put(current)
+
+    def replace_parameters(self, in_use: bool) -> None:
+        """To be called before values change. When an older version shares the current parameter objects, or `in_use`
+        says that the graph of a micro-batch in flight does, equal new ones take their place."""
+        old = self.parameters()
+        if not (in_use or any(kept[0] is old[0] for kept in self._kept.values())):
+            return
+        renewed = {parameter: nn.Parameter(parameter.detach().clone()) for parameter in old}
+        self._put(list(renewed.values()))
+        for callback in self.on_replace:
+            callback(renewed)
+
+    def _put(self, parameters: Sequence[nn.Parameter]) -> None:
+        for weight, parameter in zip(self.weights, parameters, strict=True):
+            weight.parameter = parameter
 
     def named(self, *, with_borrowed: bool) -> dict[str, Tensor]:
         """Full-model name -> view of the current value."""

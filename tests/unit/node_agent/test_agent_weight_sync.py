@@ -1,0 +1,40 @@
+"""What a node's stages are told to do with the peers' weights."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lemix.internal.v1 import scheduler_service_pb2
+from services.latency import OpKind
+from services.node_agent.core.types import Op
+from services.node_agent.engine.base import LoadWeights
+from services.node_agent.loop import WeightOp
+from services.node_agent.weights import WeightSync
+
+
+async def test_applied_weights_say_which_older_ones_are_still_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[WeightOp] = []
+
+    async def run_weight_op(subject: str, weight_op: WeightOp) -> WeightOp:
+        asked.append(weight_op)
+        return weight_op
+
+    async def combine(self: WeightSync, sync_id: str, mode: str, peers: Sequence[str], path: Path) -> None:
+        assert (sync_id, mode, list(peers)) == ("s", "replace", ["peer:1"])
+
+    loop = SimpleNamespace(run_weight_op=run_weight_op, ages=SimpleNamespace(newest_step=4))
+    monkeypatch.setattr(WeightSync, "_combine", combine)
+    finished: asyncio.Queue[scheduler_service_pb2.SyncFinished] = asyncio.Queue()
+    sync = WeightSync(loop=loop, address=lambda: "own:1", report=finished.put_nowait, timeout_s=5.0)  # type: ignore[arg-type]
+    sync.start_apply("s", scheduler_service_pb2.SYNC_MODE_REPLACE, ["peer:1", "own:1"])
+    async with asyncio.timeout(5.0):
+        assert not (await finished.get()).HasField("error")
+    await sync.close()
+    (weight_op,) = asked
+    op = Op(7, OpKind.WEIGHT_SYNC, (), 3, subject="s/apply", changes_weights=True, oldest_version=2)
+    payload = weight_op.payload(op)
+    assert isinstance(payload, LoadWeights)
+    assert payload == LoadWeights(7, 3, "s", payload.path, "replace", 2)

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from services.scheduler.core.state import Cluster, LiveInference, NodeState
-from services.scheduler.core.types import CoreConfig, InferenceTask, Reject, Task, TaskEnded
+from services.scheduler.core.state import NodeState
+from services.scheduler.core.types import CoreConfig, InferenceTask, Reject, Task
 
 #: Told to a refused caller; the queue is long by then and needs about that to move.
 _RETRY_AFTER_S = 1.0
@@ -14,20 +14,6 @@ def deadline_s(task: InferenceTask, config: CoreConfig) -> float:
     """When the first token of a request is due, seconds; infinite without a promise."""
     ttft_s = task.slo.ttft_s if task.slo.ttft_s is not None else config.default_slo.ttft_s
     return math.inf if ttft_s is None else task.arrival_s + ttft_s
-
-
-def observe_promise(now_s: float, live: LiveInference, event: TaskEnded, cluster: Cluster) -> None:
-    """Note whether an ended request got what it was promised. One whose prefill alone takes longer than the promise
-    says nothing about the scheduling."""
-    task = live.task
-    promised_s = live.deadline_s - task.arrival_s
-    if live.cancelled or promised_s == math.inf or live.prefill_s > promised_s:
-        return
-    tpot_s = task.slo.tpot_s if task.slo.tpot_s is not None else cluster.config.default_slo.tpot_s
-    kept = event.ok and live.first_token_s <= live.deadline_s
-    if kept and tpot_s is not None and event.output_tokens > 1:
-        kept = now_s - live.first_token_s <= tpot_s * (event.output_tokens - 1)
-    cluster.attainment.observe(kept)
 
 
 def refuse(task: InferenceTask, serving: Sequence[NodeState]) -> Reject | None:

@@ -70,6 +70,11 @@ class NodeCosts:
             )
         return longest
 
+    def training_work_s(self, batch: int, length: int) -> float:
+        """Mean time that a micro-batch keeps a stage busy."""
+        kinds = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD)
+        return sum(self.node_s(kind, batch, length) for kind in kinds) / self.num_stages
+
     def calibrate(self, stage: int, op: OpKind, batch: float, length: float, actual_s: float) -> None:
         """Learn from a real duration: later predictions of `op` move towards real / predicted."""
         a, b, c, d = self._terms[op][stage]

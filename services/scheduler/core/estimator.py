@@ -85,18 +85,3 @@ class Arrivals:
         if self._gap_s is None or self.last_s is None:
             return math.inf
         return max(self._gap_s, now_s - self.last_s)
-
-
-class Attainment:
-    """Share of promises kept of late, 0-1: an exponential average over the requests that ended."""
-
-    __slots__ = ("share",)
-
-    _GAIN = 0.03
-
-    def __init__(self) -> None:
-        self.share = 1.0
-
-    def observe(self, kept: bool) -> None:
-        """A request ended whose promise could have been kept."""
-        self.share += self._GAIN * (kept - self.share)

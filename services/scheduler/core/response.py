@@ -4,6 +4,7 @@ The paper's per-task path (forecast.py) knows no batching. Here a node is descri
 prefill is to come, requests that decode together, and the training operation that may hold the stage.
 """
 
+import math
 from dataclasses import dataclass
 
 from services.latency import OpKind
@@ -34,14 +35,25 @@ def predict_response(now_s: float, live: LiveInference, node: NodeState, cluster
     iteration_s = costs.node_s(OpKind.DECODE, max(1.0, running / stages), context)
     own_s = costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens)
     waiting_s = _blocking_s(node, iteration_s) + node.prefilling_s / stages
-    if num_live >= slots:
-        # One request in `slots` leaves every (output length / slots) iterations.
+    num_leaving = _num_leaving(live, node, slots)
+    if num_leaving:
+        # Of n running requests one leaves every (output length / n) iterations.
         output_tokens = cluster.outputs.expected_tokens(task.max_tokens)
-        waiting_s += (num_live - slots + 1) * output_tokens * iteration_s / slots
+        waiting_s += num_leaving * output_tokens * iteration_s / min(num_live, slots)
     # Prefills of the requests this node has to expect take turns with the decode iterations.
     gap_s = node.arrivals.gap_s(now_s) * stages
     prefill_share = min(own_s / gap_s, _MAX_PREFILL_SHARE) if gap_s > 0.0 else _MAX_PREFILL_SHARE
     return Response(now_s - task.arrival_s + waiting_s + own_s, iteration_s / (1.0 - prefill_share))
+
+
+def _num_leaving(live: LiveInference, node: NodeState, slots: int) -> int:
+    """How many requests must leave before there is a place in the batches and room in the KV cache for this one."""
+    num_live = len(node.inference)
+    if not num_live:
+        return 0
+    needed = node.reserved_tokens + live.task.prompt_tokens + live.task.max_tokens - node.spec.kv_capacity_tokens
+    by_room = math.ceil(needed * num_live / node.reserved_tokens) if needed > 0 else 0
+    return max(0, num_live - slots + 1, by_room)
 
 
 def _blocking_s(node: NodeState, iteration_s: float) -> float:

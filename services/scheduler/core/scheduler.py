@@ -9,7 +9,7 @@ import math
 
 from services.latency import OpKind
 from services.scheduler.core import policies, traces
-from services.scheduler.core.admission import deadline_s, observe_promise, refuse, refuse_overloaded
+from services.scheduler.core.admission import deadline_s, refuse, refuse_overloaded
 from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.forecast import NodeForecast
 from services.scheduler.core.state import Cluster, HeldTime, LiveInference, LiveTask, LiveTraining, NodeState
@@ -170,6 +170,7 @@ class SchedulerCore:
         else:
             live = LiveTraining(task, self._num_accepted)
             cluster.waiting_training[task.task_id] = live
+            cluster.expect_training(live)
         cluster.tasks[task.task_id] = live
         return live
 
@@ -188,7 +189,6 @@ class SchedulerCore:
         node = live.node
         if isinstance(live, LiveInference):
             node.remove_inference(live)
-            observe_promise(now_s, live, event, self._cluster)
             if event.ok and event.output_tokens > 0:
                 self._cluster.outputs.observe(event.output_tokens)
         else:
@@ -247,6 +247,7 @@ class SchedulerCore:
             cluster.waiting_inference.pop(task_id, None)
         else:
             cluster.waiting_training.pop(task_id, None)
+            cluster.trained(live)
 
     # ----------------------------------------------------------------- nodes
 
@@ -351,13 +352,15 @@ class SchedulerCore:
         placement = self._policy.place_training(
             now_s, live, overdue or candidates, self._cluster, may_hold=not overdue and max_hold_s > 0.0
         )
-        for node in placement.held_back:
+        for node in placement.held_back or self._starved(placement, candidates):
             if node.held_back_since_s is None:
                 node.held_back_since_s = now_s
             expiry_s = node.held_back_since_s + max_hold_s
             retry_s = min(max(placement.retry_s, now_s + _MIN_RETRY_S), expiry_s)
             self._hold_back_retry_s = min(self._hold_back_retry_s, retry_s)
         chosen = placement.node
+        if chosen is None and overdue:
+            chosen = overdue[0]  # the starvation bound holds whatever the policy says
         if chosen is None:
             return False
         chosen.held_back_since_s = None
@@ -365,6 +368,12 @@ class SchedulerCore:
         self._give(now_s, live, chosen)
         self._commands.append(Assign(live.task.task_id, chosen.spec.node_id, placement.terms, placement.parts))
         return True
+
+    def _starved(self, placement: policies.TrainingPlacement, candidates: list[NodeState]) -> list[NodeState]:
+        """Nodes for which the clock runs although the policy held back on none by name: all of them when no training
+        is under way anywhere. While some is, the policy may wait for its end."""
+        is_idle = placement.node is None and not any(node.training for node in self._cluster.training)
+        return candidates if is_idle else []
 
     def _give(self, now_s: float, live: LiveTask, node: NodeState) -> None:
         """Book a task on a node."""

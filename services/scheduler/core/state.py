@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from services.latency import OpKind
 from services.scheduler.core.costs import NodeCosts
-from services.scheduler.core.estimator import Arrivals, Attainment, OutputLengths, RunningMoments
+from services.scheduler.core.estimator import Arrivals, OutputLengths, RunningMoments
 from services.scheduler.core.forecast import NodeForecast
 from services.scheduler.core.types import CoreConfig, InferenceTask, NodeRole, NodeSpec, TrainingTask
 
@@ -44,6 +44,9 @@ class LiveTraining:
     #: Pieces its operations are cut into, and the longest single one it brings to a stage of its node, seconds.
     parts: int = 1
     op_s: float = 0.0
+    #: Its part of the backlog (`Cluster.backlog_s`), and whether it still counts.
+    work_s: float = 0.0
+    is_expected: bool = True
     #: Its forward left the first stage: under the A-PP rule the next micro-batch of its stream may follow.
     entered: bool = False
     #: Its backward left the first stage: it waits for the optimizer step of its group and blocks nothing.
@@ -114,8 +117,9 @@ class NodeState:
     #: Requests whose prefill is not over, and their predicted prefill in total, seconds.
     num_prefilling: int = 0
     prefilling_s: float = 0.0
-    #: Tokens in the contexts of all its requests.
+    #: Tokens in the contexts of all its requests, and tokens of KV cache they may come to need.
     context_tokens: int = 0
+    reserved_tokens: int = 0
     #: Micro-batches whose backward is not over: what the A-PP rule counts.
     num_outstanding_training: int = 0
     #: Those of them whose forward has not left the first stage.
@@ -157,6 +161,7 @@ class NodeState:
         self.num_prefilling += 1
         self.prefilling_s += live.prefill_s
         self.context_tokens += live.context_tokens
+        self.reserved_tokens += task.prompt_tokens + task.max_tokens
 
     def first_token(self, live: LiveInference, at_s: float) -> None:
         """The prefill of one of its requests is over."""
@@ -177,6 +182,7 @@ class NodeState:
         if not live.has_first_token:
             self._leave_prefill(live)
         self.context_tokens -= live.context_tokens
+        self.reserved_tokens -= live.task.prompt_tokens + live.task.max_tokens
         live.node = None
 
     def _leave_prefill(self, live: LiveInference) -> None:
@@ -233,10 +239,11 @@ class Cluster:
     prompts: RunningMoments = field(default_factory=RunningMoments)
     forward_s: RunningMoments = field(default_factory=RunningMoments)
     outputs: OutputLengths = field(init=False)
-    #: How many of the promises that could be kept were kept of late.
-    attainment: Attainment = field(default_factory=Attainment)
     #: Requests that have not ended.
     num_live_inference: int = 0
+    #: Time that training not through its backward is predicted to keep the stages of one node busy, seconds.
+    backlog_s: float = 0.0
+    _num_untrained: int = 0
 
     def __post_init__(self) -> None:
         self.outputs = OutputLengths(self.config.initial_output_tokens)
@@ -248,6 +255,30 @@ class Cluster:
         ordered = sorted(self.nodes.values(), key=lambda node: node.node_id)
         self.serving = tuple(node for node in ordered if node.role in (NodeRole.SERVE, NodeRole.BOTH))
         self.training = tuple(node for node in ordered if node.role in (NodeRole.TRAIN, NodeRole.BOTH))
+        self._recount_backlog()
+
+    def expect_training(self, live: LiveTraining) -> None:
+        """A micro-batch is to be trained: it counts towards the backlog until its backward is over."""
+        live.work_s = 0.0
+        if self.training:
+            live.work_s = self.training[0].costs.training_work_s(live.task.batch, live.task.length)
+        self._num_untrained += 1
+        self.backlog_s += live.work_s
+
+    def trained(self, live: LiveTraining) -> None:
+        """Its backward is over, or it left."""
+        if live.is_expected:
+            live.is_expected = False
+            self._num_untrained -= 1
+            # Exactly zero when nothing is left, whatever rounding the sum has gathered.
+            self.backlog_s = max(0.0, self.backlog_s - live.work_s) if self._num_untrained else 0.0
+
+    def _recount_backlog(self) -> None:
+        """Other nodes, other costs."""
+        self.backlog_s, self._num_untrained = 0.0, 0
+        for live in self.tasks.values():
+            if isinstance(live, LiveTraining) and live.is_expected:
+                self.expect_training(live)
 
     def wait_again(self, tasks: Iterable[LiveTask]) -> None:
         """Put tasks of a lost node back into the queues, in order of acceptance among those that wait."""
@@ -258,6 +289,9 @@ class Cluster:
                 self.waiting_inference[live.task.task_id] = live
             else:
                 self.waiting_training[live.task.task_id] = live
+                if not live.is_expected:
+                    live.is_expected = True
+                    self.expect_training(live)
         self.waiting_inference = dict(sorted(self.waiting_inference.items(), key=lambda item: item[1].sequence))
         self.waiting_training = dict(sorted(self.waiting_training.items(), key=lambda item: item[1].sequence))
 

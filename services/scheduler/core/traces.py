@@ -18,7 +18,7 @@ def observe(op: OpFinished, node: NodeState, cluster: Cluster) -> None:
         _calibrate_inference(op, node)
         _observe_inference(op, node, cluster)
     elif op.op in _TRAINING_OPS:
-        _observe_training(op, node)
+        _observe_training(op, node, cluster)
 
 
 def forward_s_per_stage(task: InferenceTask, node: NodeState, cluster: Cluster) -> list[float]:
@@ -83,7 +83,7 @@ def _calibrate_inference(op: OpFinished, node: NodeState) -> None:
         node.costs.calibrate(op.stage, op.op, batch, tokens / batch, op.end_s - op.begin_s)
 
 
-def _observe_training(op: OpFinished, node: NodeState) -> None:
+def _observe_training(op: OpFinished, node: NodeState, cluster: Cluster) -> None:
     for task_id in op.task_ids:
         live = node.training.get(task_id)
         if live is None:
@@ -95,6 +95,7 @@ def _observe_training(op: OpFinished, node: NodeState) -> None:
                 node.entered(live)
             else:
                 node.backward_ended(live)
+                cluster.trained(live)
         node.costs.calibrate(op.stage, op.op, task.batch, task.length, (op.end_s - op.begin_s) * op.parts)
         if node.forecast is None or not is_last_part:
             continue

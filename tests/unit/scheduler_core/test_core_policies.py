@@ -2,7 +2,6 @@
 
 import pytest
 
-from services.latency import OpKind
 from services.scheduler.core import policies
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.types import (
@@ -11,9 +10,7 @@ from services.scheduler.core.types import (
     NodeJoined,
     NodeLost,
     NodeRole,
-    OpFinished,
     QueueOrder,
-    SloTarget,
     SyncMode,
     TaskArrived,
     TaskEnded,
@@ -199,81 +196,6 @@ def test_larger_lambda_2_gathers_alike_lengths() -> None:
 
     assert placements(0.0) == ["a", "a"]
     assert len(placements(5.0)) == 2
-
-
-# ----------------------------------------------------------------------------- lemix
-
-TTFT_S = 0.5
-
-
-def lemix_core(*names: str, **config: object) -> SchedulerCore:
-    return core_with(
-        *(node(name) for name in names),
-        policy="lemix",
-        **{"default_slo": SloTarget(ttft_s=TTFT_S, tpot_s=0.1), "policy_options": {"slo_fraction": 0.7}, **config},
-    )
-
-
-def test_lemix_packs_then_spills_before_the_promise_breaks() -> None:
-    core = lemix_core("a", "b", "c")
-    # Prefill 0.1 s each: with a fraction of 0.7 of 0.5 s, three fit on a node.
-    placed = [place(core, 1.0, f"r{index}") for index in range(10)]
-    assert placed == ["a"] * 3 + ["b"] * 3 + ["c"] * 3 + ["a"]
-
-
-def test_lemix_takes_the_best_predicted_node_when_none_keeps_the_promise() -> None:
-    core = lemix_core("a", "b")
-    for index in range(6):
-        place(core, 1.0, f"r{index}")
-    core.step(1.05, OpFinished("b", 0, OpKind.PREFILL, 1.0, 1.05, ("r3", "r4", "r5"), 300, first_token=True))
-    assert place(core, 1.05, "late", output=10) == "b"
-
-
-def test_lemix_returns_to_the_first_node_when_it_has_room_again() -> None:
-    core = lemix_core("a", "b")
-    for index in range(4):
-        place(core, 1.0, f"r{index}")
-    for index in range(3):
-        core.step(1.3, TaskEnded(f"r{index}", "a", ok=True, output_tokens=1))
-    assert place(core, 1.3, "next") == "a"
-
-
-def test_lemix_smaller_fraction_spreads_earlier() -> None:
-    core = lemix_core("a", "b", policy_options={"slo_fraction": 0.3})
-    assert [place(core, 1.0, f"r{index}") for index in range(2)] == ["a", "b"]
-
-
-def test_lemix_counts_the_training_operation_that_may_hold_the_stage() -> None:
-    core = lemix_core("a", "b", max_inflight_training=1)
-    core.step(0.0, TaskArrived(microbatch("m")))
-    # "a" may be in a backward of 0.4 s: 0.4 + 0.1 > 0.7 * 0.5, while "b" is free.
-    assert place(core, 0.1, "r") == "b"
-
-
-def test_lemix_spills_when_decoding_together_would_break_the_token_promise() -> None:
-    spec = node("a", latency=constant_latency(decode=0.09)), node("b")
-    core = core_with(*spec, policy="lemix", default_slo=SloTarget(ttft_s=10.0, tpot_s=0.1))
-    assert place(core, 1.0, "r", output=32) == "b"
-
-
-def test_lemix_without_any_promise_uses_the_response_on_an_idle_node() -> None:
-    core = core_with(node("a"), node("b"), policy="lemix", policy_options={"slo_fraction": 0.7})
-    # 5 units of 0.1 s: the same promise of 0.5 s as above.
-    assert [place(core, 1.0, f"r{index}") for index in range(4)] == ["a", "a", "a", "b"]
-
-
-def test_lemix_spills_to_a_free_node_when_all_places_of_the_batch_are_taken() -> None:
-    specs = [node(name, max_batch=2) for name in ("a", "b")]
-    core = core_with(*specs, policy="lemix", default_slo=SloTarget(ttft_s=0.8, tpot_s=0.1))
-    assert [place(core, 1.0, f"r{index}", output=200) for index in range(3)] == ["a", "a", "b"]
-
-
-def test_lemix_trains_on_the_node_with_the_shortest_stream() -> None:
-    core = lemix_core("a", "b", max_inflight_training=2)
-    placed = [assigned(core.step(0.0, TaskArrived(microbatch(f"m{index}"))))[0][1] for index in range(4)]
-    assert placed == ["a", "b", "a", "b"]
-    assert core.step(1.0, TaskEnded("m1", "b", ok=True)) == []
-    assert assigned(core.step(1.0, TaskArrived(microbatch("m4"))))[0][1] == "b"
 
 
 def test_every_role_is_both_where_nodes_share() -> None:

@@ -169,7 +169,13 @@ def test_no_hold_back_when_it_is_switched_off() -> None:
 
 def test_lemix_holds_back_only_where_the_requests_are() -> None:
     specs = [node(name, latency=constant_latency(train_forward=1.0)) for name in ("a", "b")]
-    core = core_with(*specs, policy="lemix", default_slo=SloTarget(ttft_s=0.5), max_inflight_training=1)
+    core = core_with(
+        *specs,
+        policy="lemix",
+        policy_options={"backlog_s": 1.0},
+        default_slo=SloTarget(ttft_s=0.5),
+        max_inflight_training=1,
+    )
     arrive(core, 1.0, "r1")
     commands = offer(core, 2, now_s=1.1)
     assert assigned(commands) == [("job-0", "b")]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from services.scheduler.core.policies.base import Observer, Options, Policy
+from services.scheduler.core.policies.base import Observer, Options, Policy, TrainingPlacement
 from services.scheduler.core.policies.least import LeastLoaded, LeastUtilised
 from services.scheduler.core.policies.lemix import LeMix
 from services.scheduler.core.policies.paper import PaperAdditive, PaperRatio
@@ -13,7 +13,7 @@ from services.scheduler.core.policies.separate import Separate
 from services.scheduler.core.policies.separate_dynamic import SeparateDynamic
 from services.scheduler.core.policies.uniform import Random
 
-__all__ = ["POLICIES", "Observer", "Policy", "create"]
+__all__ = ["POLICIES", "Observer", "Policy", "TrainingPlacement", "create"]
 
 #: Name -> class.
 POLICIES: dict[str, Callable[[Options], Policy]] = {

@@ -1,9 +1,11 @@
-"""LeMix's own policy: pack and spill, one training stream per node, hold-back with a starvation bound."""
+"""LeMix's own policy: as few nodes as keep the promise, training on what they leave, cut so that it blocks nobody."""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from services.latency import OpKind
+from services.scheduler.core.hold_back import overrun_s
 from services.scheduler.core.policies.base import (
     Options,
     Placement,
@@ -18,12 +20,39 @@ from services.scheduler.core.types import NodeRole, NodeTerms, QueueOrder, SyncM
 #: Held-back training is looked at again after this long even if nothing happens.
 _RETRY_S = 0.05
 
+#: A stress of this many times `open_at` opens nodes without waiting.
+_BURST = 2.0
+
+_OPTIONS = {
+    "slo_fraction": 0.5,
+    "open_at": 1.0,
+    "dwell_s": 1.0,
+    "backlog_s": 12.0,
+    "cut": 0.5,
+    "consistency": 0.0,
+    "slo_units": 5.0,
+}
+
+
+class _Look(NamedTuple):
+    """A request on a node, as predicted."""
+
+    stress: float
+    terms: NodeTerms
+
 
 class LeMix:
-    """Requests go to the first node, by id, whose predicted response keeps the promise; the others stay free.
+    """Nodes are opened and closed in the order of their ids, by prediction alone.
 
-    slo_fraction: share of the TTFT and TPOT promise the prediction may use up before the next node is opened: smaller
-    spreads earlier. slo_units: promise assumed for requests without one, in units of their response on an idle node.
+    A request's stress on a node is its predicted response over its promise. It goes to the first open node whose stress
+    is at most `slo_fraction`, else to the least stressed. If that one's is above `open_at`, a node more is opened,
+    unless no node could keep the promise. Every `dwell_s` one may open, in a burst several, and one close. Nodes that
+    train are open anyway.
+
+    Training runs on one node per `backlog_s` of predicted work, on all of them when there is more than the core can
+    see, and goes to the shortest stream. Its operations are cut to `cut` of the mean prefill where the runtime can do
+    that (0: never cut). consistency: weight of length consistency (0-1) against stress. slo_units: promise assumed for
+    requests without one, in units of their response on an idle node.
     """
 
     queue_order = QueueOrder.INFERENCE_FIRST
@@ -31,44 +60,68 @@ class LeMix:
     uses_forecast = False
 
     def __init__(self, options: Options) -> None:
-        values = check_options("lemix", options, {"slo_fraction": 0.6, "slo_units": 5.0})
+        values = check_options("lemix", options, _OPTIONS)
         self._slo_fraction = values["slo_fraction"]
+        self._open_at = values["open_at"]
+        self._dwell_s = values["dwell_s"]
+        self._backlog_s = values["backlog_s"]
+        self._cut = values["cut"]
+        self._consistency = values["consistency"]
         self._slo_units = values["slo_units"]
+        self._num_open = 1
+        self._opened_s = self._changed_s = -math.inf
 
     def roles(self, node_ids: Sequence[str]) -> dict[str, NodeRole]:
         """Every node does both."""
         return every_node(NodeRole.BOTH, node_ids)
 
+    # ----------------------------------------------------------------- requests
+
     def place_inference(
         self, now_s: float, live: LiveInference, candidates: Sequence[NodeState], cluster: Cluster
     ) -> Placement:
-        """The first node that keeps the promise; else the one that comes closest to it."""
-        terms = []
-        best = 0
-        for index, node in enumerate(candidates):
-            response = predict_response(now_s, live, node, cluster)
-            ttft_s, tpot_s = self._promise(live, node, cluster)
-            stress = max(response.ttft_s / ttft_s, response.tpot_s / tpot_s)
-            # Above 0 for nodes that keep the promise, the earlier the higher; below 0 for those that do not.
-            score = 1.0 / (1 + index) if stress <= self._slo_fraction else -stress
-            terms.append(NodeTerms(node.spec.node_id, 0.0, response.ttft_s, 0.0, 0.0, score))
-            if score > terms[best].score:
-                best = index
-        return Placement(candidates[best], tuple(terms))
+        """The first open node that keeps the promise with room to spare; else the least stressed."""
+        num_training = self._num_training(cluster) if cluster.backlog_s else 0
+        open_nodes = candidates[: max(self._num_open, num_training)]
+        looks = [self._look(now_s, live, node, index, cluster) for index, node in enumerate(open_nodes)]
+        if self._closes(now_s, looks):
+            self._num_open -= 1
+            self._changed_s = now_s
+            del looks[max(self._num_open, num_training) :]
+        best = max(looks, key=_score)
+        if len(looks) < len(candidates) and self._opens(now_s, live, best, candidates[len(looks)], cluster):
+            looks.append(self._look(now_s, live, candidates[len(looks)], len(looks), cluster))
+            best = max(looks, key=_score)
+            self._num_open = len(looks)
+            self._changed_s = self._opened_s = now_s
+        return Placement(candidates[looks.index(best)], tuple(look.terms for look in looks))
 
-    def place_training(
-        self, now_s: float, live: LiveTraining, candidates: Sequence[NodeState], cluster: Cluster, *, may_hold: bool
-    ) -> TrainingPlacement:
-        """The node with the shortest stream, among those where it breaks no promise."""
-        held = [node for node in candidates if may_hold and self._overrun_s(now_s, live, node, cluster) > 0.0]
-        allowed = [node for node in candidates if node not in held] if held else candidates
-        if not allowed:
-            return TrainingPlacement(None, held_back=held, retry_s=now_s + _RETRY_S)
-        chosen = min(allowed, key=lambda node: node.num_outstanding_training)
-        terms = tuple(
-            NodeTerms(node.spec.node_id, 0.0, 0.0, 0.0, 0.0, float(-node.num_outstanding_training)) for node in allowed
-        )
-        return TrainingPlacement(chosen, terms, held_back=held, retry_s=now_s + _RETRY_S)
+    def _look(self, now_s: float, live: LiveInference, node: NodeState, index: int, cluster: Cluster) -> _Look:
+        response = predict_response(now_s, live, node, cluster)
+        ttft_s, tpot_s = self._promise(live, node, cluster)
+        stress = max(response.ttft_s / ttft_s, response.tpot_s / tpot_s)
+        # Above 0 for nodes with room to spare, the earlier the higher; below 0 for the others.
+        score = 1.0 / (1 + index) if stress <= self._slo_fraction else -stress
+        consistency = 0.0
+        if self._consistency:
+            consistency = node.lengths.consistency(live.task.prompt_tokens)
+            score += self._consistency * consistency
+        return _Look(stress, NodeTerms(node.spec.node_id, 0.0, response.ttft_s, 0.0, consistency, score))
+
+    def _closes(self, now_s: float, looks: Sequence[_Look]) -> bool:
+        """Whether the request could do without the last open node."""
+        if self._num_open == 1 or now_s - self._changed_s < self._dwell_s:
+            return False
+        return min(look.stress for look in looks[: self._num_open - 1]) <= self._open_at
+
+    def _opens(self, now_s: float, live: LiveInference, best: _Look, closed: NodeState, cluster: Cluster) -> bool:
+        """Whether a node more is worth it: the best open one is too stressed, an idle one would keep the promise, and
+        the last one opened had time to help, unless this is a burst."""
+        is_burst = best.stress > _BURST * self._open_at
+        if best.stress <= self._open_at or (now_s - self._opened_s < self._dwell_s and not is_burst):
+            return False
+        ttft_s, _ = self._promise(live, closed, cluster)
+        return closed.costs.node_s(OpKind.PREFILL, 1, live.task.prompt_tokens) <= ttft_s
 
     def _promise(self, live: LiveInference, node: NodeState, cluster: Cluster) -> tuple[float, float]:
         """(TTFT, TPOT) the request is to keep, seconds."""
@@ -82,25 +135,56 @@ class LeMix:
         # A promise of 0 (or none, on a node without a profile) cannot rank nodes.
         return ttft_s or math.inf, tpot_s or math.inf
 
-    def _overrun_s(self, now_s: float, live: LiveTraining, node: NodeState, cluster: Cluster) -> float:
-        """Largest overrun that one more training operation causes to requests here or expected here (Eq. 4, LeMix)."""
-        op_s = node.costs.training_op_s(live.task.batch, live.task.length)
-        overrun_s = -math.inf
-        if node.num_prefilling:
-            first_tokens = [other for other in node.inference.values() if not other.has_first_token]
-            first_tokens.sort(key=lambda other: other.deadline_s)
-            at_s = now_s + op_s
-            for other in first_tokens:
-                at_s += other.prefill_s / node.costs.num_stages
-                overrun_s = max(overrun_s, at_s - other.deadline_s)
-        ttft_s = cluster.config.default_slo.ttft_s
-        if ttft_s is not None and self._expects_inference(now_s, node, cluster):
-            own_s = node.costs.node_s(OpKind.PREFILL, 1, cluster.prompts.mean)
-            overrun_s = max(overrun_s, op_s + own_s - ttft_s)
-        return overrun_s
+    # ----------------------------------------------------------------- training
 
-    def _expects_inference(self, now_s: float, node: NodeState, cluster: Cluster) -> bool:
-        """Whether requests keep arriving and this is a node they go to."""
-        if cluster.arrivals.gap_s(now_s) > cluster.config.max_hold_back_s:
-            return False
-        return bool(node.inference) or node is cluster.serving[0]
+    def place_training(
+        self, now_s: float, live: LiveTraining, candidates: Sequence[NodeState], cluster: Cluster, *, may_hold: bool
+    ) -> TrainingPlacement:
+        """The shortest stream among the nodes that train, where it breaks no promise."""
+        if not may_hold:
+            return self._placed(live, candidates, (), cluster)
+        last_id = cluster.training[self._num_training(cluster) - 1].node_id
+        in_use = [node for node in candidates if node.node_id <= last_id]
+        held = [node for node in in_use if overrun_s(now_s, self._op_s(live, node, cluster), node, cluster) > 0.0]
+        allowed = [node for node in in_use if node not in held] if held else in_use
+        if not allowed:
+            return TrainingPlacement(None, held_back=held, retry_s=now_s + _RETRY_S)
+        return self._placed(live, allowed, held, cluster, retry_s=now_s + _RETRY_S)
+
+    def _placed(
+        self,
+        live: LiveTraining,
+        allowed: Sequence[NodeState],
+        held: Sequence[NodeState],
+        cluster: Cluster,
+        retry_s: float = math.inf,
+    ) -> TrainingPlacement:
+        chosen = min(allowed, key=lambda node: node.num_outstanding_training)
+        terms = tuple(
+            NodeTerms(node.spec.node_id, 0.0, 0.0, 0.0, 0.0, float(-node.num_outstanding_training)) for node in allowed
+        )
+        return TrainingPlacement(chosen, terms, held, retry_s, self._num_parts(live, chosen, cluster))
+
+    def _num_training(self, cluster: Cluster) -> int:
+        """How many nodes the backlog of training is worth, at least one."""
+        num_nodes = len(cluster.training)
+        if 2 * len(cluster.waiting_training) >= cluster.config.max_waiting_training or not self._backlog_s:
+            return num_nodes
+        return max(1, min(num_nodes, math.ceil(cluster.backlog_s / self._backlog_s)))
+
+    def _num_parts(self, live: LiveTraining, node: NodeState, cluster: Cluster) -> int:
+        """Pieces that are each at most `cut` of the mean prefill on a stage."""
+        most = node.spec.max_training_parts
+        if most == 1 or not self._cut or not cluster.prompts.count:
+            return 1
+        mean_s = node.costs.node_s(OpKind.PREFILL, 1, cluster.prompts.mean) / node.costs.num_stages
+        op_s = node.costs.training_op_s(live.task.batch, live.task.length)
+        return most if mean_s <= 0.0 else min(most, max(1, math.ceil(op_s / (self._cut * mean_s))))
+
+    def _op_s(self, live: LiveTraining, node: NodeState, cluster: Cluster) -> float:
+        """Longest time for which the micro-batch blocks a stage."""
+        return node.costs.training_op_s(live.task.batch, live.task.length) / self._num_parts(live, node, cluster)
+
+
+def _score(look: _Look) -> float:
+    return look.terms.score

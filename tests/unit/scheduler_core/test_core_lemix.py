@@ -1,0 +1,179 @@
+"""LeMix's own policy: which nodes are open, which one a request gets, where training runs and in how many pieces."""
+
+from services.latency import OpKind
+from services.scheduler.core.scheduler import SchedulerCore
+from services.scheduler.core.types import Assign, NodeJoined, NodeLost, OpFinished, SloTarget, TaskArrived, TaskEnded
+from tests.unit.scheduler_core.support import assigned, constant_latency, core_with, microbatch, node, request
+
+
+def place(core: SchedulerCore, now_s: float, task_id: str, **kwargs: object) -> str:
+    """Node a request goes to."""
+    task = request(task_id, arrival_s=now_s, **kwargs)  # type: ignore[arg-type]
+    placed = dict(assigned(core.step(now_s, TaskArrived(task))))
+    return placed[task_id]
+
+
+TTFT_S = 0.5
+
+
+def lemix_core(*names: str, **config: object) -> SchedulerCore:
+    """Prefills of 0.1 s, a promise of 0.5 s: the fifth request on a node keeps it, the sixth does not."""
+    return core_with(
+        *(node(name) for name in names),
+        policy="lemix",
+        **{"default_slo": SloTarget(ttft_s=TTFT_S, tpot_s=0.1), **config},
+    )
+
+
+def placements(core: SchedulerCore, count: int, now_s: float = 1.0, name: str = "r") -> str:
+    return "".join(place(core, now_s, f"{name}{index}") for index in range(count))
+
+
+def test_lemix_opens_a_node_when_the_open_ones_would_break_the_promise() -> None:
+    assert placements(lemix_core("a", "b", "c"), 6) == "aaaaab"
+
+
+def test_lemix_spreads_requests_over_the_open_nodes() -> None:
+    # "b" is open from the sixth on; then the least stressed node is next.
+    assert placements(lemix_core("a", "b", "c"), 10) == "aaaaabbbbb"
+
+
+def test_lemix_lets_the_node_it_opened_last_help_first() -> None:
+    # All come in the same moment: the third node waits for the dwell time, or for a stress of twice the promise.
+    assert placements(lemix_core("a", "b", "c"), 21) == "aaaaabbbbb" + "ab" * 5 + "c"
+
+
+def test_lemix_opens_the_next_node_after_the_dwell_time() -> None:
+    core = lemix_core("a", "b", "c")
+    placements(core, 12)
+    assert place(core, 1.9, "soon") == "a"
+    assert place(core, 2.1, "later") == "c"
+
+
+def test_lemix_closes_a_node_the_requests_can_do_without() -> None:
+    core = lemix_core("a", "b")
+    placements(core, 6)
+    for index in range(4):
+        core.step(1.5, TaskEnded(f"r{index}", "a", ok=True, output_tokens=1))
+    assert placements(core, 3, now_s=1.6, name="s") == "aba"
+    # "a" uses more than half of the promise, so "b" would be next, but alone it is enough.
+    assert placements(core, 2, now_s=2.1, name="t") == "aa"
+
+
+def test_lemix_opens_no_node_for_a_request_that_cannot_keep_its_promise_anywhere() -> None:
+    core = lemix_core("a", "b", default_slo=SloTarget(ttft_s=0.05))
+    assert placements(core, 4) == "aaaa"
+
+
+def test_lemix_goes_back_to_the_first_node_when_it_has_room_again() -> None:
+    core = lemix_core("a", "b")
+    for index in range(6):
+        place(core, 1.0, f"r{index}")
+    for index in range(3):
+        core.step(1.3, TaskEnded(f"r{index}", "a", ok=True, output_tokens=1))
+    core.step(1.3, OpFinished("a", 0, OpKind.PREFILL, 1.2, 1.3, ("r3",), 100, first_token=True))
+    assert place(core, 1.3, "next") == "a"
+
+
+def training_everywhere(**options: float) -> SchedulerCore:
+    """Two nodes with short training operations and more training than the core can see: both are open."""
+    latency = constant_latency(train_forward=0.001, train_backward=0.001, optimizer_step=0.001)
+    core = core_with(
+        *(node(name, latency=latency) for name in ("a", "b")),
+        policy="lemix",
+        policy_options=options,
+        default_slo=SloTarget(ttft_s=1.0, tpot_s=0.1),
+        max_inflight_training=1,
+        max_waiting_training=2,
+    )
+    for index in range(4):
+        core.step(0.0, TaskArrived(microbatch(f"m{index}")))
+    return core
+
+
+def test_lemix_smaller_fraction_spreads_earlier_over_open_nodes() -> None:
+    assert placements(training_everywhere(slo_fraction=1.0), 4) == "aaaa"
+    assert placements(training_everywhere(slo_fraction=0.15), 4) == "abab"
+
+
+def test_lemix_length_consistency_gathers_alike_lengths() -> None:
+    def lengths_apart(consistency: float) -> str:
+        core = training_everywhere(consistency=consistency)
+        for index, prompt in enumerate([10, 12, 1000, 1010]):
+            other = "b" if index < 2 else "a"
+            core.step(0.0, NodeLost(other))
+            place(core, 0.0, f"h{index}", prompt=prompt)
+            core.step(0.0, NodeJoined(node(other)))
+        return placements(core, 1)
+
+    assert lengths_apart(0.0) == "a"
+
+
+def test_lemix_counts_the_training_operation_that_may_hold_the_stage() -> None:
+    core = lemix_core("a", "b", max_inflight_training=1, policy_options={"open_at": 0.7})
+    core.step(0.0, TaskArrived(microbatch("m")))
+    # "a" may be in a backward of 0.4 s: 0.4 + 0.1 > 0.7 * 0.5, while "b" is free.
+    assert place(core, 0.1, "r") == "b"
+
+
+def test_lemix_opens_a_node_when_decoding_together_would_break_the_token_promise() -> None:
+    spec = node("a", latency=constant_latency(decode=0.11)), node("b")
+    core = core_with(*spec, policy="lemix", default_slo=SloTarget(ttft_s=10.0, tpot_s=0.1))
+    assert place(core, 1.0, "r", output=32) == "b"
+
+
+def test_lemix_without_any_promise_uses_the_response_on_an_idle_node() -> None:
+    core = core_with(node("a"), node("b"), policy="lemix")
+    # 5 units of 0.1 s: the same promise of 0.5 s as above.
+    assert placements(core, 6) == "aaaaab"
+
+
+def test_lemix_opens_a_node_when_all_places_of_the_batch_are_taken() -> None:
+    specs = [node(name, max_batch=2) for name in ("a", "b")]
+    core = core_with(*specs, policy="lemix", default_slo=SloTarget(ttft_s=0.5, tpot_s=0.1))
+    assert [place(core, 1.0, f"r{index}", output=200) for index in range(3)] == ["a", "a", "b"]
+
+
+def test_lemix_opens_a_node_when_the_kv_cache_is_promised_away() -> None:
+    specs = [node(name, kv_capacity_tokens=1000) for name in ("a", "b")]
+    core = core_with(*specs, policy="lemix", default_slo=SloTarget(ttft_s=0.5, tpot_s=0.1))
+    assert [place(core, 1.0, f"r{index}", prompt=200, output=200) for index in range(3)] == ["a", "a", "b"]
+
+
+def test_lemix_trains_on_one_node_while_the_backlog_is_small() -> None:
+    core = lemix_core("a", "b", max_inflight_training=2)
+    placed = [pair for index in range(4) for pair in assigned(core.step(0.0, TaskArrived(microbatch(f"m{index}"))))]
+    assert placed == [("m0", "a"), ("m1", "a")]
+
+
+def test_lemix_trains_on_one_node_more_per_share_of_the_backlog() -> None:
+    # A micro-batch keeps a stage busy for 0.6 s.
+    core = lemix_core("a", "b", "c", max_inflight_training=1, policy_options={"backlog_s": 1.0})
+    placed = [pair for index in range(4) for pair in assigned(core.step(0.0, TaskArrived(microbatch(f"m{index}"))))]
+    assert placed == [("m0", "a"), ("m1", "b"), ("m2", "c")]
+
+
+def test_lemix_trains_on_all_nodes_when_there_is_more_than_it_can_see() -> None:
+    core = lemix_core("a", "b", "c", max_inflight_training=2, max_waiting_training=4)
+    placed = [pair for index in range(8) for pair in assigned(core.step(0.0, TaskArrived(microbatch(f"m{index}"))))]
+    assert [node_id for _, node_id in placed] == ["a", "a", "b", "c", "b", "c"]
+
+
+def test_lemix_cuts_training_operations_where_the_runtime_can() -> None:
+    def parts(most: int, **options: float) -> int:
+        core = core_with(
+            node("a", max_training_parts=most),
+            policy="lemix",
+            policy_options=options,
+            default_slo=SloTarget(ttft_s=0.5),
+        )
+        place(core, 0.0, "r")
+        (command,) = core.step(0.0, TaskArrived(microbatch("m")))
+        assert isinstance(command, Assign)
+        return command.parts
+
+    # A backward of 0.4 s in pieces of half a prefill of 0.1 s.
+    assert parts(64) == 8
+    assert parts(64, cut=1.0) == 4
+    assert parts(3) == 3
+    assert parts(1) == parts(64, cut=0.0) == 1

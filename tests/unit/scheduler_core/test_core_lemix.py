@@ -154,7 +154,7 @@ def test_lemix_trains_on_one_node_more_per_share_of_the_backlog() -> None:
 
 
 def test_lemix_trains_on_all_nodes_when_there_is_more_than_it_can_see() -> None:
-    core = lemix_core("a", "b", "c", max_inflight_training=2, max_waiting_training=4)
+    core = lemix_core("a", "b", "c", max_inflight_training=2, max_waiting_training=8)
     placed = [pair for index in range(8) for pair in assigned(core.step(0.0, TaskArrived(microbatch(f"m{index}"))))]
     assert [node_id for _, node_id in placed] == ["a", "a", "b", "c", "b", "c"]
 

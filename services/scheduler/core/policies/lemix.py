@@ -67,6 +67,8 @@ class LeMix:
         self._backlog_s = values["backlog_s"]
         self._cut = values["cut"]
         self._consistency = values["consistency"]
+        #: With so little stress on a node, the others need not be looked at.
+        self._enough = -math.inf if self._consistency else min(self._slo_fraction, self._open_at)
         self._slo_units = values["slo_units"]
         self._num_open = 1
         self._opened_s = self._changed_s = -math.inf
@@ -83,7 +85,11 @@ class LeMix:
         """The first open node that keeps the promise with room to spare; else the least stressed."""
         num_training = self._num_training(cluster) if cluster.backlog_s else 0
         open_nodes = candidates[: max(self._num_open, num_training)]
-        looks = [self._look(now_s, live, node, index, cluster) for index, node in enumerate(open_nodes)]
+        looks: list[_Look] = []
+        for index, node in enumerate(open_nodes):
+            looks.append(self._look(now_s, live, node, index, cluster))
+            if looks[-1].stress <= self._enough:
+                break  # nobody behind it could win
         if self._closes(now_s, looks):
             self._num_open -= 1
             self._changed_s = now_s
@@ -168,7 +174,8 @@ class LeMix:
     def _num_training(self, cluster: Cluster) -> int:
         """How many nodes the backlog of training is worth, at least one."""
         num_nodes = len(cluster.training)
-        if 2 * len(cluster.waiting_training) >= cluster.config.max_waiting_training or not self._backlog_s:
+        # Whoever feeds the core tops it up when half is gone: with a quarter waiting there may be more behind it.
+        if 4 * len(cluster.waiting_training) >= cluster.config.max_waiting_training or not self._backlog_s:
             return num_nodes
         return max(1, min(num_nodes, math.ceil(cluster.backlog_s / self._backlog_s)))
 

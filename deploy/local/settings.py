@@ -41,7 +41,7 @@ class LocalClusterConfig:
     #: Longest time until every node is ready (the first start measures the nodes), seconds.
     start_timeout_s: float = 180.0
     #: Longest time a service may take to stop before it is killed, seconds.
-    stop_timeout_s: float = 8.0
+    stop_timeout_s: float = 15.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ async def main(settings: NodeAgentSettings, stop: asyncio.Event) -> None:
             try:
                 await agent.start()
                 await _until(stop, agent)
+                await agent.drain()
             finally:
                 await agent.stop()
                 await ledger.close()

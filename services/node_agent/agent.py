@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import structlog
@@ -96,6 +97,7 @@ class NodeAgent:
         self._welcomed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
+        self._draining = False
 
     # ------------------------------------------------------------- life cycle
 
@@ -123,6 +125,23 @@ class NodeAgent:
             task = asyncio.create_task(work)
             task.add_done_callback(self._task_ended)
             self._tasks.append(task)
+
+    async def drain(self) -> None:
+        """Get nothing new and finish what is here, for at most `drain_s`, or while there is a scheduler: without one
+        nobody would stop sending work."""
+        if not self._session.connected or not self._settings.drain_s:
+            return
+        self._draining = True
+        self._session.report_vitals()
+        _log.info("draining", longest_s=self._settings.drain_s)
+        ends: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(self._loop.empty.wait()),
+            asyncio.ensure_future(self._session.away.wait()),
+            self.broken,
+        ]
+        await asyncio.wait(ends, timeout=self._settings.drain_s, return_when=asyncio.FIRST_COMPLETED)
+        for future in ends[:2]:
+            future.cancel()
 
     async def stop(self) -> None:
         """Leave the session, take nothing more, close the server. Tasks are not ended: they stay in the ledger."""
@@ -224,7 +243,7 @@ class NodeAgent:
         )
 
     def _vitals(self) -> Vitals:
-        return Vitals(self._loop.ages.newest_step, self._loop.snapshot().kv_used_tokens)
+        return Vitals(self._loop.ages.newest_step, self._loop.snapshot().kv_used_tokens, self._draining)
 
     def _node_info(self) -> node_pb2.GetNodeInfoResponse:
         settings, info = self._settings, self._engine.info

@@ -77,5 +77,8 @@ class NodeAgentSettings(ServiceSettings):
     token_ttl_s: float = Field(60.0, gt=0.0)
     #: Longest time to fetch and combine the peers' weights, seconds.
     sync_timeout_s: float = Field(30.0, gt=0.0)
+    #: A node that is told to stop finishes what it holds, for at most this long, seconds; the rest goes to other nodes.
+    #: 0: it leaves at once.
+    drain_s: float = Field(8.0, ge=0.0, le=3600.0)
     #: Longest wait for the scheduler's welcome (it may profile the node first), seconds.
     welcome_timeout_s: float = Field(900.0, gt=0.0)

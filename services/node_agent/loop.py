@@ -104,6 +104,9 @@ class AgentLoop:
         self._listener = listener
         self._core = NodeCore(config)
         self._tasks: dict[str, Task] = {}
+        #: Set while there are no tasks.
+        self.empty = asyncio.Event()
+        self.empty.set()
         self._payloads = PayloadBuilder(self._tasks, config.num_stages, max_optimizer_states)
         self._runners = [
             StageRunner(stage, worker, self.fail, op_timeout_s=op_timeout_s) for stage, worker in enumerate(workers)
@@ -173,6 +176,7 @@ class AgentLoop:
         if task.task_id in self._tasks:
             raise ValueError(f"{task.task_id} is on this node already")
         self._tasks[task.task_id] = task
+        self.empty.clear()
         self._feed(event)
 
     def cancel(self, task_id: str) -> bool:
@@ -376,6 +380,8 @@ class AgentLoop:
 
     def _end(self, done: TaskDone) -> None:
         task = self._tasks.pop(done.task_id)
+        if not self._tasks:
+            self.empty.set()
         if done.detail:
             task.error = LemixError(ErrorCode.RESOURCE_EXHAUSTED, done.detail)
         kind = "inference" if isinstance(task, RequestTask) else "training"

@@ -54,6 +54,7 @@ class Vitals:
 
     weight_step: int
     kv_used_tokens: int
+    draining: bool = False
 
 
 class SchedulerSession:
@@ -89,8 +90,9 @@ class SchedulerSession:
         self._are_traces_due = False
         self._traces_sent_s = -trace_flush_s
         self._trace_timer: asyncio.TimerHandle | None = None
-        #: Whether the scheduler has welcomed the node on the stream of now.
+        #: Whether the scheduler has welcomed the node on the stream of now, and the opposite to wait for.
         self.connected = False
+        self.away = asyncio.Event()
 
     # ------------------------------------------------------------- reports
 
@@ -113,6 +115,11 @@ class SchedulerSession:
     def report_outcome(self, outcome: work_pb2.WorkOutcome) -> None:
         """Report the end of a task; it is in the ledger already."""
         self._report(scheduler_pb2.NodeSessionRequest(outcome=outcome))
+
+    def report_vitals(self) -> None:
+        """Send a heartbeat now."""
+        self._is_heartbeat_due = True
+        self._wake.set()
 
     def report_sync(self, finished: scheduler_pb2.SyncFinished) -> None:
         """Report the end of a phase of a synchronisation."""
@@ -140,6 +147,7 @@ class SchedulerSession:
                 _log.warning("no session with the scheduler", error=f"{type(error).__name__}: {error}")
             delay_s = _RECONNECT_FIRST_S if self.connected else min(2 * delay_s, _RECONNECT_MAX_S)
             self.connected = False
+            self.away.set()
             await asyncio.sleep(delay_s)
 
     async def _session(self) -> None:
@@ -154,6 +162,7 @@ class SchedulerSession:
                 raise ValueError(f"the scheduler began with {first.WhichOneof('message')} instead of a welcome")
             self._commands.on_welcome(first.welcome)
             self.connected = True
+            self.away.clear()
             _log.info("joined", fencing_token=first.welcome.fencing_token, lease_s=first.welcome.lease_s)
             await self._talk(call, first.welcome.lease_s / 4)
         finally:
@@ -232,4 +241,5 @@ class SchedulerSession:
             sent_monotonic_s=self._clock.monotonic_s(),
             weight_step=vitals.weight_step,
             kv_used_tokens=vitals.kv_used_tokens,
+            draining=vitals.draining,
         )

@@ -15,6 +15,7 @@ import structlog
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
+from lemix.v1 import errors_pb2
 from services.ledger import Delivery, TaskState
 from services.runtime.clock import Clock
 from services.scheduler import metrics
@@ -40,6 +41,7 @@ from services.scheduler.core.types import (
 )
 from services.scheduler.event_log import EventLog
 from services.scheduler.explain.decisions import Decisions
+from services.scheduler.explain.signatures import Change, Signature, Signatures
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import (
@@ -58,6 +60,8 @@ from services.scheduler.nodes import NodeRegistry
 
 _log = structlog.get_logger()
 
+#: While something goes wrong it is looked at this often, also when nothing happens, seconds.
+_LOOK_S = 1.0
 #: Cancelled requests remembered until the ledger delivers them.
 _MAX_EARLY_CANCELS = 16_384
 
@@ -122,6 +126,7 @@ class Driver:
         clock: Clock,
         event_log: EventLog | None = None,
         decisions: Decisions | None = None,
+        signatures: Signatures | None = None,
     ) -> None:
         self._core = core
         self._inbox = inbox
@@ -134,6 +139,9 @@ class Driver:
         self._token = 0
         self._event_log = event_log
         self._decisions = decisions
+        self._signatures = signatures
+        for signature in Signature:
+            metrics.FAILURE_SIGNATURE.labels(signature.value).set(0)
         self._tasks: dict[str, _Held] = {}
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         #: What performing commands made known to the core, before anything else is taken in.
@@ -151,14 +159,20 @@ class Driver:
     async def run(self) -> None:
         """Take messages until cancelled."""
         while True:
-            wakeup_s = self._core.next_wakeup_s()
-            timeout_s = None if wakeup_s is None else max(0.0, wakeup_s - self._clock.monotonic_s())
-            message = await self._inbox.get(timeout_s)
+            message = await self._inbox.get(self._timeout_s())
             if message is None:
                 await self._step(Tick())
             else:
                 await self._take(message)
             await self._drain()
+
+    def _timeout_s(self) -> float | None:
+        """How long to wait for a message; None: for ever."""
+        wakeup_s = self._core.next_wakeup_s()
+        timeout_s = None if wakeup_s is None else max(0.0, wakeup_s - self._clock.monotonic_s())
+        if self._signatures is not None and self._signatures.active:
+            return _LOOK_S if timeout_s is None else min(timeout_s, _LOOK_S)
+        return timeout_s
 
     async def _take(self, message: Message) -> None:
         match message:
@@ -197,6 +211,9 @@ class Driver:
                 self._event_log.add(now_s, current, commands)
             if self._decisions is not None:
                 self._decisions.add(now_s, current, commands)
+            if self._signatures is not None:
+                for change in self._signatures.add(now_s, current, commands):
+                    _announce(change)
             for command in commands:
                 metrics.commands(type(command).__name__).inc()
                 await self._perform(command)
@@ -265,6 +282,8 @@ class Driver:
         held = self._tasks.get(outcome.task_id)
         if held is not None and held.node_id == outcome.node_id:
             del self._tasks[outcome.task_id]
+        if self._signatures is not None and _ran_out_of_memory(outcome):
+            self._signatures.memory_failed(self._clock.monotonic_s(), outcome.node_id)
         # Held elsewhere or waiting: the ledger will say so when it is assigned again.
         self._tell_end(outcome)
         await self._step(ended_from_outcome(outcome))
@@ -402,3 +421,18 @@ class Driver:
     def _send_sync(self, sync_id: str, node_id: str, message: pb.NodeSessionResponse) -> None:
         if not self._nodes.send(node_id, message):
             self._followups.append(SyncEnded(sync_id, node_id, ok=False))
+
+
+def _ran_out_of_memory(outcome: work_pb2.WorkOutcome) -> bool:
+    ended = outcome.training if outcome.HasField("training") else outcome.inference
+    return ended.HasField("error") and ended.error.code == errors_pb2.ERROR_CODE_RESOURCE_EXHAUSTED
+
+
+def _announce(change: Change) -> None:
+    finding = change.finding
+    metrics.FAILURE_SIGNATURE.labels(finding.signature.value).set(change.active)
+    numbers = {name: round(value, 3) for name, value in finding.numbers.items()}
+    if change.active:
+        _log.warning("failure begins", signature=finding.signature.value, advice=finding.advice, **numbers)
+    else:
+        _log.info("failure ended", signature=finding.signature.value, since_s=round(finding.since_s, 3), **numbers)

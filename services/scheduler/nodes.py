@@ -11,7 +11,7 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from services.runtime.clock import Clock
 from services.scheduler.convert import ops_from_traces, spec_from_hello
-from services.scheduler.core.types import NodeSpec, QueueOrder, SnapshotReady, SyncEnded
+from services.scheduler.core.types import NodeDraining, NodeSpec, QueueOrder, SnapshotReady, SyncEnded
 from services.scheduler.inbox import Ended, Inbox, NodeArrived, NodeGone, Told, Traced
 from services.scheduler.outbox import Outbox
 from services.scheduler.profiles import ProfileSource
@@ -31,6 +31,7 @@ class _Connection:
     #: Smallest seen difference between our clock at receipt and the node's at sending: offset plus shortest delay.
     offset_s: float
     weight_step: int = 0
+    is_draining: bool = False
     lost_reason: str = ""
     #: Since when its next message is awaited, on the event loop's clock; infinity while one is being taken in.
     silent_since_s: float = math.inf
@@ -214,6 +215,10 @@ class NodeRegistry:
             case "heartbeat":
                 self._observe_clock(connection, message.heartbeat.sent_monotonic_s)
                 connection.weight_step = message.heartbeat.weight_step
+                if message.heartbeat.draining and not connection.is_draining:
+                    connection.is_draining = True
+                    _log.info("node drains", node=connection.hello.node_id)
+                    await self._inbox.put(Told(NodeDraining(connection.hello.node_id)))
             case "outcome":
                 await self._inbox.put(Ended(message.outcome))
             case "sync_finished":

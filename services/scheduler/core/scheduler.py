@@ -25,6 +25,7 @@ from services.scheduler.core.types import (
     Event,
     InferenceTask,
     JobCancelled,
+    NodeDraining,
     NodeJoined,
     NodeLost,
     NodeSpec,
@@ -127,6 +128,8 @@ class SchedulerCore:
                 self._node_joined(spec)
             case NodeLost(node_id):
                 self._node_lost(node_id)
+            case NodeDraining(node_id):
+                self._node_draining(node_id)
             case SnapshotReady():
                 self._commands += self._sync.snapshot_ready(event)
             case SyncEnded():
@@ -258,6 +261,9 @@ class SchedulerCore:
             # The same node with a new profile or new bounds: it still holds its work.
             known.spec = spec
             known.costs = NodeCosts(spec.latency)
+            if known.is_draining:
+                known.is_draining = False
+                self._set_roles()
             return
         if known is not None:
             self._node_lost(spec.node_id)
@@ -283,8 +289,16 @@ class SchedulerCore:
                 self._drop(live)
         self._look_again()
 
+    def _node_draining(self, node_id: str) -> None:
+        node = self._cluster.nodes.get(node_id)
+        if node is not None and not node.is_draining:
+            node.is_draining = True
+            self._set_roles()
+            self._look_again()
+
     def _set_roles(self) -> None:
-        roles = self._policy.roles(sorted(self._cluster.nodes))
+        nodes = self._cluster.nodes.values()
+        roles = self._policy.roles(sorted(node.node_id for node in nodes if not node.is_draining))
         self._cluster.set_roles(roles)
         self._sync.set_roles(roles)
 

@@ -131,6 +131,8 @@ class NodeState:
     #: Requests sent here.
     arrivals: Arrivals = field(default_factory=Arrivals)
     weight_step: int = 0
+    #: It is about to leave.
+    is_draining: bool = False
     #: Since when training that could come here has been held back.
     held_back_since_s: float | None = None
 

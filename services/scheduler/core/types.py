@@ -98,6 +98,13 @@ class NodeLost:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeDraining:
+    """A node is about to leave: it finishes what it holds and gets nothing new, until it joins again."""
+
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class TaskArrived:
     """Accepted work, durable in the ledger."""
 
@@ -195,6 +202,7 @@ class Tick:
 Event = (
     NodeJoined
     | NodeLost
+    | NodeDraining
     | TaskArrived
     | TaskRecovered
     | TaskCancelled

@@ -11,6 +11,7 @@ from lemix.internal.v1 import profile_pb2, scheduler_service_pb2
 from lemix.v1 import errors_pb2, types_pb2
 from services.ledger import TaskState
 from tests.integration.node_agent.harness import (
+    TIMEOUT_S,
     Gate,
     cluster,
     expected_tokens,
@@ -125,6 +126,53 @@ async def test_hello_and_heartbeats(tmp_path: Path) -> None:
         assert hello.max_context_tokens == 512
         assert abs(hello.incarnation - time.time()) < 60
         await made.scheduler.until(lambda: len(made.scheduler.heartbeats) >= 3, "heartbeats")
+
+
+async def test_a_node_that_drains_says_so_and_finishes_what_it_has(tmp_path: Path) -> None:
+    gate = Gate()
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(gate=gate)
+        gate.close()
+        await made.assign(inference_item("r1", [1, 2], 3))
+        await gate.until_waiting()
+        draining = asyncio.create_task(node.agent.drain())
+        await made.scheduler.until(
+            lambda: any(beat.draining for beat in made.scheduler.heartbeats), "a node that drains"
+        )
+        assert not draining.done()
+        gate.open()
+        await asyncio.wait_for(draining, TIMEOUT_S)
+        assert len((await made.scheduler.outcome("r1")).inference.token_ids) == 3
+
+
+async def test_draining_ends_when_its_time_is_up(tmp_path: Path) -> None:
+    gate = Gate()
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(gate=gate, drain_s=0.01)
+        gate.close()
+        await made.assign(inference_item("r1", [1, 2], 3))
+        await gate.until_waiting()
+        await asyncio.wait_for(node.agent.drain(), TIMEOUT_S)
+        assert not made.scheduler.outcomes
+        gate.open()
+
+
+async def test_draining_ends_when_the_scheduler_goes_away(tmp_path: Path) -> None:
+    gate = Gate()
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(gate=gate, drain_s=3600.0)
+        gate.close()
+        await made.assign(inference_item("r1", [1, 2], 3))
+        await gate.until_waiting()
+        draining = asyncio.create_task(node.agent.drain())
+        await made.scheduler.until(
+            lambda: any(beat.draining for beat in made.scheduler.heartbeats), "a node that drains"
+        )
+        await made.scheduler.stop()
+        await asyncio.wait_for(draining, TIMEOUT_S)
+        await asyncio.wait_for(node.agent.drain(), TIMEOUT_S)  # nobody to tell: at once
+        gate.open()
+        await made.scheduler.start()
 
 
 async def test_cancelled_request_frees_and_is_finished(tmp_path: Path) -> None:

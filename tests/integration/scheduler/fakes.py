@@ -67,6 +67,8 @@ class FakeNode:
         self.welcome = pb.NodeWelcome()
         self.trained: list[str] = []
         self.weight_step = 0
+        #: Told with every heartbeat from now on.
+        self.draining = False
 
     async def join(self, *, beats: bool = True, **hello: Any) -> "FakeNode":
         """Open a session and wait for the welcome."""
@@ -99,7 +101,7 @@ class FakeNode:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
                 async with self._writing:
-                    beat = pb.NodeHeartbeat(sent_monotonic_s=time.monotonic())
+                    beat = pb.NodeHeartbeat(sent_monotonic_s=time.monotonic(), draining=self.draining)
                     await call.write(pb.NodeSessionRequest(heartbeat=beat))
                 await asyncio.sleep(interval_s)
 

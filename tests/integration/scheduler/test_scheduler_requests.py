@@ -107,6 +107,26 @@ async def test_work_of_a_lost_node_goes_to_another(cluster: Cluster, end: str) -
     assert list((await gateway.news("r", "finished")).token_ids) == [4]
 
 
+async def test_a_draining_node_gets_no_more_work(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    leaving, gateway = await cluster.node(scheduler, "n0"), await cluster.gateway(scheduler)
+    await gateway.submit("r0")
+    assert (await gateway.news("r0", "assigned")).node_id == "n0"
+    leaving.draining = True
+
+    async def is_out() -> bool:
+        status = (await gateway.stub.GetClusterState(pb.GetClusterStateRequest())).status
+        return [node.role for node in status.nodes] == ["unused"]
+
+    await eventually(is_out)
+    await gateway.submit("r1")
+    await gateway.news("r1", "accepted")
+    await cluster.node(scheduler, "n1")
+    assert (await gateway.news("r1", "assigned")).node_id == "n1"
+    await leaving.finish(await leaving.take(), tokens=(9,))
+    assert list((await gateway.news("r0", "finished")).token_ids) == [9]
+
+
 async def test_a_result_that_its_lost_node_could_not_report_is_told(cluster: Cluster) -> None:
     scheduler = await cluster.scheduler()
     lost, gateway = await cluster.node(scheduler, "n0"), await cluster.gateway(scheduler)

@@ -38,6 +38,7 @@ for cls, strategy in ((NodeLatency, latencies), (float, number)):
 EVENTS = [
     types.NodeJoined,
     types.NodeLost,
+    types.NodeDraining,
     types.TaskArrived,
     types.TaskRecovered,
     types.TaskCancelled,

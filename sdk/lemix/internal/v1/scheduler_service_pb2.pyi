@@ -153,14 +153,16 @@ class NodeHello(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ...) -> None: ...
 
 class NodeHeartbeat(_message.Message):
-    __slots__ = ("sent_monotonic_s", "weight_step", "kv_used_tokens")
+    __slots__ = ("sent_monotonic_s", "weight_step", "kv_used_tokens", "draining")
     SENT_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_STEP_FIELD_NUMBER: _ClassVar[int]
     KV_USED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     sent_monotonic_s: float
     weight_step: int
     kv_used_tokens: int
-    def __init__(self, sent_monotonic_s: _Optional[float] = ..., weight_step: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ...) -> None: ...
+    draining: bool
+    def __init__(self, sent_monotonic_s: _Optional[float] = ..., weight_step: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class OpTrace(_message.Message):
     __slots__ = ("stage", "op", "begin_monotonic_s", "duration_s", "task_ids", "num_tokens", "weight_step", "first_token", "context_tokens")

@@ -1,0 +1,54 @@
+"""Nodes that are about to leave."""
+
+import pytest
+
+from services.scheduler.core.policies import POLICIES
+from services.scheduler.core.types import NodeDraining, NodeJoined, NodeLost, NodeRole, TaskArrived, TaskEnded
+from tests.unit.scheduler_core.support import assigned, core_with, microbatch, node, request
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"separate", "separate_dynamic"}))
+def test_a_draining_node_gets_nothing_new_and_keeps_what_it_has(policy: str) -> None:
+    core = core_with(node("a"), node("b"), policy=policy)
+    for index in range(4):
+        core.step(1.0, TaskArrived(request(f"r{index}")))
+    held = core.snapshot().nodes[0].inflight_inference
+    assert core.step(2.0, NodeDraining("a")) == []
+    assert core.step(2.0, NodeDraining("a")) == []
+    placed = [pair for index in range(4) for pair in assigned(core.step(3.0, TaskArrived(request(f"s{index}"))))]
+    placed += [pair for index in range(2) for pair in assigned(core.step(3.0, TaskArrived(microbatch(f"m{index}"))))]
+    assert {node_id for _, node_id in placed} == {"b"}
+    drained = core.snapshot().nodes[0]
+    assert (drained.role, drained.inflight_inference) == (NodeRole.UNUSED, held)
+
+
+def test_what_a_draining_node_could_not_finish_goes_to_others() -> None:
+    core = core_with(node("a"), policy="round_robin")
+    for task_id in ("r1", "r2"):
+        core.step(1.0, TaskArrived(request(task_id)))
+    core.step(2.0, NodeDraining("a"))
+    core.step(2.1, TaskEnded("r1", "a", ok=True, output_tokens=1))
+    core.step(2.2, NodeLost("a", "left"))
+    assert assigned(core.step(3.0, NodeJoined(node("b")))) == [("r2", "b")]
+
+
+def test_a_node_that_joins_again_drains_no_more() -> None:
+    core = core_with(node("a"), policy="round_robin")
+    core.step(1.0, NodeDraining("a"))
+    assert assigned(core.step(1.1, TaskArrived(request("r")))) == []
+    assert assigned(core.step(1.2, NodeJoined(node("a")))) == [("r", "a")]
+
+
+def test_separate_clusters_find_another_server_for_one_that_drains() -> None:
+    core = core_with(node("a"), node("b"), node("c"), node("d"), policy="separate")
+    core.step(1.0, NodeDraining("a"))
+    core.step(1.0, NodeDraining("b"))
+    roles = {status.node_id: status.role for status in core.snapshot().nodes}
+    assert roles == {"a": NodeRole.UNUSED, "b": NodeRole.UNUSED, "c": NodeRole.SERVE, "d": NodeRole.TRAIN}
+
+
+def test_draining_of_an_unknown_node_changes_nothing() -> None:
+    core = core_with(node("a"), policy="round_robin")
+    before = core.snapshot()
+    assert core.step(0.0, NodeDraining("x")) == []
+    assert core.snapshot() == before

@@ -22,6 +22,7 @@ from services.scheduler.core.types import CoreConfig
 from services.scheduler.driver import Driver
 from services.scheduler.event_log import EventLog
 from services.scheduler.explain.decisions import Decisions
+from services.scheduler.explain.signatures import Signatures
 from services.scheduler.feeder import Feeder
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
@@ -102,6 +103,7 @@ class SchedulerService:
             clock=clock,
             event_log=event_log,
             decisions=decisions,
+            signatures=Signatures(settings.core.to_core().default_slo),
         )
         self._server = self._make_server(decisions)
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from services.latency import OpKind
 from services.scheduler.core.state import Cluster, LiveInference, NodeState
 
+#: A request meets a running training operation at any point of it: this share of such requests wait no longer than this
+#: share of the operation.
+_BLOCKING_QUANTILE = 0.75
 #: Largest share of its time a node is taken to spend on prefills of later arrivals.
 _MAX_PREFILL_SHARE = 0.5
 
@@ -57,7 +60,7 @@ def _num_leaving(live: LiveInference, node: NodeState, slots: int) -> int:
 
 
 def _blocking_s(node: NodeState, iteration_s: float) -> float:
-    """Time until the stages take an inference operation, at worst: an operation is not interrupted once it runs.
+    """Time until the stages take an inference operation: an operation is not interrupted once it runs.
 
     While requests decode on a single stage there is always inference ready, so training does not get in between; with
     more stages it fills the gaps of each.
@@ -65,5 +68,5 @@ def _blocking_s(node: NodeState, iteration_s: float) -> float:
     decoding = len(node.inference) > node.num_prefilling
     if decoding and node.costs.num_stages == 1:
         return iteration_s
-    blocking_s = node.training_op_s * node.costs.num_stages
+    blocking_s = _BLOCKING_QUANTILE * node.training_op_s * node.costs.num_stages
     return max(blocking_s, iteration_s) if decoding else blocking_s

@@ -23,7 +23,7 @@ class LiveInference:
     cancelled: bool = False
     #: Reason last told in a Defer.
     defer_reason: str = ""
-    #: Predicted prefill on its node, and whether the prefill is over.
+    #: What is predicted to be left of its prefill on its node, and whether the prefill is over.
     prefill_s: float = 0.0
     has_first_token: bool = False
     #: When it was produced, seconds.
@@ -172,6 +172,13 @@ class NodeState:
         live.has_first_token = True
         live.first_token_s = min(live.first_token_s, at_s)
         self._leave_prefill(live)
+
+    def prefill_left(self, live: LiveInference, stage: int) -> None:
+        """The prefill of one of its requests left a stage: that part of it is no longer to come."""
+        if not live.has_first_token:
+            done_s = min(live.prefill_s, self.costs.stage_s(stage, OpKind.PREFILL, 1, live.task.prompt_tokens))
+            live.prefill_s -= done_s
+            self.prefilling_s -= done_s
 
     def decoded(self, live: LiveInference) -> None:
         """One of its requests got one more token."""

@@ -52,6 +52,8 @@ def _observe_inference(op: OpFinished, node: NodeState, cluster: Cluster) -> Non
             node.decoded(live)
         if is_last and op.first_token:
             node.first_token(live, op.end_s)
+        elif op.op is OpKind.PREFILL:
+            node.prefill_left(live, op.stage)
         if node.forecast is not None:
             rest_s[task_id] = _rest_s(op, batch, live, node, cluster)
     if node.forecast is None or not rest_s:

@@ -45,7 +45,7 @@ def test_time_already_waited_counts() -> None:
 def test_training_operation_blocks_an_idle_stage_but_not_between_decodes_of_one_stage() -> None:
     core = core_with(node("a"))
     core.step(0.0, TaskArrived(microbatch("m")))
-    assert predict(core).ttft_s == pytest.approx(0.4 + 0.1)
+    assert predict(core).ttft_s == pytest.approx(0.75 * 0.4 + 0.1)
     core.step(1.0, TaskArrived(request("r1", output=9)))
     first_token(core, "r1")
     assert predict(core).ttft_s == pytest.approx(0.01 + 0.1)
@@ -54,7 +54,15 @@ def test_training_operation_blocks_an_idle_stage_but_not_between_decodes_of_one_
 def test_training_operation_may_block_every_stage_of_a_pipeline() -> None:
     core = core_with(node("a", 2))
     core.step(0.0, TaskArrived(microbatch("m")))
-    assert predict(core).ttft_s == pytest.approx(2 * 0.4 + 2 * 0.1)
+    assert predict(core).ttft_s == pytest.approx(2 * 0.75 * 0.4 + 2 * 0.1)
+
+
+def test_the_part_of_a_prefill_that_is_over_no_longer_counts() -> None:
+    core = core_with(node("a", 2))
+    core.step(0.0, TaskArrived(request("r1")))
+    assert predict(core).ttft_s == pytest.approx(0.2 / 2 + 0.2)
+    core.step(0.1, OpFinished("a", 0, OpKind.PREFILL, 0.0, 0.1, ("r1",), 100))
+    assert predict(core).ttft_s == pytest.approx(0.1 / 2 + 0.2)
 
 
 def test_full_batch_waits_for_a_place() -> None:

@@ -161,6 +161,17 @@ def test_hold_back_ends_with_a_tick_even_if_nothing_happens() -> None:
     pytest.fail("never released")
 
 
+def test_hold_back_ends_when_requests_no_longer_come() -> None:
+    core = lemix_with_long_training(max_hold_back_s=1000.0)
+    for index, now_s in enumerate((1.0, 1.5)):
+        arrive(core, now_s, f"r{index}")
+        core.step(now_s + 0.1, TaskEnded(f"r{index}", "a", ok=True, output_tokens=1))
+    assert assigned(core.step(1.6, TaskArrived(microbatch("m", arrival_s=1.6)))) == []
+    # An operation takes 1 s: a request within the next five is likely to meet one.
+    assert assigned(core.step(6.4, Tick())) == []
+    assert assigned(core.step(6.6, Tick())) == [("m", "a")]
+
+
 def test_no_hold_back_when_it_is_switched_off() -> None:
     core = lemix_with_long_training(max_hold_back_s=0.0)
     arrive(core, 1.0, "r1")

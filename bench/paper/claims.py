@@ -97,19 +97,44 @@ def verdicts(repetitions: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dic
 def _judge(claim: Claim, repetitions: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     values = [_at(figures, claim.path) for figures in repetitions[SUBJECT]]
     if claim.over_others:
-        others = [[_at(item, claim.path) for item in items] for name, items in repetitions.items() if name != SUBJECT]
-        values = [_over(mine, theirs) for mine, theirs in zip(values, zip(*others, strict=True), strict=True)]
+        values = over_others(repetitions, claim.path)
+    return judged(
+        claim.name, claim.text, ".".join(claim.path), values, claim.threshold, claim.form, at_least=claim.at_least
+    )
+
+
+def over_others(
+    repetitions: Mapping[str, Sequence[Mapping[str, Any]]], path: Sequence[str], others: Sequence[str] | None = None
+) -> list[float | None]:
+    """Per seed LeMix's figure over the best of the `others`, or of all."""
+    names = [name for name in repetitions if name != SUBJECT] if others is None else others
+    mine = [_at(figures, path) for figures in repetitions[SUBJECT]]
+    theirs = zip(*([_at(figures, path) for figures in repetitions[name]] for name in names), strict=True)
+    return [_over(value, several) for value, several in zip(mine, theirs, strict=True)]
+
+
+def judged(
+    name: str,
+    text: str,
+    metric: str,
+    values: Sequence[float | None],
+    threshold: float,
+    form: str,
+    *,
+    at_least: bool = True,
+) -> dict[str, Any]:
+    """A claim for the summary: its value per seed, the median, and whether it is held. form: shows a value."""
     known = [value for value in values if value is not None]
     return {
-        "name": claim.name,
-        "claim": claim.text,
-        "metric": ".".join(claim.path),
-        "threshold": claim.threshold,
-        "direction": "at least" if claim.at_least else "at most",
-        "form": claim.form,
-        "values": values,
+        "name": name,
+        "claim": text,
+        "metric": metric,
+        "threshold": threshold,
+        "direction": "at least" if at_least else "at most",
+        "form": form,
+        "values": list(values),
         "median": statistics.median(known) if known else None,
-        "verdict": decide(values, claim.threshold, at_least=claim.at_least),
+        "verdict": decide(values, threshold, at_least=at_least),
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.machine import usable_cores
 from bench.paper import scenario
+from bench.paper.traffic import LENGTHS
 from services.scheduler.core.policies import POLICIES
 from services.simulator.types import SimulationConfig
 
@@ -26,14 +27,25 @@ class PaperError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperConfig:
-    """The grid is every combination of rates (tasks/s), training shares and mean forwards, per policy and seed."""
+    """The grid is every combination of rates (tasks/s), training shares and mean forwards, per policy and seed.
+
+    The other axes are looked at on `axis_rates` x `axis_shares` at one mean forward. full: without the cuts that keep a
+    run short, on fewer seeds and tasks. only: names of the families to run; empty: all.
+    """
 
     policies: tuple[str, ...] = DEFAULT_POLICIES
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (4.0, 8.0, 16.0, 24.0, 32.0)
     training_shares: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     mean_forwards_s: tuple[float, ...] = (0.03, 0.06, 0.114)
+    axis_rates: tuple[float, ...] = (8.0, 16.0, 32.0)
+    axis_shares: tuple[float, ...] = (0.1, 0.5, 0.9)
+    axis_forward_s: float = 0.06
+    stress_rates: tuple[float, ...] = (50.0, 75.0, 100.0, 125.0, 150.0)
     num_tasks: int = 1000
+    days: float = 7.0
+    full: bool = False
+    only: tuple[str, ...] = ()
     processes: int = 0
     out: Path = Path("out/paper")
 
@@ -58,6 +70,16 @@ class PaperConfig:
         """Worker processes; by default one per core."""
         return self.processes or usable_cores()
 
+    @property
+    def first_seed(self) -> tuple[int, ...]:
+        """For what takes many runs: one seed, unless everything is asked for."""
+        return self.seeds if self.full else self.seeds[:1]
+
+    @property
+    def few_tasks(self) -> int:
+        """For what takes many runs or operations: three tenths of the tasks, unless everything is asked for."""
+        return self.num_tasks if self.full else max(1, self.num_tasks * 3 // 10)
+
     def points(self) -> list[scenario.Point]:
         """Places of the grid, in order."""
         return [
@@ -67,6 +89,11 @@ class PaperConfig:
             for rate in self.rates
         ]
 
+    def axis_points(self) -> list[scenario.Point]:
+        """Places at which the other axes are looked at."""
+        forward_s = self.axis_forward_s
+        return [scenario.Point(rate, share, forward_s) for share in self.axis_shares for rate in self.axis_rates]
+
     def to_json(self) -> dict[str, Any]:
         """Plain form for the summary, with what the scenario fixes."""
         example = scenario.configuration(scenario.Run(self.points()[0], BASELINE, 0, 1))
@@ -75,10 +102,10 @@ class PaperConfig:
             "out": str(self.out),
             "nodes": scenario.NODES,
             "stages": scenario.STAGES,
-            "mode": scenario.MODE,
+            "mode": scenario.PREFILL,
             "slo_units": scenario.SLO_UNITS,
-            "lengths": asdict(scenario.LENGTHS),
-            "node": dict(scenario.NODE),
+            "lengths": asdict(LENGTHS.shape),
+            "node": {**scenario.NODE, "max_training_parts": scenario.MAX_TRAINING_PARTS},
             "scheduler": dict(scenario.SCHEDULER),
             "simulation": _simulation(example),
         }
@@ -87,5 +114,6 @@ class PaperConfig:
 def _simulation(config: SimulationConfig) -> dict[str, Any]:
     """Settings of the simulator that no run changes."""
     values = asdict(config)
-    del values["core"], values["seed"], values["keep_ops"], values["horizon_s"]
+    for name in ("core", "seed", "noise", "keep_ops", "horizon_s"):
+        del values[name]
     return values

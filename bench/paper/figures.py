@@ -8,7 +8,8 @@ from typing import Any
 
 from bench.paper.compare import Place, all_overloaded, by_seed
 from bench.paper.config import BASELINE
-from bench.paper.scenario import NODES, Details, Point
+from bench.paper.outcome import Details
+from bench.paper.scenario import NODES, Point
 from bench.report.colors import policy_color
 from bench.report.svg import Chart, Scale, number
 

@@ -6,17 +6,16 @@ from typing import Any
 from bench.paper import compare, grid_report
 from bench.paper.claims import verdicts
 from bench.paper.config import PaperConfig
-from bench.paper.family import Family
-from bench.paper.scenario import Run
+from bench.paper.family import Family, Labelled
+from bench.paper.variants import everywhere
 
 
-def runs(config: PaperConfig) -> list[Run]:
+def runs(config: PaperConfig) -> list[Labelled]:
     """Every policy on every point and seed."""
     return [
-        Run(point, policy, seed, config.num_tasks)
+        labelled
         for policy in config.policies
-        for seed in config.seeds
-        for point in config.points()
+        for labelled in everywhere(policy, config.points(), config.seeds, config.num_tasks, policy)
     ]
 
 
@@ -28,18 +27,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "spread": extents,
         "overloaded": compare.overloaded_points(rows),
         "claims": verdicts(repetitions),
-        "problems": _problems(rows),
         "grid": list(rows),
     }
 
 
-def _problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Runs in which not every task ended well: their bound does not hold."""
-    unfinished: dict[str, int] = {}
-    for row in rows:
-        if row["n_ok"] < row["n_tasks"]:
-            unfinished[row["policy"]] = unfinished.get(row["policy"], 0) + 1
-    return [f"{policy}: {count} runs in which not every task ended well" for policy, count in unfinished.items()]
-
-
-GRID = Family("grid", runs, summarise, grid_report.sections)
+GRID = Family("grid", runs, summarise, grid_report.tables, grid_report.sections)

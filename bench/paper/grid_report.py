@@ -5,8 +5,11 @@ from typing import Any
 
 from bench.paper import figures
 from bench.paper.config import BASELINE, SUBJECT, PaperConfig
-from bench.paper.scenario import Point, Run, details
+from bench.paper.family import Shown
+from bench.paper.outcome import details
+from bench.paper.scenario import Point, Run
 from bench.paper.table import COLUMNS
+from bench.paper.variants import comparison, count
 from bench.report.colors import policy_color
 from bench.report.page import table
 from bench.report.svg import legend, text
@@ -14,6 +17,19 @@ from bench.report.table import cell
 
 #: The point whose single runs are shown: rate, training share, mean forward.
 _SHOWN = Point(8.0, 0.5, 0.06)
+
+
+def tables(summary: Mapping[str, Any]) -> list[Shown]:
+    """The comparison with separate clusters."""
+    baseline = summary["vs_separate"][BASELINE]
+    found = {
+        "policies": summary["vs_separate"],
+        "points": baseline["points"],
+        "seeds": len(summary["seeds"]),
+        "tasks_per_point": summary["config"]["num_tasks"],
+    }
+    title = f"Grid, {len(summary['grid'])} simulations, overloading every policy: {baseline['excluded']}"
+    return [comparison(title, found)]
 
 
 def sections(config: PaperConfig, summary: Mapping[str, Any]) -> list[str]:
@@ -120,5 +136,6 @@ def _overloaded(summary: Mapping[str, Any]) -> str:
     ]
     return (
         "<h2>Points that overload every policy</h2><p>Attainment, and throughput over separate clusters below it.</p>"
-        f"<details><summary>{len(points)} points</summary>{table(('point', *map(text, policies)), rows)}</details>"
+        f"<details><summary>{count(len(points), 'point')}</summary>"
+        f"{table(('point', *map(text, policies)), rows)}</details>"
     )

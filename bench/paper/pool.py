@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
-from bench.paper.scenario import Run, row
+from bench.paper.outcome import row
+from bench.paper.scenario import Run
 
 
 def rows(runs: Sequence[Run], processes: int, on_done: Callable[[int, Run], None]) -> list[dict[str, Any]]:
@@ -18,7 +19,9 @@ def rows(runs: Sequence[Run], processes: int, on_done: Callable[[int, Run], None
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(processes, len(runs)), mp_context=context, initializer=_ignore_interrupts)
     try:
-        places = {pool.submit(row, run): index for index, run in enumerate(runs)}
+        # The longest first, so that no core is left with one of them at the end.
+        order = sorted(range(len(runs)), key=lambda index: -runs[index].num_tasks)
+        places = {pool.submit(row, runs[index]): index for index in order}
         for num_done, future in enumerate(as_completed(places), start=1):
             index = places[future]
             results[index] = future.result()

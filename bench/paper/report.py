@@ -1,11 +1,11 @@
 """The page: what was run, what it came to, and the sections of every family."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.paper.claims import limit, shown
 from bench.paper.config import PaperConfig
-from bench.paper.families import FAMILIES
+from bench.paper.family import Family
 from bench.report.page import chip, configuration, document, facts, notice, table, tile
 from bench.report.svg import text
 
@@ -17,15 +17,15 @@ _TILES = {
 }
 
 
-def render(config: PaperConfig, summary: Mapping[str, Any]) -> str:
-    """The whole page."""
+def render(config: PaperConfig, families: Sequence[Family], summary: Mapping[str, Any]) -> str:
+    """The whole page: a section per family that ran."""
     parts = [
         _header(summary),
         notice("Something went wrong in this run", summary["problems"]),
         _tiles(summary),
         _claims(summary),
     ]
-    for family in FAMILIES:
+    for family in families:
         parts += family.sections(config, summary)
     return document("LeMix: the paper's claims", [*parts, _setup(summary)])
 
@@ -36,8 +36,8 @@ def _header(summary: Mapping[str, Any]) -> str:
         "<h1>The paper’s claims</h1>"
         f"<p>{config['nodes']} nodes × {config['stages']} pipeline stages serve and train at the same time, under "
         f"every policy with the same traffic: {config['num_tasks']:,} tasks per point, Poisson arrivals, lognormal "
-        "lengths. The scheduler and the nodes run the code of the real cluster; only the durations of operations "
-        "and the clock are simulated, so the figures do not depend on the machine.</p>"
+        "lengths, unless a section says otherwise. The scheduler and the nodes run the code of the real cluster; "
+        "only the durations of operations and the clock are simulated, so the figures do not depend on the machine.</p>"
         f'<p class="soft">{text(summary["started_at"])} · {text(summary["machine"]["cpu"])}, '
         f"{summary['machine']['cores']} cores · commit {text(summary['git_commit'])} · "
         f"{seeds} seed{'s' if seeds > 1 else ''}</p>"
@@ -82,7 +82,8 @@ def _setup(summary: Mapping[str, Any]) -> str:
         f"{lengths['longest']:,} tokens",
         "promise": f"a response within {config['slo_units']:g} units; a unit is the mean forward of a stage × stages",
         "held": f"a node is held from an assignment until it has been idle for {config['scheduler']['hold_s']:g} s",
-        "alike for all": "bounds of training in flight and waiting, one request per operation, stashed weights",
-        "took": f"{summary['seconds_total']:.0f} s for {len(summary['grid'])} simulations",
+        "alike for all": "bounds of training in flight and waiting, one request per operation, stashed weights with "
+        f"two gradient buffers; up to {config['node']['max_training_parts']} pieces for a policy that asks for them",
+        "took": f"{summary['seconds_total']:.0f} s",
     }
     return f"<h2>Set-up</h2>{facts(setup)}{configuration(config)}"

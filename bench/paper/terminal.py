@@ -1,6 +1,6 @@
-"""What is printed at the end: the comparison and every claim."""
+"""What is printed at the end: a table per family, the problems and every claim."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -8,29 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.paper.claims import limit, shown
-from bench.paper.table import COLUMNS
-from bench.report.table import cell
+from bench.paper.family import Family, Shown
 from bench.report.verdict import STYLES
 
-#: The others have a claim below the table.
-_COLUMNS = [column for column in COLUMNS if column.title not in ("max ratio", "makespan max")]
 
-
-def print_results(console: Console, summary: Mapping[str, Any]) -> None:
-    """The table, the problems and the claims."""
-    policies = summary["vs_separate"]
-    table = Table(title=_title(summary), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-    table.add_column("", no_wrap=True)
-    for column in _COLUMNS:
-        table.add_column(column.title, justify="right", vertical="bottom")
-    best = [column.best(policies) for column in _COLUMNS]
-    for name, metrics in policies.items():
-        values = [cell(column, metrics) for column in _COLUMNS]
-        table.add_row(
-            name,
-            *(f"[bold]{value}[/bold]" if name == winner else value for value, winner in zip(values, best, strict=True)),
-        )
-    console.print(table)
+def print_results(console: Console, families: Sequence[Family], summary: Mapping[str, Any]) -> None:
+    """The tables, the problems and the claims."""
+    for family in families:
+        for item in family.tables(summary):
+            console.print(_table(item))
     for problem in summary["problems"]:
         console.print(f"[red]   problem[/red]  {problem}", highlight=False, soft_wrap=True)
     for claim in summary["claims"]:
@@ -43,12 +29,17 @@ def print_results(console: Console, summary: Mapping[str, Any]) -> None:
         )
 
 
-def _title(summary: Mapping[str, Any]) -> str:
-    baseline = summary["vs_separate"]["separate"]
-    return (
-        f"{baseline['points']} points, {len(summary['seeds'])} seeds, {len(summary['grid'])} simulations; "
-        f"{baseline['excluded']} points overload every policy"
-    )
+def _table(item: Shown) -> Table:
+    table = Table(title=item.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column(item.head[0], no_wrap=True)
+    for place, name in enumerate(item.head[1:], start=1):
+        widest = max(len(values[place]) for values in item.rows)
+        table.add_column(name, justify="right", vertical="bottom", min_width=widest)
+    for row, values in enumerate(item.rows):
+        table.add_row(
+            *(f"[bold]{value}[/bold]" if (row, place) in item.bold else value for place, value in enumerate(values))
+        )
+    return table
 
 
 def _extent(claim: Mapping[str, Any]) -> str:

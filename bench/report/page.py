@@ -32,7 +32,7 @@ td small{display:block;color:var(--soft);font-size:11px;font-weight:400}td.best{
 svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font:12px system-ui,sans-serif;
 paint-order:stroke;stroke:var(--card);stroke-width:3px}
 svg .cell{stroke:none}svg .name{fill:var(--ink);font-size:12.5px}svg .strong{font-weight:600;fill:var(--ink)}
-.grid{stroke:var(--edge)}.axis{stroke:var(--soft)}.area{stroke:none;opacity:.18}.dots{fill:none;stroke-width:6;stroke-linecap:round;opacity:.75}.line{fill:none;stroke-width:2;stroke-linejoin:round}
+.grid{stroke:var(--edge)}.axis{stroke:var(--soft)}.whisker{stroke:var(--ink);stroke-width:2}.area{stroke:none;opacity:.18}.dots{fill:none;stroke-width:6;stroke-linecap:round;opacity:.75}.line{fill:none;stroke-width:2;stroke-linejoin:round}
 .marker{stroke:var(--mark);stroke-width:1.5;stroke-dasharray:4 3}.band{fill:var(--band)}.track{fill:var(--track)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin:0 0 8px;font-size:13px}
 .key i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}

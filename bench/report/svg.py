@@ -185,6 +185,11 @@ class Chart:
         if path:
             self.parts.append(f'<path style="fill:{color}" d="{path}"/>')
 
+    def whisker(self, low: float, high: float, at_px: float) -> None:
+        """A thin horizontal line from x value to x value, at a height in pixels."""
+        left, right = self.x(low), self.x(high)
+        self.parts.append(f'<line class="whisker" x1="{left:.1f}" x2="{right:.1f}" y1="{at_px:.1f}" y2="{at_px:.1f}"/>')
+
     def frame(self, top_px: float, height_px: float) -> None:
         """The empty track behind a row of boxes."""
         left, right = self.x.from_px, self.x.to_px

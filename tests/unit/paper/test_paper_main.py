@@ -6,16 +6,23 @@ import pytest
 
 from bench.paper.__main__ import main, parse
 from bench.paper.config import ALL_POLICIES, DEFAULT_POLICIES, PaperConfig, PaperError
+from bench.paper.families import FAMILIES
 from services.scheduler.core.policies import POLICIES
 from tests.unit.pages import assert_self_contained, charts
 
 _QUICK = ["--quick", "--processes", "1", "--policies", "separate,round_robin,lemix"]
+_GRID = [*_QUICK, "--only", "grid"]
+
+
+#: What the summary has whatever ran, and families whose key is not their name.
+_COMMON = {"started_at", "git_commit", "machine", "seeds", "config", "seconds_total", "claims", "problems"}
+_KEYS = {"streams": "vs_separate_streams"}
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     path = tmp_path_factory.mktemp("paper")
-    assert main([*_QUICK, "--out", str(path)]) == 0
+    assert main([*_GRID, "--out", str(path)]) == 0
     return path
 
 
@@ -61,13 +68,39 @@ def test_every_claim_is_on_the_page(page, summary):
 
 
 def test_the_same_run_gives_the_same_figures(summary, tmp_path, capsys):
-    assert main([*_QUICK, "--out", str(tmp_path)]) == 0
+    assert main([*_GRID, "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["grid"] == summary["grid"]
     printed = capsys.readouterr().out
     for claim in summary["claims"]:
         assert f"{claim['verdict']}  {claim['claim']}" in printed
     assert "round_robin" in printed
     assert "…" not in printed
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES if family.name != "grid"])
+def test_every_family_runs_alone(name, tmp_path, capsys):
+    assert main([*_QUICK, "--only", name, "--out", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary) - _COMMON == {_KEYS.get(name, name)}
+    assert summary["problems"] == []
+    page = (tmp_path / "report.html").read_text()
+    assert_self_contained(page)
+    assert charts(page)
+    assert not any("nan" in chart for chart in charts(page))
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    (family,) = (family for family in FAMILIES if family.name == name)
+    cells = {cell for shown in family.tables(summary) for row in shown.rows for cell in row}
+    assert cells
+    assert {cell for cell in cells if cell not in printed} == set()
+    for claim in summary["claims"]:
+        assert f"{claim['verdict']}  {claim['claim']}" in printed
+
+
+def test_a_run_of_several_families_is_simulated_once(tmp_path, capsys):
+    """Of the streams, all but separate clusters with one stream are in the grid."""
+    assert main([*_QUICK, "--only", "grid,streams", "--out", str(tmp_path)]) == 0
+    assert "16 simulations" in capsys.readouterr().out
 
 
 def test_defaults():
@@ -87,6 +120,8 @@ def test_full_is_every_policy_and_more_seeds():
     config = parse(["--full"])
     assert config.policies == ALL_POLICIES
     assert len(config.seeds) == 10
+    assert config.first_seed == config.seeds
+    assert config.few_tasks == config.num_tasks
     assert parse(["--full", "--seeds", "5", "--policies", "separate"]).seeds == (5,)
 
 
@@ -100,6 +135,8 @@ def test_full_is_every_policy_and_more_seeds():
         (["--seeds", "1,x"], "--seeds must be whole numbers"),
         (["--seeds", "1,1"], "--seeds names a seed twice"),
         (["--seeds", "101"], "100 to 102 are kept for tuning"),
+        (["--only", "grid,week,best"], "unknown family 'best'; known: grid, "),
+        (["--only", ","], "--only names no family"),
         (["--processes", "-1"], "--processes must not be negative"),
     ],
 )

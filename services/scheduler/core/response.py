@@ -13,8 +13,6 @@ from services.scheduler.core.state import Cluster, LiveInference, NodeState
 #: A request meets a running training operation at any point of it: this share of such requests wait no longer than this
 #: share of the operation.
 _BLOCKING_QUANTILE = 0.75
-#: Largest share of its time a node is taken to spend on prefills of later arrivals.
-_MAX_PREFILL_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +41,21 @@ def predict_response(now_s: float, live: LiveInference, node: NodeState, cluster
         # Of n running requests one leaves every (output length / n) iterations.
         output_tokens = cluster.outputs.expected_tokens(task.max_tokens)
         waiting_s += num_leaving * output_tokens * iteration_s / min(num_live, slots)
-    # Prefills of the requests this node has to expect take turns with the decode iterations.
-    gap_s = node.arrivals.gap_s(now_s) * stages
-    prefill_share = min(own_s / gap_s, _MAX_PREFILL_SHARE) if gap_s > 0.0 else _MAX_PREFILL_SHARE
-    return Response(now_s - task.arrival_s + waiting_s + own_s, iteration_s / (1.0 - prefill_share))
+    # With more than one stage training fills the gaps of each, and an iteration meets it half done.
+    training_s = 0.5 * node.training_op_s * stages if stages > 1 else 0.0
+    ttft_s = now_s - task.arrival_s + waiting_s + own_s
+    return Response(ttft_s, iteration_s + _prefills_s(now_s, node) + training_s)
+
+
+def _prefills_s(now_s: float, node: NodeState) -> float:
+    """Time an iteration waits for the prefills of other requests, on all stages together: on each it meets one with the
+    probability that the stage is busy with prefills, and then waits for what is left of it (M/G/1 residual work)."""
+    prefills = node.prefills
+    if not prefills.count:
+        return 0.0
+    # No stage is busy for more than all of its time.
+    gap_s = max(node.arrivals.gap_s(now_s), prefills.mean)
+    return node.costs.num_stages * (prefills.mean**2 + prefills.std**2) / (2.0 * gap_s) if gap_s > 0.0 else 0.0
 
 
 def _num_leaving(live: LiveInference, node: NodeState, slots: int) -> int:

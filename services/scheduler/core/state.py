@@ -126,6 +126,8 @@ class NodeState:
     num_entering_training: int = 0
     #: Longest single training operation that may be running or waiting on a stage, seconds.
     training_op_s: float = 0.0
+    #: Predicted prefills of the requests sent here, seconds on a stage.
+    prefills: RunningMoments = field(default_factory=RunningMoments)
     #: Lengths of the tasks sent here.
     lengths: RunningMoments = field(default_factory=RunningMoments)
     #: Requests sent here.
@@ -162,6 +164,7 @@ class NodeState:
         self.inference[task.task_id] = live
         self.num_prefilling += 1
         self.prefilling_s += live.prefill_s
+        self.prefills.observe(live.prefill_s / self.costs.num_stages)
         self.context_tokens += live.context_tokens
         self.reserved_tokens += task.prompt_tokens + task.max_tokens
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.latency import OpKind
+from services.latency import LatencyModel, NodeLatency, OpKind
 from services.scheduler.core.response import Response, predict_response
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.state import LiveInference
@@ -78,5 +78,28 @@ def test_expected_prefills_stretch_the_time_per_token() -> None:
     core = core_with(node("a"))
     core.step(0.0, TaskArrived(request("r1")))
     core.step(0.5, TaskArrived(request("r2")))
-    # A prefill of 0.1 s every 0.5 s leaves 4/5 of the time to decodes.
-    assert predict(core, now_s=0.5).tpot_s == pytest.approx(0.01 / 0.8)
+    # A prefill of 0.1 s every 0.5 s: one in five iterations meets one, half of which is left.
+    assert predict(core, now_s=0.5).tpot_s == pytest.approx(0.01 + 0.2 * 0.05)
+
+
+def test_long_prefills_are_met_more_often() -> None:
+    """The same mean with a spread: what is left of the prefill an iteration meets grows with its square."""
+
+    def tpot_s(*prompts: int) -> float:
+        per_token = LatencyModel("affine", (0.0, 0.001))
+        constant = LatencyModel("constant", (0.01,))
+        models = {OpKind.PREFILL: per_token, OpKind.DECODE: constant}
+        core = core_with(node("a", latency=NodeLatency((models,))))
+        for index, prompt in enumerate(prompts):
+            core.step(0.5 * index, TaskArrived(request(f"r{index}", prompt=prompt)))
+        return predict(core, now_s=0.5 * (len(prompts) - 1)).tpot_s
+
+    assert tpot_s(100, 100, 100, 100) == pytest.approx(0.02)
+    assert tpot_s(10, 190, 10, 190) > 0.025
+
+
+def test_training_between_the_decodes_of_a_pipeline_stretches_the_time_per_token() -> None:
+    core = core_with(node("a", 2))
+    core.step(0.0, TaskArrived(microbatch("m")))
+    # An iteration of 2 x 0.01 s meets half of a backward of 0.4 s on each stage.
+    assert predict(core).tpot_s == pytest.approx(0.02 + 2 * 0.2)

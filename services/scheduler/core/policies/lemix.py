@@ -20,6 +20,7 @@ from services.scheduler.core.types import NodeRole, NodeTerms, QueueOrder, SyncM
 #: Held-back training is looked at again after this long even if nothing happens.
 _RETRY_S = 0.05
 
+_ANY_LENGTH = 1 << 30
 #: A stress of this many times `open_at` opens nodes without waiting.
 _BURST = 2.0
 
@@ -105,7 +106,9 @@ class LeMix:
     def _look(self, now_s: float, live: LiveInference, node: NodeState, index: int, cluster: Cluster) -> _Look:
         response = predict_response(now_s, live, node, cluster)
         ttft_s, tpot_s = self._promise(live, node, cluster)
-        stress = max(response.ttft_s / ttft_s, response.tpot_s / tpot_s)
+        stress = response.ttft_s / ttft_s
+        if live.task.max_tokens > 1:
+            stress = max(stress, response.tpot_s / tpot_s)
         # Above 0 for nodes with room to spare, the earlier the higher; below 0 for the others.
         score = 1.0 / (1 + index) if stress <= self._slo_fraction else -stress
         consistency = 0.0
@@ -180,13 +183,20 @@ class LeMix:
         return max(1, min(num_nodes, math.ceil(cluster.backlog_s / self._backlog_s)))
 
     def _num_parts(self, live: LiveTraining, node: NodeState, cluster: Cluster) -> int:
-        """Pieces that are each at most `cut` of the mean prefill on a stage."""
+        """Pieces that are each at most `cut` of what they block: the mean prefill on a stage, and where requests decode
+        the time an iteration may lose there."""
         most = node.spec.max_training_parts
         if most == 1 or not self._cut or not cluster.prompts.count:
             return 1
-        mean_s = node.costs.node_s(OpKind.PREFILL, 1, cluster.prompts.mean) / node.costs.num_stages
-        op_s = node.costs.training_op_s(live.task.batch, live.task.length)
-        return most if mean_s <= 0.0 else min(most, max(1, math.ceil(op_s / (self._cut * mean_s))))
+        costs, prompt = node.costs, cluster.prompts.mean
+        blocked_s = costs.node_s(OpKind.PREFILL, 1, prompt)
+        tpot_s = cluster.config.default_slo.tpot_s
+        if tpot_s is not None and cluster.outputs.expected_tokens(_ANY_LENGTH) > 1.0:
+            blocked_s = min(blocked_s, tpot_s - costs.node_s(OpKind.DECODE, 1, prompt))
+        if blocked_s <= 0.0:
+            return most
+        op_s = costs.training_op_s(live.task.batch, live.task.length)
+        return min(most, max(1, math.ceil(op_s * costs.num_stages / (self._cut * blocked_s))))
 
     def _op_s(self, live: LiveTraining, node: NodeState, cluster: Cluster) -> float:
         """Longest time for which the micro-batch blocks a stage."""

@@ -135,13 +135,18 @@ class NodeAgent:
         self._session.report_vitals()
         _log.info("draining", longest_s=self._settings.drain_s)
         ends: list[asyncio.Future[Any]] = [
-            asyncio.ensure_future(self._loop.empty.wait()),
+            asyncio.ensure_future(self._finish_all()),
             asyncio.ensure_future(self._session.away.wait()),
             self.broken,
         ]
         await asyncio.wait(ends, timeout=self._settings.drain_s, return_when=asyncio.FIRST_COMPLETED)
         for future in ends[:2]:
             future.cancel()
+
+    async def _finish_all(self) -> None:
+        """Until every task has its outcome in the ledger and the scheduler has been told."""
+        await self._intake.wait_empty()
+        await self._session.wait_told()
 
     async def stop(self) -> None:
         """Leave the session, take nothing more, close the server. Tasks are not ended: they stay in the ledger."""

@@ -171,6 +171,12 @@ class Intake:
 
     # ------------------------------------------------------------- finishing
 
+    async def wait_empty(self) -> None:
+        """Until every task taken has its outcome in the ledger."""
+        while self._entries:
+            self._changed.clear()
+            await self._changed.wait()
+
     async def run_finisher(self) -> None:
         """Put outcomes into the ledger, in order, until cancelled."""
         delay_s = _RETRY_FIRST_S

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
@@ -104,9 +104,6 @@ class AgentLoop:
         self._listener = listener
         self._core = NodeCore(config)
         self._tasks: dict[str, Task] = {}
-        #: Set while there are no tasks.
-        self.empty = asyncio.Event()
-        self.empty.set()
         self._payloads = PayloadBuilder(self._tasks, config.num_stages, max_optimizer_states)
         self._runners = [
             StageRunner(stage, worker, self.fail, op_timeout_s=op_timeout_s) for stage, worker in enumerate(workers)
@@ -176,7 +173,6 @@ class AgentLoop:
         if task.task_id in self._tasks:
             raise ValueError(f"{task.task_id} is on this node already")
         self._tasks[task.task_id] = task
-        self.empty.clear()
         self._feed(event)
 
     def cancel(self, task_id: str) -> bool:
@@ -266,22 +262,15 @@ class AgentLoop:
                 self._end(command)
 
     def _run(self, stage: int, op: Op) -> None:
-        given = self._with_kept_versions(stage, op)
         if op.kind is OpKind.WEIGHT_SYNC:
             weight_op = self._weight_ops[op.subject][0]
             weight_op.version = op.version
-            payload = weight_op.payload(given)
+            payload = weight_op.payload(op)
         else:
-            payload = self._payloads.build(given, stage)
+            payload = self._payloads.build(op, stage)
         if stage == 0 and op.batch:
             metrics.batch_size(op.kind).observe(op.batch)
         self._runners[stage].submit(payload, lambda result: self._op_ended(stage, op, result))
-
-    def _with_kept_versions(self, stage: int, op: Op) -> Op:
-        """The op as this stage gets it: what is on its way has left stage 0 behind, which keeps no weights for it."""
-        if op.changes_weights and stage == 0:
-            return replace(op, oldest_version=op.version + 1)
-        return op
 
     def _set_timer(self) -> None:
         wakeup_s = self._core.next_wakeup_s
@@ -380,8 +369,6 @@ class AgentLoop:
 
     def _end(self, done: TaskDone) -> None:
         task = self._tasks.pop(done.task_id)
-        if not self._tasks:
-            self.empty.set()
         if done.detail:
             task.error = LemixError(ErrorCode.RESOURCE_EXHAUSTED, done.detail)
         kind = "inference" if isinstance(task, RequestTask) else "training"

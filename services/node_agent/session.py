@@ -84,8 +84,9 @@ class SchedulerSession:
         self._welcome_timeout_s = welcome_timeout_s
         self._traces: deque[scheduler_pb2.OpTrace] = deque()
         self._reports: deque[scheduler_pb2.NodeSessionRequest] = deque()
-        #: Something must leave now.
+        #: Something must leave now; something has left.
         self._wake = asyncio.Event()
+        self._sent = asyncio.Event()
         self._is_heartbeat_due = False
         self._are_traces_due = False
         self._traces_sent_s = -trace_flush_s
@@ -131,6 +132,12 @@ class SchedulerSession:
             metrics.REPORTS_DROPPED.inc()
         self._reports.append(message)
         self._wake.set()
+
+    async def wait_told(self) -> None:
+        """Until nothing waits to be reported."""
+        while self._reports or self._traces:
+            self._sent.clear()
+            await self._sent.wait()
 
     # ------------------------------------------------------------- the stream
 
@@ -220,6 +227,7 @@ class SchedulerSession:
             message.MergeFrom(report)
         try:
             await call.write(message)
+            self._sent.set()
         except BaseException:
             if report is not None:
                 self._reports.appendleft(report)  # for the next stream

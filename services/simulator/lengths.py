@@ -27,9 +27,9 @@ class LogNormal:
     @classmethod
     def of(cls, mean: float, std: float, *, shortest: int = 1, longest: int = 8192) -> "LogNormal":
         """With this mean and standard deviation before the cut. Raises ValueError when they make no sense."""
-        if not (mean > 0.0 and std >= 0.0):
+        if not (0.0 < mean < math.inf and 0.0 <= std < math.inf):
             raise ValueError(f"lengths need a positive mean and a std that is not negative, got {mean} and {std}")
-        variance = math.log(1.0 + (std / mean) ** 2)
+        variance = 2.0 * math.log(math.hypot(1.0, std / mean))
         return cls(math.log(mean) - variance / 2, math.sqrt(variance), shortest, longest)
 
     def draw(self, random: Random) -> int:

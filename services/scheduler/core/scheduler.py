@@ -366,7 +366,11 @@ class SchedulerCore:
         placement = self._policy.place_training(
             now_s, live, overdue or candidates, self._cluster, may_hold=not overdue and max_hold_s > 0.0
         )
-        for node in placement.held_back or self._starved(placement, candidates):
+        held = placement.held_back or self._starved(placement, candidates)
+        for node in () if overdue else candidates:
+            if node not in held:
+                node.held_back_since_s = None
+        for node in held:
             if node.held_back_since_s is None:
                 node.held_back_since_s = now_s
             expiry_s = node.held_back_since_s + max_hold_s

@@ -223,13 +223,13 @@ class NodeState:
         if not live.backward_done:
             live.backward_done = True
             self.num_outstanding_training -= 1
+            self.training_op_s = max((o.op_s for o in self.training.values() if not o.backward_done), default=0.0)
 
     def remove_training(self, live: LiveTraining) -> None:
         """A micro-batch left."""
         del self.training[live.task.task_id]
         self.entered(live)
         self.backward_ended(live)
-        self.training_op_s = max((other.op_s for other in self.training.values()), default=0.0)
         live.node = None
 
 

@@ -126,6 +126,8 @@ class Synchroniser:
             return list(self._roles), list(self._roles)
         trainers = [node_id for node_id, role in self._roles.items() if role is not NodeRole.SERVE]
         serving = [node_id for node_id, role in self._roles.items() if role is not NodeRole.TRAIN]
+        if not trainers:
+            return [], []  # they are about to leave
         # max() keeps the first of equals: the lowest id.
         source = max(trainers, key=lambda node_id: self._steps[node_id])
         return [source], [node_id for node_id in serving if node_id != source]

@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 not found or not equal, 2 wrong usage or a log that cannot
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -20,7 +20,7 @@ from services.scheduler.core.policies import POLICIES
 from services.scheduler.explain import render
 from services.scheduler.explain.convert import decision_to_proto
 from services.scheduler.explain.counterfactual import compare
-from services.scheduler.explain.log_file import LogError, read_log
+from services.scheduler.explain.log_file import Dropped, Entry, LogError, read_log
 from services.scheduler.explain.recording import recordings
 from services.scheduler.explain.replay import replay
 
@@ -98,7 +98,7 @@ def _explain_live(console: Console, address: str, task_id: str) -> int:
 
 
 def _explain_log(console: Console, path: Path, task_id: str) -> int:
-    runs = recordings(read_log(path))
+    runs = recordings(_whole(path))
     decisions = [decision for run in runs for decision in run.decisions.get(task_id, ())]
     for decision in decisions:
         render.print_decision(console, decision_to_proto(decision))
@@ -106,6 +106,14 @@ def _explain_log(console: Console, path: Path, task_id: str) -> int:
         arrived = any(task_id in run.tasks for run in runs)
         return _fail(f"{path}: no {'decision about' if arrived else 'task'} {task_id!r}", 1)
     return 0
+
+
+def _whole(path: Path) -> Iterator[Entry]:
+    """The entries of a log. Raises LogError for one that lacks steps: what is worked out from it would be wrong."""
+    for entry in read_log(path):
+        if isinstance(entry, Dropped):
+            raise LogError(f"{path}: line {entry.line}: field 'dropped': {entry.count} steps are missing")
+        yield entry
 
 
 def _newest(console: Console, address: str, limit: int) -> int:
@@ -127,7 +135,7 @@ def _replay(console: Console, path: Path) -> int:
 
 
 def _what_if(console: Console, path: Path, policy: str, options: Sequence[Option]) -> int:
-    for recording in recordings(read_log(path)):
+    for recording in recordings(_whole(path)):
         try:
             comparison = compare(recording, policy, dict(options))
         except ValueError as error:

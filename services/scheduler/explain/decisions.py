@@ -44,6 +44,8 @@ class _Live:
     node_id: str = ""
     decision: Decision | None = None
     waits: dict[str, float] = field(default_factory=dict)
+    #: Reason it was given last.
+    reason: str = ""
     cancelled: bool = False
 
 
@@ -95,7 +97,7 @@ class Decisions:
     def waits(self, task_id: str) -> Mapping[str, float]:
         """Why a task waits now: reason -> since when, seconds. Empty: it does not wait."""
         live = self._live.get(task_id)
-        return {} if live is None or live.node_id else dict(live.waits)
+        return {} if live is None or live.node_id or not live.waits else {live.reason: live.waits[live.reason]}
 
     def add(self, now_s: float, event: Event, commands: Iterable[Command]) -> None:
         """Take in one step of the core. Steps must come in order."""
@@ -189,6 +191,7 @@ class Decisions:
                 live = self._live.get(task_id)
                 if live is not None:
                     live.waits.setdefault(reason, now_s)
+                    live.reason = reason
             case Reject(task_id, code, message):
                 live = self._live.pop(task_id, None)
                 if live is not None:

@@ -120,6 +120,8 @@ class Signatures:
         #: Micro-batches on a node that are not through their backward.
         self._training: dict[str, str] = {}
         self._microbatches: set[str] = set()
+        #: Node of every task that has one: reports of other nodes are late, and the core ignores them too.
+        self._node_of: dict[str, str] = {}
         self._held_id = ""
         self._last_s = 0.0
         self._memory_failures: deque[tuple[float, str]] = deque(maxlen=_MAX_MEMORY_FAILURES)
@@ -165,8 +167,8 @@ class Signatures:
         match event:
             case TaskArrived(task) | TaskRecovered(task):
                 self._came(task, second)
-                if isinstance(event, TaskRecovered) and task.task_id in self._microbatches:
-                    self._training[task.task_id] = event.node_id
+                if isinstance(event, TaskRecovered):
+                    self._placed(task.task_id, event.node_id)
             case TaskEnded():
                 self._ended(now_s, event, second)
             case NodeLost(node_id):
@@ -203,6 +205,9 @@ class Signatures:
                     request.first_token_s = min(request.first_token_s, op.end_s)
 
     def _ended(self, now_s: float, event: TaskEnded, second: _Second) -> None:
+        if self._node_of.get(event.task_id) != event.node_id:
+            return
+        del self._node_of[event.task_id]
         self._training.pop(event.task_id, None)
         if event.task_id in self._microbatches:
             self._microbatches.discard(event.task_id)
@@ -224,8 +229,8 @@ class Signatures:
     def _commanded(self, command: Command, second: _Second) -> None:
         match command:
             case Assign(task_id, node_id):
+                self._placed(task_id, node_id)
                 if task_id in self._microbatches:
-                    self._training[task_id] = node_id
                     self._held_id = ""
             case Defer(task_id, reason):
                 if task_id in self._microbatches:
@@ -241,8 +246,15 @@ class Signatures:
             case _:
                 pass
 
+    def _placed(self, task_id: str, node_id: str) -> None:
+        self._node_of[task_id] = node_id
+        if task_id in self._microbatches:
+            self._training[task_id] = node_id
+
     def _forget(self, task_id: str) -> None:
+        self._node_of.pop(task_id, None)
         self._microbatches.discard(task_id)
+        self._training.pop(task_id, None)
         if self._held_id == task_id:
             self._held_id = ""
 

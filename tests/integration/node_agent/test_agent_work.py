@@ -142,6 +142,9 @@ async def test_a_node_that_drains_says_so_and_finishes_what_it_has(tmp_path: Pat
         assert not draining.done()
         gate.open()
         await asyncio.wait_for(draining, TIMEOUT_S)
+        # Nothing is left to be done for it: neither in the ledger nor towards the scheduler.
+        assert node.agent._intake.num_tasks == 0
+        assert not node.agent._session._reports
         assert len((await made.scheduler.outcome("r1")).inference.token_ids) == 3
 
 

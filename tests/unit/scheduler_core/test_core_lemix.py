@@ -60,9 +60,25 @@ def test_lemix_closes_a_node_the_requests_can_do_without() -> None:
     assert placements(core, 2, now_s=2.1, name="t") == "aa"
 
 
-def test_lemix_opens_no_node_for_a_request_that_cannot_keep_its_promise_anywhere() -> None:
-    core = lemix_core("a", "b", default_slo=SloTarget(ttft_s=0.05))
-    assert placements(core, 4) == "aaaa"
+def test_lemix_opens_a_node_for_a_hopeless_promise_only_when_an_idle_one_would_halve_the_response() -> None:
+    core = lemix_core("a", "b", default_slo=SloTarget(ttft_s=0.09))
+    assert placements(core, 4) == "aabb"
+
+
+def test_lemix_opens_no_node_for_a_token_promise_that_no_node_can_keep() -> None:
+    latency = constant_latency(decode=0.02)
+    specs = [node(name, latency=latency) for name in ("a", "b", "c")]
+    core = core_with(*specs, policy="lemix", default_slo=SloTarget(ttft_s=10.0, tpot_s=0.015))
+    for index in range(8):
+        now_s = 10.0 * index
+        assert place(core, now_s, f"r{index}", output=2) == "a"
+        core.step(now_s + 1.0, TaskEnded(f"r{index}", "a", ok=True, output_tokens=2))
+
+
+def test_lemix_without_hold_back_still_trains_on_what_the_backlog_is_worth() -> None:
+    core = lemix_core("a", "b", "c", max_hold_back_s=0.0)
+    placed = [pair for index in range(4) for pair in assigned(core.step(0.0, TaskArrived(microbatch(f"m{index}"))))]
+    assert {node_id for _, node_id in placed} == {"a"}
 
 
 def test_lemix_goes_back_to_the_first_node_when_it_has_room_again() -> None:

@@ -2,8 +2,17 @@
 
 import pytest
 
+from services.latency import OpKind
 from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.types import NodeDraining, NodeJoined, NodeLost, NodeRole, TaskArrived, TaskEnded
+from services.scheduler.core.types import (
+    NodeDraining,
+    NodeJoined,
+    NodeLost,
+    NodeRole,
+    OpFinished,
+    TaskArrived,
+    TaskEnded,
+)
 from tests.unit.scheduler_core.support import assigned, core_with, microbatch, node, request
 
 
@@ -45,6 +54,16 @@ def test_separate_clusters_find_another_server_for_one_that_drains() -> None:
     core.step(1.0, NodeDraining("b"))
     roles = {status.node_id: status.role for status in core.snapshot().nodes}
     assert roles == {"a": NodeRole.UNUSED, "b": NodeRole.UNUSED, "c": NodeRole.SERVE, "d": NodeRole.TRAIN}
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_work_of_nodes_that_all_drain_is_still_reported(policy: str) -> None:
+    core = core_with(node("a"), node("b"), policy=policy, sync_every_steps=1)
+    core.step(1.0, TaskArrived(microbatch("m")))
+    for node_id in ("a", "b"):
+        core.step(2.0, NodeDraining(node_id))
+    for node_id in ("a", "b"):
+        assert core.step(3.0, OpFinished(node_id, 0, OpKind.OPTIMIZER_STEP, 2.9, 3.0)) == []
 
 
 def test_draining_of_an_unknown_node_changes_nothing() -> None:

@@ -162,12 +162,12 @@ def test_a_refusal_is_a_decision() -> None:
     assert decisions.num_live == 0
 
 
-def test_reasons_to_wait_are_told_once_each() -> None:
+def test_the_newest_reason_to_wait_is_told_with_the_time_it_was_first_given() -> None:
     decisions = Decisions("lemix")
     decisions.add(1.0, TaskArrived(MICROBATCH), [Defer("m", "held_back")])
     for now_s, reason in ((2.0, "inflight_limit"), (3.0, "held_back"), (4.0, "inflight_limit")):
         decisions.add(now_s, Tick(), [Defer("m", reason)])
-    assert decisions.waits("m") == {"held_back": 1.0, "inflight_limit": 2.0}
+    assert decisions.waits("m") == {"inflight_limit": 2.0}
 
 
 @pytest.mark.parametrize(("ok", "fate"), [(False, Fate.CANCELLED), (True, Fate.OK)])

@@ -46,9 +46,9 @@ class LeMix:
     """Nodes are opened and closed in the order of their ids, by prediction alone.
 
     A request's stress on a node is its predicted response over its promise. It goes to the first open node whose stress
-    is at most `slo_fraction`, else to the least stressed. If that one's is above `open_at`, a node more is opened,
-    unless no node could keep the promise. Every `dwell_s` one may open, in a burst several, and one close. Nodes that
-    train are open anyway.
+    is at most `slo_fraction`, else to the least stressed. If that one's is above `open_at`, a node more is opened; for
+    a promise that no node could keep, only above twice the stress on an idle one. Every `dwell_s` one may open, in a
+    burst several, and one close. Nodes that train are open anyway.
 
     Training runs on one node per `backlog_s` of predicted work, on all of them when there is more than the core can
     see, and goes to the shortest stream. Its operations are cut to `cut` of the mean prefill where the runtime can do
@@ -124,13 +124,20 @@ class LeMix:
         return min(look.stress for look in looks[: self._num_open - 1]) <= self._open_at
 
     def _opens(self, now_s: float, live: LiveInference, best: _Look, closed: NodeState, cluster: Cluster) -> bool:
-        """Whether a node more is worth it: the best open one is too stressed, an idle one would keep the promise, and
-        the last one opened had time to help, unless this is a burst."""
-        is_burst = best.stress > _BURST * self._open_at
-        if best.stress <= self._open_at or (now_s - self._opened_s < self._dwell_s and not is_burst):
-            return False
-        ttft_s, _ = self._promise(live, closed, cluster)
-        return closed.costs.node_s(OpKind.PREFILL, 1, live.task.prompt_tokens) <= ttft_s
+        """Whether a node more is worth it: the best open one is too stressed, and the last one opened had time to help,
+        unless this is a burst."""
+        limit = self._limit(live, closed, cluster)
+        return best.stress > limit and (now_s - self._opened_s >= self._dwell_s or best.stress > _BURST * limit)
+
+    def _limit(self, live: LiveInference, node: NodeState, cluster: Cluster) -> float:
+        """Stress above which a node is opened. A promise that even an idle node breaks is no reason to open one; then
+        twice what an idle node does is."""
+        ttft_s, tpot_s = self._promise(live, node, cluster)
+        costs, prompt = node.costs, live.task.prompt_tokens
+        alone = costs.node_s(OpKind.PREFILL, 1, prompt) / ttft_s
+        if live.task.max_tokens > 1:
+            alone = max(alone, costs.node_s(OpKind.DECODE, 1, prompt) / tpot_s)
+        return self._open_at if alone <= 1.0 else _BURST * max(alone, self._open_at)
 
     def _promise(self, live: LiveInference, node: NodeState, cluster: Cluster) -> tuple[float, float]:
         """(TTFT, TPOT) the request is to keep, seconds."""
@@ -150,11 +157,11 @@ class LeMix:
         self, now_s: float, live: LiveTraining, candidates: Sequence[NodeState], cluster: Cluster, *, may_hold: bool
     ) -> TrainingPlacement:
         """The shortest stream among the nodes that train, where it breaks no promise."""
-        if not may_hold:
-            return self._placed(live, candidates, (), cluster)
+        if not may_hold and cluster.config.max_hold_back_s > 0.0:
+            return self._placed(live, candidates, (), cluster)  # overdue
         last_id = cluster.training[self._num_training(cluster) - 1].node_id
         in_use = [node for node in candidates if node.node_id <= last_id]
-        held = [node for node in in_use if overrun_s(now_s, self._op_s(live, node, cluster), node, cluster) > 0.0]
+        held = [node for node in in_use if may_hold and self._overruns(now_s, live, node, cluster)]
         allowed = [node for node in in_use if node not in held] if held else in_use
         if not allowed:
             return TrainingPlacement(None, held_back=held, retry_s=now_s + _RETRY_S)
@@ -180,7 +187,7 @@ class LeMix:
         # Whoever feeds the core tops it up when half is gone: with a quarter waiting there may be more behind it.
         if 4 * len(cluster.waiting_training) >= cluster.config.max_waiting_training or not self._backlog_s:
             return num_nodes
-        return max(1, min(num_nodes, math.ceil(cluster.backlog_s / self._backlog_s)))
+        return max(1, math.ceil(min(num_nodes, cluster.backlog_s / self._backlog_s)))
 
     def _num_parts(self, live: LiveTraining, node: NodeState, cluster: Cluster) -> int:
         """Pieces that are each at most `cut` of what they block: the mean prefill on a stage, and where requests decode
@@ -196,11 +203,12 @@ class LeMix:
         if blocked_s <= 0.0:
             return most
         op_s = costs.training_op_s(live.task.batch, live.task.length)
-        return min(most, max(1, math.ceil(op_s * costs.num_stages / (self._cut * blocked_s))))
+        return max(1, math.ceil(min(most, op_s * costs.num_stages / self._cut / blocked_s)))
 
-    def _op_s(self, live: LiveTraining, node: NodeState, cluster: Cluster) -> float:
-        """Longest time for which the micro-batch blocks a stage."""
-        return node.costs.training_op_s(live.task.batch, live.task.length) / self._num_parts(live, node, cluster)
+    def _overruns(self, now_s: float, live: LiveTraining, node: NodeState, cluster: Cluster) -> bool:
+        """Whether an operation of the micro-batch would break a promise on the node."""
+        op_s = node.costs.training_op_s(live.task.batch, live.task.length) / self._num_parts(live, node, cluster)
+        return overrun_s(now_s, op_s, node, cluster) > 0.0
 
 
 def _score(look: _Look) -> float:

@@ -18,6 +18,9 @@ class OpKind(StrEnum):
     TRAIN_BACKWARD = "train_backward"
     OPTIMIZER_STEP = "optimizer_step"
     WEIGHT_SYNC = "weight_sync"
+    #: KV caches or activations go to host memory, or come back. Their time is bytes / bandwidth, no latency model.
+    OFFLOAD = "offload"
+    RELOAD = "reload"
 
 
 def _quadratic(batch: float, length: float) -> tuple[float, ...]:

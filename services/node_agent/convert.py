@@ -15,6 +15,8 @@ OP_KIND_TO_PROTO = {
     OpKind.TRAIN_BACKWARD: profile_pb2.OP_KIND_TRAIN_BACKWARD,
     OpKind.OPTIMIZER_STEP: profile_pb2.OP_KIND_OPTIMIZER_STEP,
     OpKind.WEIGHT_SYNC: profile_pb2.OP_KIND_WEIGHT_SYNC,
+    OpKind.OFFLOAD: profile_pb2.OP_KIND_OFFLOAD,
+    OpKind.RELOAD: profile_pb2.OP_KIND_RELOAD,
 }
 OP_KIND_FROM_PROTO = {value: kind for kind, value in OP_KIND_TO_PROTO.items()}
 

@@ -1,6 +1,7 @@
 """Protobuf <-> the core's types."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from lemix.errors import LemixError
 from lemix.internal.v1 import profile_pb2, scheduler_service_pb2, work_pb2
@@ -25,6 +26,8 @@ _OPS = {
     profile_pb2.OP_KIND_TRAIN_BACKWARD: OpKind.TRAIN_BACKWARD,
     profile_pb2.OP_KIND_OPTIMIZER_STEP: OpKind.OPTIMIZER_STEP,
     profile_pb2.OP_KIND_WEIGHT_SYNC: OpKind.WEIGHT_SYNC,
+    profile_pb2.OP_KIND_OFFLOAD: OpKind.OFFLOAD,
+    profile_pb2.OP_KIND_RELOAD: OpKind.RELOAD,
 }
 _SYNC_MODES = {
     SyncMode.REPLACE: scheduler_service_pb2.SYNC_MODE_REPLACE,
@@ -62,7 +65,7 @@ def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency
         "max_context_tokens": hello.max_context_tokens,
         "kv_capacity_tokens": hello.kv_capacity_tokens,
     }
-    told = {name: value for name, value in bounds.items() if value > 0}
+    told: dict[str, Any] = {name: value for name, value in bounds.items() if value > 0}
     return NodeSpec(hello.node_id, hello.num_stages, latency, **told)
 
 

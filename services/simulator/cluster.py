@@ -121,7 +121,8 @@ class Simulation:
             else:
                 self._handle(kind, a, b)
             self._tell()
-        return journal.result(self._now_s)
+        counters = {node_id: node.core.snapshot().memory for node_id, node in self._nodes.items()}
+        return journal.result(self._now_s, {name: memory for name, memory in counters.items() if memory is not None})
 
     def _handle(self, kind: int, a: Any, b: Any) -> None:
         """Everything rarer than the end of an operation."""

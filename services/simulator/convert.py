@@ -1,9 +1,11 @@
 """The simulator's work and nodes in the words of the two cores."""
 
 from services.latency import OpKind
-from services.node_agent.core.types import InferenceRequest, Op, TrainingMicrobatch
+from services.node_agent.core.types import ASYNC, InferenceRequest, Op, TrainingMicrobatch
 from services.scheduler.core.types import InferenceTask, NodeSpec, OpFinished, TrainingTask
 from services.simulator.types import Microbatch, Request, VirtualNode
+
+_OF_NO_TASK = (OpKind.OPTIMIZER_STEP, OpKind.WEIGHT_SYNC, OpKind.OFFLOAD, OpKind.RELOAD)
 
 
 def inference_task(work: Request) -> InferenceTask:
@@ -13,7 +15,7 @@ def inference_task(work: Request) -> InferenceTask:
 
 def training_task(work: Microbatch) -> TrainingTask:
     """A micro-batch, for the scheduler."""
-    return TrainingTask(work.task_id, work.arrival_s, work.job_id, work.batch, work.length)
+    return TrainingTask(work.task_id, work.arrival_s, work.job_id, work.batch, work.length, work.accumulation)
 
 
 def node_request(work: Request) -> InferenceRequest:
@@ -51,19 +53,19 @@ def node_spec(node: VirtualNode) -> NodeSpec:
         max_context_tokens=node.max_context_tokens,
         kv_capacity_tokens=core.kv_capacity_tokens,
         max_training_parts=node.max_training_parts,
+        synchronous_training=core.training_schedule != ASYNC,
     )
 
 
 def trace(node_id: str, stage: int, op: Op, begin_s: float, end_s: float, *, first_token: bool) -> OpFinished:
-    """The report of an operation. One on the weights names no tasks."""
-    of_weights = op.kind is OpKind.OPTIMIZER_STEP or op.kind is OpKind.WEIGHT_SYNC
+    """The report of an operation. One that brings no task further names none."""
     return OpFinished(
         node_id,
         stage,
         op.kind,
         begin_s,
         end_s,
-        () if of_weights else op.task_ids,
+        () if op.kind in _OF_NO_TASK else op.task_ids,
         op.num_tokens,
         op.context_tokens,
         first_token,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from services.node_agent.core.types import Op
+from services.node_agent.core.types import MemoryCounters, Op
 from services.scheduler.core.types import Assign
 from services.simulator.types import (
     Decision,
@@ -92,7 +92,7 @@ class Journal:
             if stay.node_id == node_id and stay.end_s == math.inf:
                 stay.end_s = now_s
 
-    def result(self, now_s: float) -> SimulationResult:
+    def result(self, now_s: float, memory: dict[str, MemoryCounters]) -> SimulationResult:
         """Everything, at the end of the run."""
         return SimulationResult(
             tasks=self.tasks,
@@ -102,4 +102,5 @@ class Journal:
             ended_s=now_s,
             num_ops=self._num_ops,
             ops=self._ops,
+            memory=memory,
         )

@@ -52,6 +52,8 @@ class SimNode:
 
     def duration_s(self, stage: int, op: Op) -> float:
         """How long an operation takes on a stage."""
+        if op.num_bytes:
+            return op.num_bytes / self.spec.host_link_bytes_per_s
         batch = op.batch
         if batch:
             tokens = op.context_tokens if op.kind is OpKind.DECODE else op.num_tokens

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.latency import NodeLatency, OpKind
-from services.node_agent.core.types import NodeCoreConfig
+from services.node_agent.core.types import MemoryCounters, NodeCoreConfig
 from services.scheduler.core.types import CoreConfig, NodeTerms, SloTarget
 
 NO_PROMISE = SloTarget()
@@ -44,7 +44,8 @@ class VirtualNode:
     """A node of the simulated cluster.
 
     latency: how long its operations really take. believed: what the scheduler was told (a profile with its error);
-    None: the truth. Times are simulation seconds; `lost_s` must be after `joins_s`.
+    None: the truth. Times are simulation seconds; `lost_s` must be after `joins_s`. host_link_bytes_per_s: between the
+    memory of a stage and that of its host, one way at a time (`core.memory`).
     """
 
     node_id: str
@@ -54,8 +55,13 @@ class VirtualNode:
     max_inflight_inference: int = 64
     max_context_tokens: int = 1 << 30
     max_training_parts: int = 1
+    host_link_bytes_per_s: float = math.inf
     joins_s: float = 0.0
     lost_s: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.host_link_bytes_per_s > 0.0:
+            raise ValueError(f"host_link_bytes_per_s must be positive, got {self.host_link_bytes_per_s}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +175,8 @@ class SimulationResult:
     ended_s: float
     num_ops: int
     ops: list[OpRecord]
+    #: Of the nodes there at the end that account for their memory.
+    memory: dict[str, MemoryCounters] = field(default_factory=dict)
 
     def requests(self) -> Iterable[TaskRecord]:
         """Records of inference requests."""

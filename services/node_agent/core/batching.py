@@ -7,7 +7,7 @@ its KV cache reserved, when its prefill starts.
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 from services.latency import OpKind
@@ -187,21 +187,24 @@ class InferenceBatcher:
                 most = request
         return Claim(first.last_token_s, most.last_token_s, most.tpot_s)
 
-    def take_decode(self) -> tuple[tuple[str, ...], int]:
-        """Task ids of the next decode op, at most `max_batch`, and the sum of their contexts in tokens."""
+    def take_decode(self, most_tokens: int | None = None) -> tuple[tuple[str, ...], int]:
+        """Task ids of the next decode op, at most `max_batch`, and the sum of their contexts in tokens.
+
+        most_tokens: who would bring the contexts above it waits for the next op; None: no bound.
+        """
         idle = self._idle
-        if len(idle) <= self._config.max_batch:
-            task_ids = tuple(idle)
-            idle.clear()
-        else:
-            task_ids = tuple(idle)[: self._config.max_batch]
-            for task_id in task_ids:
-                del idle[task_id]
-        self._decodes_in_flight += 1
         running = self._running
+        task_ids = tuple(islice(idle, self._config.max_batch))
         context_tokens = 0
+        for count, task_id in enumerate(task_ids):
+            tokens = running[task_id].context_tokens
+            if most_tokens is not None and count and context_tokens + tokens > most_tokens:
+                task_ids = task_ids[:count]
+                break
+            context_tokens += tokens
         for task_id in task_ids:
-            context_tokens += running[task_id].context_tokens
+            del idle[task_id]
+        self._decodes_in_flight += 1
         return task_ids, context_tokens
 
     # ------------------------------------------------------------- ends of ops

@@ -7,16 +7,22 @@ Prefill, decode, training forwards, optimizer steps and weight synchronisations 
 micro-batch's backward starts on the last stage when its forward left it and travels down.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 
 from services.latency import OpKind
 from services.node_agent.core.batching import Claim, InferenceBatcher
+from services.node_agent.core.node_memory import NodeMemory, stages_until_use
 from services.node_agent.core.stage_queue import Flight, Rank, StageQueue
 from services.node_agent.core.training import TrainingQueue
 from services.node_agent.core.types import (
     Cancelled,
     Command,
     Event,
+    FreeKv,
+    InferenceRequest,
     MicrobatchArrived,
     NodeCoreConfig,
     NodeSnapshot,
@@ -26,7 +32,9 @@ from services.node_agent.core.types import (
     RequestArrived,
     RunOp,
     SyncRequested,
+    TaskDone,
     Tick,
+    TrainingMicrobatch,
 )
 
 
@@ -44,11 +52,23 @@ class NodeCore:
         self.config = config
         self._drain = config.weight_handling == "drain"
         self._top = config.num_stages - 1
-        self._inference = InferenceBatcher(config)
+        memory = config.memory
+        self._memory = None if memory is None else NodeMemory(memory, config.num_stages)
+        #: Most context and new tokens of one inference op.
+        self._most_tokens: int | None = None
+        batching = config
+        if self._memory is not None:
+            self._most_tokens = self._memory.most_tokens
+            most_prefill = max(1, min(config.max_prefill_tokens, self._most_tokens))
+            batching = replace(config, max_prefill_tokens=most_prefill)
+        #: Ops composed for stage 0 that wait for room in its memory, by kind. They are stamped when they start.
+        self._held: dict[OpKind, Flight] = {}
+        self._inference = InferenceBatcher(batching)
         self._training = TrainingQueue(config)
         self._stages = [StageQueue(config, stage) for stage in range(config.num_stages)]
         self._syncs: list[_Sync] = []
         self._next_op_id = 1
+        self._room_due_s: float | None = None
 
     # ------------------------------------------------------------- interface
 
@@ -62,10 +82,11 @@ class NodeCore:
         if isinstance(event, OpDone):
             commands = self._op_done(now_s, event)
         elif isinstance(event, RequestArrived):
-            commands = self._inference.add(now_s, event.request)
+            commands = self._refused(event.request) or self._inference.add(now_s, event.request)
         elif isinstance(event, MicrobatchArrived):
-            commands = []
-            self._training.add(now_s, event.microbatch)
+            commands = self._refused(event.microbatch)
+            if not commands:
+                self._training.add(now_s, event.microbatch)
         elif isinstance(event, Cancelled):
             commands = self._cancel(event.task_id)
         elif isinstance(event, SyncRequested):
@@ -75,19 +96,17 @@ class NodeCore:
             commands = []
         else:
             raise TypeError(f"unknown event {event!r}")
-        self._training.refresh(now_s, self._change_waits())
-        for queue in self._stages:
-            if queue.running is None:
-                flight = self._enter(now_s) if queue.stage == 0 else self._resume(now_s, queue)
-                if flight is not None:
-                    queue.start(flight)
-                    commands.append(RunOp(queue.stage, flight.op))
+        self._release(commands)
+        self._start_ops(now_s, commands)
         return commands
 
     @property
     def next_wakeup_s(self) -> float | None:
         """When a Tick is due if no event comes before; None: no need."""
-        return self._training.wakeup_s
+        wakeup_s = self._training.wakeup_s
+        if self._memory is None or self._room_due_s is None:
+            return wakeup_s
+        return self._room_due_s if wakeup_s is None else min(wakeup_s, self._room_due_s)
 
     def tasks(self) -> tuple[str, ...]:
         """Ids of every live task: inference, then training."""
@@ -107,6 +126,7 @@ class NodeCore:
             versions=tuple(queue.version for queue in self._stages),
             queue_lengths=tuple(len(queue.ready) for queue in self._stages),
             running_ops=tuple(None if queue.running is None else queue.running.op for queue in self._stages),
+            memory=None if self._memory is None else self._memory.snapshot(),
         )
 
     def fork(self) -> "NodeCore":
@@ -116,6 +136,8 @@ class NodeCore:
         twin._inference = self._inference.fork()
         twin._training = self._training.fork()
         twin._stages = [queue.fork() for queue in self._stages]
+        twin._memory = None if self._memory is None else self._memory.fork()
+        twin._held = {kind: replace(flight) for kind, flight in self._held.items()}
         twin._syncs = self._syncs.copy()
         return twin
 
@@ -138,6 +160,9 @@ class NodeCore:
         if self._inference.holds(task_id):
             return self._inference.cancel(task_id)
         is_running = any(queue.is_running(task_id) for queue in self._stages)
+        held = self._held.get(OpKind.TRAIN_FORWARD)
+        if held is not None and task_id in held.op.task_ids:
+            del self._held[OpKind.TRAIN_FORWARD]
         for queue in self._stages:
             queue.withdraw(task_id)
         return self._training.cancel(task_id, is_running)
@@ -157,6 +182,8 @@ class NodeCore:
         elif kind is OpKind.OPTIMIZER_STEP:
             self._travel_up(now_s, event.stage, flight)
             return self._training.step_ran(flight.op.group, event.failed)
+        elif kind is OpKind.OFFLOAD or kind is OpKind.RELOAD:
+            return self._fail_prepared(event.stage) if event.failed else []
         elif event.failed and not flight.op.changes_weights:
             return []
         self._travel_up(now_s, event.stage, flight)
@@ -172,6 +199,10 @@ class NodeCore:
             return self._training.drop(task_id, failed=event.failed)
         if self._next_part(now_s, event.stage, flight):
             return []
+        if is_backward:
+            self._training.backward_left(task_id, event.stage)
+            if self._memory is not None:
+                self._memory.backward_left(task_id, event.stage)
         if ends_training:
             was_cancelled = self._training.is_cancelled(task_id)
             self._training.backward_done(task_id)
@@ -182,6 +213,7 @@ class NodeCore:
             self._travel_up(now_s, event.stage, flight)
         else:
             op = flight.op
+            self._training.turned(task_id)
             backward = replace(op, op_id=self._new_id(), kind=OpKind.TRAIN_BACKWARD)
             self._stages[event.stage].push(Flight(backward, flight.claim), now_s)
         return []
@@ -202,7 +234,80 @@ class NodeCore:
         if stage < self._top:
             self._stages[stage + 1].push(flight, now_s)
 
+    # ------------------------------------------------------------- memory
+
+    @property
+    def _has_room(self) -> Callable[[float, int, Flight], bool] | None:
+        return None if self._memory is None else self._memory.has_room
+
+    def _refused(self, task: InferenceRequest | TrainingMicrobatch) -> list[Command]:
+        """The end of a task that arrives and can never fit the memory of a stage."""
+        if self._memory is None or self._inference.holds(task.task_id) or self._training.holds(task.task_id):
+            return []
+        detail = self._memory.arrived(task)
+        return [TaskDone(task.task_id, "error", detail)] if detail else []
+
+    def _release(self, commands: list[Command]) -> None:
+        """Tasks that left hold nothing any more."""
+        if self._memory is not None:
+            for command in commands:
+                if isinstance(command, FreeKv | TaskDone):
+                    self._memory.ended(command.task_id)
+
+    def _start(self, now_s: float, queue: StageQueue, flight: Flight) -> list[Command]:
+        """Run an op on its idle stage, or first what makes room for it, or end its tasks because there is none."""
+        memory, stage = self._memory, queue.stage
+        if memory is not None:
+            detail = memory.failure(stage, flight.op)
+            if detail:
+                return self._fail(flight, detail)
+            move = memory.next_move(stage, flight.op, partial(stages_until_use, self._stages, stage))
+            if move is not None:
+                queue.preparing = flight
+                op = Op(self._new_id(), move.kind, move.task_ids, queue.version, num_bytes=move.num_bytes)
+                flight = Flight(op, flight.claim)
+            else:
+                memory.starts(now_s, stage, flight)
+        queue.start(flight)
+        return [RunOp(stage, flight.op)]
+
+    def _fail_prepared(self, stage: int) -> list[Command]:
+        """The data of the op about to run could not be moved."""
+        queue = self._stages[stage]
+        flight, queue.preparing = queue.preparing, None
+        return [] if flight is None else self._fail(flight, "")
+
+    def _fail(self, flight: Flight, detail: str) -> list[Command]:
+        """End the tasks of an op that cannot run."""
+        op = flight.op
+        if op.kind is OpKind.TRAIN_FORWARD or op.kind is OpKind.TRAIN_BACKWARD:
+            commands = self._training.drop(op.task_ids[0], failed=True)
+        else:
+            commands = self._inference.fail(op)
+        return [replace(c, detail=detail) if isinstance(c, TaskDone) and c.reason == "error" else c for c in commands]
+
     # ------------------------------------------------------------- choosing
+
+    def _start_ops(self, now_s: float, commands: list[Command]) -> None:
+        """Give every idle stage its next op."""
+        self._training.refresh(now_s, self._change_waits())
+        for queue in self._stages:
+            while queue.running is None and (flight := self._next(now_s, queue)) is not None:
+                started = self._start(now_s, queue, flight)
+                if queue.running is None:
+                    # Its tasks have ended. That happens on stage 0 only: what fits there fits above, which hold less.
+                    self._release(started)
+                    self._training.refresh(now_s, self._change_waits())
+                commands += started
+        if self._memory is not None:
+            waiting = chain(self._held.values(), *(queue.ready for queue in self._stages))
+            self._room_due_s = self._memory.next_due_s(now_s, waiting)
+
+    def _next(self, now_s: float, queue: StageQueue) -> Flight | None:
+        if queue.preparing is not None:
+            flight, queue.preparing = queue.preparing, None
+            return flight
+        return self._enter(now_s) if queue.stage == 0 else self._resume(now_s, queue)
 
     def _change_waits(self) -> bool:
         """Whether a weight change must wait for micro-batches between forward and backward."""
@@ -210,13 +315,15 @@ class NodeCore:
 
     def _resume(self, now_s: float, queue: StageQueue) -> Flight | None:
         """Next op of an upper stage, or of stage 0 among those that came back down."""
-        best = queue.best(now_s, self._training.backward_allowed)
+        best = queue.best(now_s, self._training.may_run, self._has_room)
         if best is None:
             return None
         flight = best[1]
         queue.ready.remove(flight)
         if flight.op.kind is OpKind.TRAIN_BACKWARD:
             self._training.backward_starts(flight.op.group, queue.stage)
+        elif flight.op.kind is OpKind.TRAIN_FORWARD:
+            self._training.forward_starts(flight.op.task_ids[0], queue.stage)
         return flight
 
     def _enter(self, now_s: float) -> Flight | None:
@@ -224,16 +331,23 @@ class NodeCore:
         while (kind := self._best_entry(now_s)) is not None:
             if kind is OpKind.TRAIN_BACKWARD:
                 return self._resume(now_s, self._stages[0])
-            flight = self._compose(now_s, kind)
+            flight = self._held.pop(kind, None)
             if flight is not None:
+                flight.op = replace(flight.op, version=self._stages[0].version)
                 return flight
+            flight = self._compose(now_s, kind)
+            if flight is None:
+                continue
+            if self._has_room is None or self._has_room(now_s, 0, flight):
+                return flight
+            self._held[kind] = flight
         return None
 
     def _best_entry(self, now_s: float) -> OpKind | None:
         """Kind of the op stage 0 should run now."""
         queue = self._stages[0]
         best: tuple[Rank, OpKind] | None = None
-        backward = queue.best(now_s, self._training.backward_allowed)
+        backward = queue.best(now_s, self._training.may_run, self._has_room)
         if backward is not None:
             best = (backward[0], OpKind.TRAIN_BACKWARD)
         for kind, claim in self._entries(now_s):
@@ -258,6 +372,14 @@ class NodeCore:
         if self._training.entry is not None and not is_between_parts:
             kind, ready_s = self._training.entry
             entries.append((kind, Claim(ready_s, ready_s, 1.0)))
+        return self._with_held(now_s, entries) if self._held else entries
+
+    def _with_held(self, now_s: float, entries: list[tuple[OpKind, Claim]]) -> list[tuple[OpKind, Claim]]:
+        """No more ops of a kind while one of it waits for room; that one may enter when it has it."""
+        entries = [entry for entry in entries if entry[0] not in self._held]
+        for kind, flight in self._held.items():
+            if self._has_room is None or self._has_room(now_s, 0, flight):
+                entries.append((kind, flight.claim))
         return entries
 
     def _is_between_parts(self) -> bool:
@@ -331,7 +453,7 @@ class NodeCore:
         claim = self._inference.decode_claim()
         if claim is None:
             return None
-        task_ids, context = self._inference.take_decode()
+        task_ids, context = self._inference.take_decode(self._most_tokens)
         count = len(task_ids)
         version = self._stages[0].version
         op = Op(self._new_id(), OpKind.DECODE, task_ids, version, count, context, batch=count)
@@ -344,7 +466,7 @@ class NodeCore:
         if self._drain:
             return oldest
         for queue in self._stages:
-            for flight in queue.ready if queue.running is None else (queue.running, *queue.ready):
+            for flight in queue.flights():
                 op = flight.op
                 if op.kind is not OpKind.TRAIN_BACKWARD and not op.changes_weights:
                     oldest = min(oldest, op.version)

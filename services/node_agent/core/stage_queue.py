@@ -6,12 +6,12 @@ the stage; ops reach a stage in the order of their versions, so looking at the s
 it need not wait: the stage keeps the older weights for ops stamped with them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from services.latency import OpKind
 from services.node_agent.core.batching import Claim
-from services.node_agent.core.types import NodeCoreConfig, Op, QueueOrder
+from services.node_agent.core.types import ONE_F_ONE_B, NodeCoreConfig, Op, QueueOrder
 
 #: Smaller goes first.
 Rank = tuple[float, float, float]
@@ -20,24 +20,33 @@ _INFERENCE = frozenset((OpKind.PREFILL, OpKind.DECODE))
 _MICROBATCH = frozenset((OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD))
 #: A step ends tasks and frees a gradient buffer; backwards free activations and end what was begun.
 _TRAINING_ORDER = {OpKind.OPTIMIZER_STEP: 0, OpKind.TRAIN_BACKWARD: 1, OpKind.TRAIN_FORWARD: 2}
+#: 1f1b, after a backward.
+_FORWARD_NEXT = 0.5
 _SYNC_CLASS, _TRAINING_TURN_CLASS, _INFERENCE_CLASS, _TRAINING_CLASS = 0, 1, 2, 3
 
 
 @dataclass(slots=True)
 class Flight:
-    """An op on its way. `claim.ready_s` is renewed at every stage."""
+    """An op on its way. `claim.ready_s` is renewed at every stage.
+
+    blocked_s: since when it has had no room in the memory of its stage.
+    """
 
     op: Op
     claim: Claim
+    blocked_s: float | None = None
 
 
 class StageQueue:
     """Ready ops, running op and weights version of one stage."""
 
     __slots__ = (
+        "_alternates",
         "_fifo",
         "_keeps_older",
         "_max_training_wait_s",
+        "forward_next",
+        "preparing",
         "ready",
         "running",
         "stage",
@@ -48,17 +57,23 @@ class StageQueue:
     def __init__(self, config: NodeCoreConfig, stage: int) -> None:
         self._fifo = config.queue_order is QueueOrder.FIFO
         self._keeps_older = config.weight_handling == "stash"
+        self._alternates = config.training_schedule == ONE_F_ONE_B
         self._max_training_wait_s = config.max_training_wait_s
         self.stage = stage
         self.version = 0
         self.running: Flight | None = None
         self.ready: list[Flight] = []
+        #: The op that runs as soon as its data is here and there is room for it.
+        self.preparing: Flight | None = None
         #: When a training op last ended here.
         self.training_turn_s = float("-inf")
+        #: 1f1b: the last micro-batch's op here was a backward.
+        self.forward_next = False
 
     def push(self, flight: Flight, now_s: float) -> None:
         """An op became ready here."""
         flight.claim = flight.claim._replace(ready_s=now_s)
+        flight.blocked_s = None
         self.ready.append(flight)
 
     def rank(self, kind: OpKind, claim: Claim, now_s: float) -> Rank:
@@ -77,23 +92,34 @@ class StageQueue:
             return (_SYNC_CLASS, claim.ready_s, 0.0)
         waited_s = now_s - max(claim.ready_s, self.training_turn_s)
         is_due = waited_s >= self._max_training_wait_s
-        return (_TRAINING_TURN_CLASS if is_due else _TRAINING_CLASS, _TRAINING_ORDER[kind], claim.ready_s)
+        order: float = _TRAINING_ORDER[kind]
+        if self.forward_next and kind is OpKind.TRAIN_FORWARD:
+            order = _FORWARD_NEXT
+        return (_TRAINING_TURN_CLASS if is_due else _TRAINING_CLASS, order, claim.ready_s)
 
-    def best(self, now_s: float, backward_allowed: Callable[[int, int], bool]) -> tuple[Rank, Flight] | None:
-        """The ready op to run next and its rank; None when none may run."""
+    def best(
+        self, now_s: float, may_train: Callable[[Op, int], bool], has_room: Callable[[float, int, Flight], bool] | None
+    ) -> tuple[Rank, Flight] | None:
+        """The ready op to run next and its rank; None when none may run.
+
+        may_train: asked for micro-batches, has_room for whatever else would let an op run.
+        """
         if not self.ready:
             return None
         stamped_here = not self._keeps_older and self._stamped_here()
         chosen: tuple[Rank, Flight] | None = None
         for flight in self.ready:
             op = flight.op
+            if op.kind in _MICROBATCH and not may_train(op, self.stage):
+                continue
             if op.kind is OpKind.TRAIN_BACKWARD:
-                if not backward_allowed(op.group, self.stage):
-                    continue
+                pass
             elif op.changes_weights:
                 if op.version != self.version or stamped_here:
                     continue
             elif op.version > self.version or (op.version < self.version and not self._keeps_older):
+                continue
+            if has_room is not None and not has_room(now_s, self.stage, flight):
                 continue
             rank = self.rank(op.kind, flight.claim, now_s)
             if chosen is None or rank < chosen[0]:
@@ -125,6 +151,7 @@ class StageQueue:
             self.version += 1
         if flight.op.kind in _TRAINING_ORDER:
             self.training_turn_s = now_s
+            self.forward_next = self._alternates and flight.op.kind is OpKind.TRAIN_BACKWARD
         return flight
 
     def withdraw(self, task_id: str) -> None:
@@ -132,18 +159,33 @@ class StageQueue:
         self.ready = [f for f in self.ready if f.op.kind not in _MICROBATCH or task_id not in f.op.task_ids]
 
     def is_running(self, task_id: str) -> bool:
-        """Whether the running op contains this task."""
-        return self.running is not None and task_id in self.running.op.task_ids
+        """Whether the running op, or the one about to run, contains this task."""
+        return any(task_id in flight.op.task_ids for flight in self._chosen())
+
+    def flights(self) -> Iterator[Flight]:
+        """Every op here that goes through the pipeline: running, about to run, ready."""
+        yield from self._chosen()
+        yield from self.ready
+
+    def _chosen(self) -> Iterator[Flight]:
+        if self.preparing is not None:
+            # What runs now moves data, which belongs to whom it belongs.
+            yield self.preparing
+        elif self.running is not None:
+            yield self.running
 
     def fork(self) -> "StageQueue":
         """An independent copy."""
         twin = StageQueue.__new__(StageQueue)
         twin._fifo = self._fifo
         twin._keeps_older = self._keeps_older
+        twin._alternates = self._alternates
         twin._max_training_wait_s = self._max_training_wait_s
         twin.stage = self.stage
         twin.version = self.version
         twin.running = None if self.running is None else replace(self.running)
+        twin.preparing = None if self.preparing is None else replace(self.preparing)
         twin.ready = [replace(flight) for flight in self.ready]
+        twin.forward_next = self.forward_next
         twin.training_turn_s = self.training_turn_s
         return twin

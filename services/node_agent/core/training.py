@@ -6,12 +6,23 @@ never blocks another for ever. Gradients cannot be taken out of the engine's acc
 micro-batch counts as one of its group's, and a group that touched any accumulator ends with a step.
 """
 
+import math
 from bisect import insort
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from services.latency import OpKind
-from services.node_agent.core.types import Command, FreeKv, NodeCoreConfig, TaskDone, TrainingMicrobatch
+from services.node_agent.core.types import (
+    ASYNC,
+    GPIPE,
+    ONE_F_ONE_B,
+    Command,
+    FreeKv,
+    NodeCoreConfig,
+    Op,
+    TaskDone,
+    TrainingMicrobatch,
+)
 
 
 class _Waiting(NamedTuple):
@@ -26,6 +37,10 @@ class _InFlight:
     microbatch: TrainingMicrobatch
     group_id: int
     cancelled: bool = False
+    #: Stages from stage 0 up on which its forward has begun and its backward has not ended.
+    height: int = 1
+    #: Its forward left the last stage.
+    turned: bool = False
 
 
 @dataclass(slots=True)
@@ -56,7 +71,13 @@ class TrainingQueue:
 
     def __init__(self, config: NodeCoreConfig) -> None:
         self._config = config
-        self._drain = config.weight_handling == "drain"
+        schedule = config.training_schedule
+        self._is_gpipe, self._is_1f1b = schedule == GPIPE, schedule == ONE_F_ONE_B
+        #: The next group's forwards follow the step of the group before up the pipeline.
+        self._one_by_one = config.weight_handling == "drain" or schedule != ASYNC
+        windows = {ASYNC: config.max_inflight_training, GPIPE: math.inf, ONE_F_ONE_B: config.num_stages}
+        self._window = windows[schedule]
+        self._hold_forwards = False
         # Jobs take turns group by group: the first one opens the next group.
         self._waiting: dict[str, list[_Waiting]] = {}
         self._waiting_jobs: dict[str, str] = {}
@@ -114,7 +135,23 @@ class TrainingQueue:
         """Id of the group of a micro-batch in flight."""
         return self._inflight[task_id].group_id
 
-    def backward_allowed(self, group_id: int, stage: int) -> bool:
+    def may_run(self, op: Op, stage: int) -> bool:
+        """Whether schedule and gradient buffers let a stage run this forward or backward now."""
+        if op.kind is OpKind.TRAIN_BACKWARD:
+            starts = self._is_gpipe and stage + 1 == self._config.num_stages
+            return self._has_buffer(op.group, stage) and not (starts and self._is_filling(op.group))
+        if not self._is_1f1b:
+            return True
+        others = (s for task_id, s in self._inflight.items() if task_id != op.task_ids[0] and s.group_id == op.group)
+        return sum(state.height > stage for state in others) < self._config.num_stages - stage
+
+    def _is_filling(self, group_id: int) -> bool:
+        """gpipe: whether forwards of this group are to come. Those a weight change holds up come after the backwards
+        that it waits for."""
+        is_open = not (self._group(group_id).closed or self._hold_forwards)
+        return is_open or any(not state.turned for state in self._inflight.values() if state.group_id == group_id)
+
+    def _has_buffer(self, group_id: int, stage: int) -> bool:
         """Whether the stage has a gradient buffer for this group: others hold theirs until their step ran there."""
         height = self._config.num_stages - stage
         free = self._config.gradient_buffers
@@ -170,6 +207,7 @@ class TrainingQueue:
     def refresh(self, now_s: float, hold_forwards: bool) -> None:
         """Work out `entry` after anything changed. hold_forwards: a weight change waits for in-flight micro-batches."""
         self.entry = None
+        self._hold_forwards = hold_forwards
         if not self._groups and not self._waiting:
             self._gate_open_s = self._step_ready_s = self._open_group_idle_s = None
             return
@@ -219,9 +257,21 @@ class TrainingQueue:
         group.stepping = True
         return group
 
+    def forward_starts(self, task_id: str, stage: int) -> None:
+        """A stage takes this micro-batch's forward, or the next piece of it."""
+        self._inflight[task_id].height = stage + 1
+
+    def turned(self, task_id: str) -> None:
+        """The forward left the last stage."""
+        self._inflight[task_id].turned = True
+
     def backward_ran(self, task_id: str) -> None:
         """A stage ran (part of) this micro-batch's backward: its accumulators hold gradients."""
         self._group(self._inflight[task_id].group_id).has_gradients = True
+
+    def backward_left(self, task_id: str, stage: int) -> None:
+        """A stage is done with this micro-batch's backward."""
+        self._inflight[task_id].height = stage
 
     def backward_done(self, task_id: str) -> None:
         """The backward left stage 0."""
@@ -275,24 +325,29 @@ class TrainingQueue:
 
     def _admitted_queue(self) -> list[_Waiting] | None:
         """Queue of the job whose next forward may enter stage 0; None when there is none."""
-        if not self._waiting or len(self._inflight) >= self._config.max_inflight_training:
+        if not self._waiting or len(self._inflight) >= self._window:
             return None
         newest = self._groups[-1] if self._groups else None
         if newest is not None and not newest.closed:
             return self._waiting.get(newest.job_id)
-        if newest is not None and self._drain and newest.stages_stepped == 0:
-            # The next group's forwards follow the step up the pipeline.
+        if newest is not None and self._one_by_one and newest.stages_stepped == 0:
             return None
         return next(iter(self._waiting.values()))
 
     def _close_idle_group(self, now_s: float) -> None:
         """Close the open group when its job has brought nothing for too long, or nobody in it is left."""
         group = self._groups[-1] if self._groups else None
-        if group is None or group.closed or group.inflight or group.job_id in self._waiting:
+        if group is None or group.closed or group.job_id in self._waiting or self._is_busy(group):
             self._open_group_idle_s = None
             return
         if self._open_group_idle_s is None:
             self._open_group_idle_s = now_s
-        if not group.accumulated or now_s >= self._open_group_idle_s + self._config.group_timeout_s:
+        if not (group.accumulated or group.inflight) or now_s >= self._open_group_idle_s + self._config.group_timeout_s:
             group.closed = True
             self._open_group_idle_s = None
+
+    def _is_busy(self, group: Group) -> bool:
+        """Whether something of an open group is on its way that does not wait for the group to be closed."""
+        if not self._is_gpipe:
+            return group.inflight > 0
+        return any(not state.turned for state in self._inflight.values() if state.group_id == group.group_id)

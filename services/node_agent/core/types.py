@@ -8,6 +8,9 @@ from enum import StrEnum
 
 from services.latency import OpKind
 
+#: How training uses the pipeline, see `NodeCoreConfig.training_schedule`.
+ASYNC, GPIPE, ONE_F_ONE_B = SCHEDULES = ("async", "gpipe", "1f1b")
+
 
 class QueueOrder(StrEnum):
     """Order in which a stage takes the ops that are ready on it.
@@ -88,6 +91,8 @@ class Op:
     #: Which piece of a training forward or backward this is, from 0, and of how many.
     part: int = 0
     parts: int = 1
+    #: What OFFLOAD and RELOAD move; they run on one stage and name the tasks whose data they move.
+    num_bytes: int = 0
 
 
 # --------------------------------------------------------------------------- events
@@ -181,6 +186,24 @@ Command = RunOp | FreeKv | TaskDone
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryCounters:
+    """Memory of a node's stages: what is held now, stage 0 first, and what has happened since the start.
+
+    waits: ops that had to wait for room, for waited_s seconds together. failures: ops refused because they did not fit.
+    """
+
+    used_bytes: tuple[int, ...]
+    host_bytes: tuple[int, ...]
+    waits: int = 0
+    waited_s: float = 0.0
+    offloads: int = 0
+    offloaded_bytes: int = 0
+    reloads: int = 0
+    reloaded_bytes: int = 0
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeSnapshot:
     """What a node is doing, for heartbeats. Per-stage tuples start with stage 0."""
 
@@ -198,6 +221,42 @@ class NodeSnapshot:
     queue_lengths: tuple[int, ...]
     #: Op running on a stage.
     running_ops: tuple[Op | None, ...]
+    #: None: memory is not accounted for (`NodeCoreConfig.memory`).
+    memory: MemoryCounters | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    """Memory of a stage for KV caches and saved activations, and what they take; the same on every stage.
+
+    An op runs when what its stage holds and what it adds are at most kappa * peak_bytes. Otherwise it waits for room,
+    at most max_wait_s; then data of other tasks goes to host memory. wait_or_offload False: it fails at once.
+    Raises ValueError naming the field when a value makes no sense.
+    """
+
+    #: M_peak: what a stage has beside its weights, gradients and optimizer state.
+    peak_bytes: int
+    kv_bytes_per_token: int
+    #: Kept from a micro-batch's forward until its backward.
+    activation_bytes_per_token: int
+    kappa: float = 0.9
+    #: T_max.
+    max_wait_s: float = 0.05
+    wait_or_offload: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("peak_bytes", "kv_bytes_per_token", "activation_bytes_per_token"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 < self.kappa <= 1.0:
+            raise ValueError(f"kappa must be above 0 and at most 1, got {self.kappa}")
+        if self.max_wait_s < 0.0:
+            raise ValueError(f"max_wait_s must not be negative, got {self.max_wait_s}")
+
+    @property
+    def budget_bytes(self) -> int:
+        """Most that a stage may hold."""
+        return int(self.kappa * self.peak_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +271,11 @@ class NodeCoreConfig:
     max_prefill_tokens: int = 2048
     #: Tokens the KV cache holds; a request is admitted when prompt + max_tokens fit.
     kv_capacity_tokens: int = 1 << 30
-    #: Micro-batches whose forward ran and whose backward has not (A-PP window).
+    #: "async": A-PP. "gpipe", "1f1b": S-PP, an accumulation group is a mini-batch and none of the next one's forwards
+    #: runs on a stage before this one's step. gpipe: no backward before all forwards of the group left the last stage.
+    #: 1f1b: a stage has run at most (num_stages - stage) forwards more than backwards, and then takes turns.
+    training_schedule: str = "async"
+    #: Micro-batches whose forward ran and whose backward has not (A-PP window; S-PP has its own bound).
     max_inflight_training: int = 2
     #: "drain": finish in-flight backwards before the weights change. "stash": change them at once; a stage keeps the
     #: older weights for what is on its way with them. So nothing waits for a step, and a micro-batch's gradient is
@@ -232,6 +295,8 @@ class NodeCoreConfig:
     #: Promises used for ordering when a request has none.
     default_ttft_s: float = 1.0
     default_tpot_s: float = 0.1
+    #: None: memory is not looked at beyond `kv_capacity_tokens`.
+    memory: MemoryConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -252,3 +317,5 @@ class NodeCoreConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.weight_handling not in ("drain", "stash"):
             raise ValueError(f'weight_handling must be "drain" or "stash", got {self.weight_handling!r}')
+        if self.training_schedule not in SCHEDULES:
+            raise ValueError(f"training_schedule must be one of {', '.join(SCHEDULES)}, got {self.training_schedule!r}")

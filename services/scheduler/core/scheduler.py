@@ -1,8 +1,8 @@
 """The scheduler core: events in, commands out. Pure; the driver and the simulator are its only callers.
 
 Work waits here in order of acceptance and leaves when a node may take it: requests up to the node's in-flight bound,
-micro-batches up to `max_inflight_training` per node (the A-PP rule: one stream per node). Where it goes is the policy's
-decision.
+micro-batches up to `max_inflight_training` per node (the A-PP rule: one stream per node), or an accumulation group at a
+time (S-PP). Where it goes is the policy's decision.
 """
 
 import math
@@ -339,13 +339,13 @@ class SchedulerCore:
         self._new_waiting.clear()
 
     def _release_training(self, now_s: float) -> None:
-        """A-PP: the next micro-batch of a node's stream leaves when the backward of one before it is over."""
+        """The next micro-batch of a node's stream leaves when the node takes it (`NodeState.takes_training`)."""
         cluster = self._cluster
         self._hold_back_retry_s = math.inf
         bound = self._config.max_inflight_training
         while cluster.waiting_training:
             live = next(iter(cluster.waiting_training.values()))
-            candidates = [node for node in cluster.training if node.num_outstanding_training < bound]
+            candidates = [node for node in cluster.training if node.takes_training(live.task, bound)]
             if not candidates:
                 self._defer(live, INFLIGHT_LIMIT if cluster.training else NO_NODE)
                 return

@@ -153,6 +153,17 @@ class NodeState:
         """Longest prompt plus output it can ever run."""
         return min(self.spec.max_context_tokens, self.spec.kv_capacity_tokens)
 
+    def takes_training(self, task: TrainingTask, max_inflight: int) -> bool:
+        """Whether the micro-batch may leave for it now.
+
+        A-PP: when the backward of one of its micro-batches is over, there is room for the next. S-PP: when the group
+        before of the job has ended with its step.
+        """
+        if not self.spec.synchronous_training:
+            return self.num_outstanding_training < max_inflight
+        of_job = sum(other.task.job_id == task.job_id for other in self.training.values())
+        return of_job < task.accumulation
+
     def add_inference(self, now_s: float, live: LiveInference) -> None:
         """Take a request; its prefill is to come."""
         self.arrivals.observe(now_s)

@@ -41,6 +41,8 @@ class TrainingTask:
     job_id: str
     batch: int
     length: int
+    #: Micro-batches per optimizer step of its job.
+    accumulation: int = 1
 
 
 Task = InferenceTask | TrainingTask
@@ -77,6 +79,8 @@ class NodeSpec:
     kv_capacity_tokens: int = 1 << 30
     #: Most pieces its runtime can cut a training operation into; 1: it cannot.
     max_training_parts: int = 1
+    #: It trains one accumulation group of a job at a time (S-PP); the bound on micro-batches in flight is not for it.
+    synchronous_training: bool = False
 
 
 # --------------------------------------------------------------------------- events

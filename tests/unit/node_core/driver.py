@@ -14,6 +14,7 @@ from services.node_agent.core.types import (
     Event,
     FreeKv,
     InferenceRequest,
+    MemoryConfig,
     MicrobatchArrived,
     NodeCoreConfig,
     Op,
@@ -35,6 +36,8 @@ SHORT = {
     OpKind.TRAIN_BACKWARD: "B",
     OpKind.OPTIMIZER_STEP: "S",
     OpKind.WEIGHT_SYNC: "W",
+    OpKind.OFFLOAD: "o",
+    OpKind.RELOAD: "r",
 }
 DURATIONS = {
     OpKind.PREFILL: 0.1,
@@ -43,7 +46,46 @@ DURATIONS = {
     OpKind.TRAIN_BACKWARD: 0.4,
     OpKind.OPTIMIZER_STEP: 0.1,
     OpKind.WEIGHT_SYNC: 0.02,
+    OpKind.OFFLOAD: 0.03,
+    OpKind.RELOAD: 0.03,
 }
+MOVES = (OpKind.OFFLOAD, OpKind.RELOAD)
+
+
+class MemoryChecker:
+    """What every stage holds, worked out from the ops alone."""
+
+    def __init__(self, config: MemoryConfig, num_stages: int) -> None:
+        self.config = config
+        self.device: list[dict[str, int]] = [{} for _ in range(num_stages)]
+        self.host: list[dict[str, int]] = [{} for _ in range(num_stages)]
+        self.prompts: dict[str, int] = {}
+
+    def ran(self, stage: int, op: Op) -> None:
+        """An op starts: what it uses is here, and everything fits."""
+        device, host = self.device[stage], self.host[stage]
+        if op.kind in MOVES:
+            source, target = (device, host) if op.kind is OpKind.OFFLOAD else (host, device)
+            assert op.num_bytes == sum(source[task_id] for task_id in op.task_ids) > 0
+            target.update({task_id: source.pop(task_id) for task_id in op.task_ids})
+            return
+        assert not set(op.task_ids) & host.keys(), f"{op.kind} needs what is in host memory"
+        for task_id in op.task_ids:
+            if op.kind is OpKind.PREFILL:
+                device[task_id] = self.prompts[task_id] * self.config.kv_bytes_per_token
+            elif op.kind is OpKind.DECODE:
+                device[task_id] += self.config.kv_bytes_per_token
+            elif op.kind is OpKind.TRAIN_FORWARD and op.part == 0:
+                device[task_id] = op.num_tokens * self.config.activation_bytes_per_token
+            elif op.kind is OpKind.TRAIN_BACKWARD:
+                assert task_id in device
+        assert sum(device.values()) <= self.config.kappa * self.config.peak_bytes
+
+    def free(self, task_id: str, stages: Iterable[int]) -> None:
+        """A task holds nothing there any more."""
+        for stage in stages:
+            self.device[stage].pop(task_id, None)
+            self.host[stage].pop(task_id, None)
 
 
 class Checker:
@@ -63,32 +105,53 @@ class Checker:
         # Forward-type ops in the pipeline: op id -> (version, next stage to run on).
         self._travelling: dict[int, tuple[int, int]] = {}
         self._forward_of: dict[str, int] = {}
+        self._tasks_of: dict[int, tuple[str, ...]] = {}
         self._inflight: set[str] = set()
         #: Next piece of a cut op, by stage and op id.
         self._expected_part: dict[tuple[int, int], int] = {}
+        self.memory = MemoryChecker(config.memory, config.num_stages) if config.memory else None
+        #: S-PP: per stage the micro-batches between forward and backward, and those that have gone on from it upwards.
+        self._ahead: list[dict[str, int]] = [{} for _ in range(config.num_stages)]
+        self._turned: set[str] = set()
 
     def before(self, event: Event) -> None:
         """Take note of an event about to be given to the core."""
         if isinstance(event, RequestArrived) and event.request.task_id not in self.live:
             self._requests[event.request.task_id] = event.request
+            if self.memory:
+                self.memory.prompts[event.request.task_id] = event.request.prompt_tokens
             self.live.add(event.request.task_id)
         elif isinstance(event, MicrobatchArrived):
             self.live.add(event.microbatch.task_id)
         elif isinstance(event, OpDone):
             op = self.running.pop(event.stage)
-            if op.changes_weights:
-                self._versions[event.stage] += 1
-            last = event.stage == self.config.num_stages - 1
-            if op.part + 1 < op.parts and not event.failed:
-                self._expected_part[event.stage, op.op_id] = op.part + 1
-                return
-            if op.op_id in self._travelling:
-                if last or event.failed:
-                    del self._travelling[op.op_id]
-                else:
-                    self._travelling[op.op_id] = (op.version, event.stage + 1)
-            if op.kind is OpKind.TRAIN_BACKWARD and event.stage == 0:
-                self._inflight.discard(op.task_ids[0])
+            if op.kind not in MOVES:
+                self._op_ended(op, event)
+
+    def _op_ended(self, op: Op, event: OpDone) -> None:
+        if op.changes_weights:
+            self._versions[event.stage] += 1
+        last = event.stage == self.config.num_stages - 1
+        if op.part + 1 < op.parts and not event.failed:
+            self._expected_part[event.stage, op.op_id] = op.part + 1
+            return
+        if op.kind is OpKind.TRAIN_FORWARD and last:
+            self._turned.add(op.task_ids[0])
+        elif op.kind is OpKind.TRAIN_BACKWARD:
+            self._backward_ended(op, event)
+        if op.op_id in self._travelling:
+            if last or event.failed:
+                del self._travelling[op.op_id]
+            else:
+                self._travelling[op.op_id] = (op.version, event.stage + 1)
+
+    def _backward_ended(self, op: Op, event: OpDone) -> None:
+        task_id = op.task_ids[0]
+        if event.stage == 0:
+            self._inflight.discard(task_id)
+        self._ahead[event.stage].pop(task_id, None)
+        if self.memory and not event.failed:
+            self.memory.free(task_id, [event.stage])
 
     def after(self, commands: Iterable[Command]) -> None:
         """Check what the core said."""
@@ -98,7 +161,13 @@ class Checker:
             elif isinstance(command, FreeKv):
                 self.freed[command.task_id] += 1
                 assert self.freed[command.task_id] == 1, f"{command.task_id} freed twice"
-                assert all(command.task_id not in op.task_ids for op in self.running.values())
+                stages = range(self.config.num_stages)
+                for stage, op in self.running.items():
+                    assert command.task_id not in op.task_ids or op.kind in MOVES, f"runs on {stage}"
+                for ahead in self._ahead:
+                    ahead.pop(command.task_id, None)
+                if self.memory:
+                    self.memory.free(command.task_id, stages)
                 self._holding.pop(command.task_id, None)
                 self._inflight.discard(command.task_id)
             elif isinstance(command, TaskDone):
@@ -109,10 +178,20 @@ class Checker:
                 assert command.task_id not in self._holding, f"{command.task_id} ended with its KV cache held"
                 # A micro-batch that ended takes its forward out of the pipeline.
                 self._travelling.pop(self._forward_of.pop(command.task_id, -1), None)
+                # An op for which there is no memory ends its requests without running.
+                for op_id in [
+                    i for i in self._travelling if self._tasks_of[i] and not self.live & {*self._tasks_of[i]}
+                ]:
+                    del self._travelling[op_id]
 
     def _ran(self, stage: int, op: Op) -> None:
         assert stage not in self.running, f"stage {stage} got two ops"
         self.running[stage] = op
+        if self.memory:
+            self.memory.ran(stage, op)
+        if op.kind in MOVES:
+            return
+        self._check_schedule(stage, op)
         assert op.part == self._expected_part.pop((stage, op.op_id), 0), "pieces out of order"
         version = self._versions[stage]
         stash = self.config.weight_handling == "stash"
@@ -124,28 +203,48 @@ class Checker:
             assert op.version == version, f"op stamped {op.version} ran at {version}"
         if op.kind in FORWARD_TYPES or (op.kind is OpKind.WEIGHT_SYNC and not op.changes_weights):
             self._travelling.setdefault(op.op_id, (op.version, 0))
+            self._tasks_of[op.op_id] = op.task_ids
         if op.changes_weights:
-            self._kept_from[stage] = max(self._kept_from[stage], op.oldest_version)
-            for op_id, (stamp, next_stage) in self._travelling.items():
-                if not stash:
-                    assert not (stamp <= op.version and next_stage <= stage), f"{op.op_id} overtook {op_id} on {stage}"
-            if not stash and stage == 0:
-                assert not self._inflight, "weights changed between a forward and its backward"
+            self._check_change(stage, op, stash=stash)
         if op.kind is OpKind.TRAIN_FORWARD and stage == 0:
             self._inflight.add(op.task_ids[0])
             self._forward_of[op.task_ids[0]] = op.op_id
-            assert len(self._inflight) <= self.config.max_inflight_training
+            if self.config.training_schedule == "async":
+                assert len(self._inflight) <= self.config.max_inflight_training
+        if op.kind in (OpKind.PREFILL, OpKind.DECODE):
+            self._check_batch(stage, op)
+
+    def _check_change(self, stage: int, op: Op, *, stash: bool) -> None:
+        self._kept_from[stage] = max(self._kept_from[stage], op.oldest_version)
+        for op_id, (stamp, next_stage) in self._travelling.items():
+            if not stash:
+                assert not (stamp <= op.version and next_stage <= stage), f"{op.op_id} overtook {op_id} on {stage}"
+        if not stash and stage == 0:
+            assert not self._inflight, "weights changed between a forward and its backward"
+
+    def _check_batch(self, stage: int, op: Op) -> None:
         if op.kind is OpKind.PREFILL and stage == 0:
             for task_id in op.task_ids:
                 request = self._requests[task_id]
                 self._holding[task_id] = request.prompt_tokens + request.max_tokens
             assert sum(self._holding.values()) <= self.config.kv_capacity_tokens
             assert len(op.task_ids) == 1 or op.num_tokens <= self.config.max_prefill_tokens
-        if op.kind in (OpKind.PREFILL, OpKind.DECODE):
-            assert 1 <= len(op.task_ids) <= self.config.max_batch
-            assert len(set(op.task_ids)) == len(op.task_ids)
-            twice = [other for other in self.running.values() if other is not op and other.op_id != op.op_id]
-            assert all(not set(other.task_ids) & set(op.task_ids) for other in twice)
+        assert 1 <= len(op.task_ids) <= self.config.max_batch
+        assert len(set(op.task_ids)) == len(op.task_ids)
+        others = [other for other in self.running.values() if other.op_id != op.op_id and other.kind not in MOVES]
+        assert all(not set(other.task_ids) & set(op.task_ids) for other in others)
+
+    def _check_schedule(self, stage: int, op: Op) -> None:
+        schedule, ahead = self.config.training_schedule, self._ahead[stage]
+        if schedule == "async" or op.kind not in (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD):
+            return
+        assert set(ahead.values()) <= {op.group}, "two mini-batches at once"
+        if op.kind is OpKind.TRAIN_FORWARD:
+            ahead[op.task_ids[0]] = op.group
+            if schedule == "1f1b":
+                assert len(ahead) <= self.config.num_stages - stage
+        elif schedule == "gpipe" and stage == self.config.num_stages - 1:
+            assert ahead.keys() <= self._turned, "a backward before the last forward"
 
 
 class Driver:
@@ -167,6 +266,7 @@ class Driver:
         self.runs: list[tuple[float, int, Op]] = []
         self.log: list[str] = []
         self.results: dict[str, str] = {}
+        self.details: dict[str, str] = {}
         self.ended_s: dict[str, float] = {}
         self._durations = durations
         self._stop_after = stop_after or {}
@@ -212,6 +312,7 @@ class Driver:
             self.at(round(self.now_s + self._duration_s(stage, op), 9), self._end(stage, op))
         elif isinstance(command, TaskDone):
             self.results[command.task_id] = command.reason
+            self.details[command.task_id] = command.detail
             self.ended_s[command.task_id] = self.now_s
             self.log.append(f"{self.now_s:7.3f} done     {command.task_id} {command.reason}")
 

@@ -7,9 +7,27 @@ from hypothesis import strategies as st
 
 from services.latency import OpKind
 from services.node_agent.core.node import NodeCore
-from services.node_agent.core.types import Cancelled, Event, NodeCoreConfig, Op, OpDone, QueueOrder
+from services.node_agent.core.types import (
+    SCHEDULES,
+    Cancelled,
+    Event,
+    MemoryConfig,
+    NodeCoreConfig,
+    Op,
+    OpDone,
+    QueueOrder,
+)
 from tests.unit.node_core.driver import TRAINING, Driver, microbatch, request, sync
 
+memories = st.builds(
+    MemoryConfig,
+    peak_bytes=st.integers(20, 300),
+    kv_bytes_per_token=st.sampled_from([1, 2]),
+    activation_bytes_per_token=st.sampled_from([1, 3, 6]),
+    kappa=st.sampled_from([0.5, 1.0]),
+    max_wait_s=st.sampled_from([0.0, 0.1, 1.0]),
+    wait_or_offload=st.sampled_from([True, True, False]),
+)
 configs = st.builds(
     NodeCoreConfig,
     num_stages=st.integers(1, 4),
@@ -19,6 +37,8 @@ configs = st.builds(
     kv_capacity_tokens=st.integers(20, 120),
     max_inflight_training=st.integers(1, 4),
     weight_handling=st.sampled_from(["drain", "stash"]),
+    training_schedule=st.sampled_from(SCHEDULES),
+    memory=st.none() | memories,
     gradient_buffers=st.integers(1, 3),
     max_training_wait_s=st.sampled_from([0.0, 0.3, 2.0]),
     group_timeout_s=st.sampled_from([0.0, 1.0]),
@@ -100,6 +120,8 @@ def test_every_task_ends_once_and_nothing_is_left(
     assert snapshot.pending_syncs == 0
     assert set(snapshot.queue_lengths) == {0}
     assert len(set(snapshot.versions)) == 1
+    if snapshot.memory is not None:
+        assert set(snapshot.memory.used_bytes) == set(snapshot.memory.host_bytes) == {0}
     changes = sum(op.changes_weights for _, stage, op in driver.runs if stage == 0)
     assert snapshot.versions[0] == changes
 

@@ -16,6 +16,8 @@ class OpKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OP_KIND_TRAIN_BACKWARD: _ClassVar[OpKind]
     OP_KIND_OPTIMIZER_STEP: _ClassVar[OpKind]
     OP_KIND_WEIGHT_SYNC: _ClassVar[OpKind]
+    OP_KIND_OFFLOAD: _ClassVar[OpKind]
+    OP_KIND_RELOAD: _ClassVar[OpKind]
 OP_KIND_UNSPECIFIED: OpKind
 OP_KIND_PREFILL: OpKind
 OP_KIND_DECODE: OpKind
@@ -23,6 +25,8 @@ OP_KIND_TRAIN_FORWARD: OpKind
 OP_KIND_TRAIN_BACKWARD: OpKind
 OP_KIND_OPTIMIZER_STEP: OpKind
 OP_KIND_WEIGHT_SYNC: OpKind
+OP_KIND_OFFLOAD: OpKind
+OP_KIND_RELOAD: OpKind
 
 class Measurement(_message.Message):
     __slots__ = ("stage", "op", "batch", "length", "durations_s")

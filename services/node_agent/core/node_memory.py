@@ -1,0 +1,233 @@
+"""Wait or offload (paper Algorithm 2): whether an op fits the memory of its stage, and what makes room for it.
+
+Each stage has an account of the KV caches and saved activations on it, in bytes. An op that does not fit waits until
+something was freed, at most `max_wait_s`; then the data of other tasks that is needed last goes to host memory. What
+an op needs and is in host memory comes back before it. No op that can ever run is larger than the budget, so in the
+end each has its way.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from services.latency import OpKind
+from services.node_agent.core.stage_queue import Flight, StageQueue
+from services.node_agent.core.types import InferenceRequest, MemoryConfig, MemoryCounters, Op, TrainingMicrobatch
+
+
+class Move(NamedTuple):
+    """Data that goes to host memory (OFFLOAD) or comes back (RELOAD)."""
+
+    kind: OpKind
+    task_ids: tuple[str, ...]
+    num_bytes: int
+
+
+class StageAccount:
+    """What tasks hold on one stage, in bytes."""
+
+    __slots__ = ("device", "host", "used_bytes")
+
+    def __init__(self) -> None:
+        #: By task; the one used last is last.
+        self.device: dict[str, int] = {}
+        self.host: dict[str, int] = {}
+        self.used_bytes = 0
+
+    def hold(self, task_id: str, num_bytes: int) -> None:
+        """A task uses its data here and gets more of it."""
+        self.device[task_id] = self.device.pop(task_id, 0) + num_bytes
+        self.used_bytes += num_bytes
+
+    def release(self, task_id: str) -> None:
+        """A task needs its data here no longer."""
+        self.used_bytes -= self.device.pop(task_id, 0)
+        self.host.pop(task_id, None)
+
+    def offload(self, task_id: str) -> int:
+        """To host memory; returns the bytes moved."""
+        num_bytes = self.host[task_id] = self.device.pop(task_id)
+        self.used_bytes -= num_bytes
+        return num_bytes
+
+    def reload(self, task_id: str) -> int:
+        """Back from host memory, if it is there; returns the bytes moved."""
+        num_bytes = self.host.pop(task_id, 0)
+        if num_bytes:
+            self.hold(task_id, num_bytes)
+        return num_bytes
+
+    def fork(self) -> "StageAccount":
+        """An independent copy."""
+        twin = StageAccount()
+        twin.device, twin.host, twin.used_bytes = self.device.copy(), self.host.copy(), self.used_bytes
+        return twin
+
+
+class NodeMemory:
+    """The stages of one node."""
+
+    def __init__(self, config: MemoryConfig, num_stages: int) -> None:
+        self.config = config
+        self.budget_bytes = config.budget_bytes
+        self._stages = [StageAccount() for _ in range(num_stages)]
+        self._prompt_tokens: dict[str, int] = {}
+        self._waits, self._waited_s, self._failures = 0, 0.0, 0
+        #: Moves and bytes by kind.
+        self._moves = {OpKind.OFFLOAD: [0, 0], OpKind.RELOAD: [0, 0]}
+
+    # ------------------------------------------------------------- tasks
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of KV cache that fit a stage with nothing else on it."""
+        return self.budget_bytes // self.config.kv_bytes_per_token
+
+    def arrived(self, task: InferenceRequest | TrainingMicrobatch) -> str:
+        """A task came; returns why it can never run on a stage of this node, in numbers, or nothing when it can."""
+        config = self.config
+        if isinstance(task, InferenceRequest):
+            need = (task.prompt_tokens + task.max_tokens) * config.kv_bytes_per_token
+        else:
+            need = task.batch * task.length * config.activation_bytes_per_token
+        if need > self.budget_bytes:
+            self._failures += 1
+            return f"needs {need} bytes on every stage, which may hold {self.budget_bytes}"
+        if isinstance(task, InferenceRequest):
+            self._prompt_tokens[task.task_id] = task.prompt_tokens
+        return ""
+
+    def ended(self, task_id: str) -> None:
+        """A task left the node."""
+        self._prompt_tokens.pop(task_id, None)
+        for stage in self._stages:
+            stage.release(task_id)
+
+    def backward_left(self, task_id: str, stage: int) -> None:
+        """A micro-batch's backward has used its activations on a stage."""
+        self._stages[stage].release(task_id)
+
+    # ------------------------------------------------------------- ops
+
+    def has_room(self, now_s: float, stage: int, flight: Flight) -> bool:
+        """Whether an op may be chosen: it fits, has waited long enough, or may not wait at all."""
+        if not self.config.wait_or_offload or self._lack_bytes(stage, flight.op) <= 0:
+            return True
+        if flight.blocked_s is None:
+            flight.blocked_s = now_s
+            self._waits += 1
+        return now_s >= flight.blocked_s + self.config.max_wait_s
+
+    def next_due_s(self, now_s: float, waiting: Iterable[Flight]) -> float | None:
+        """When the next of these ops waits for room no longer; None: no such time is to come."""
+        due_s = (f.blocked_s + self.config.max_wait_s for f in waiting if f.blocked_s is not None)
+        return min((time_s for time_s in due_s if time_s > now_s), default=None)
+
+    def failure(self, stage: int, op: Op) -> str:
+        """Without wait-or-offload: why an op cannot run now, in numbers; empty: it can."""
+        if self.config.wait_or_offload or self._lack_bytes(stage, op) <= 0:
+            return ""
+        self._failures += 1
+        need, used = self._need_bytes(stage, op), self._stages[stage].used_bytes
+        return f"{op.kind} needs {need} bytes on stage {stage}, which holds {used} of {self.budget_bytes}"
+
+    def next_move(self, stage: int, op: Op, distance: Callable[[str], int]) -> Move | None:
+        """What has to move before an op runs on an idle stage, taken as done; None: the op can run.
+
+        distance: stages until a task's next op comes to this stage.
+        """
+        account = self._stages[stage]
+        lack = self._lack_bytes(stage, op)
+        if lack > 0:
+            own = set(op.task_ids)
+            # Of equals the one used last: what takes turns is needed again in the order in which it was used.
+            order = sorted(
+                (task_id for task_id in reversed(account.device) if task_id not in own), key=distance, reverse=True
+            )
+            moved: list[str] = []
+            num_bytes = 0
+            for task_id in order:
+                if num_bytes >= lack:
+                    break
+                num_bytes += account.offload(task_id)
+                moved.append(task_id)
+            if num_bytes < lack:
+                raise ValueError(f"op {op.op_id} cannot fit stage {stage}: {lack - num_bytes} bytes too many")
+            return self._count(Move(OpKind.OFFLOAD, tuple(moved), num_bytes))
+        back = tuple(task_id for task_id in op.task_ids if task_id in account.host)
+        if not back:
+            return None
+        return self._count(Move(OpKind.RELOAD, back, sum(account.reload(task_id) for task_id in back)))
+
+    def starts(self, now_s: float, stage: int, flight: Flight) -> None:
+        """An op runs: what it adds is held from now on."""
+        if flight.blocked_s is not None:
+            self._waited_s += now_s - flight.blocked_s
+        account = self._stages[stage]
+        for task_id, num_bytes in self._added(flight.op):
+            account.hold(task_id, num_bytes)
+
+    def snapshot(self) -> MemoryCounters:
+        """Counts for heartbeats and figures."""
+        return MemoryCounters(
+            used_bytes=tuple(account.used_bytes for account in self._stages),
+            host_bytes=tuple(sum(account.host.values()) for account in self._stages),
+            waits=self._waits,
+            waited_s=self._waited_s,
+            offloads=self._moves[OpKind.OFFLOAD][0],
+            offloaded_bytes=self._moves[OpKind.OFFLOAD][1],
+            reloads=self._moves[OpKind.RELOAD][0],
+            reloaded_bytes=self._moves[OpKind.RELOAD][1],
+            failures=self._failures,
+        )
+
+    def fork(self) -> "NodeMemory":
+        """An independent copy."""
+        twin = NodeMemory.__new__(NodeMemory)
+        twin.__dict__.update(self.__dict__)
+        twin._stages = [account.fork() for account in self._stages]
+        twin._prompt_tokens = self._prompt_tokens.copy()
+        twin._moves = {kind: counts.copy() for kind, counts in self._moves.items()}
+        return twin
+
+    # ------------------------------------------------------------- internals
+
+    def _added(self, op: Op) -> list[tuple[str, int]]:
+        """Bytes that an op adds to what its tasks hold on a stage."""
+        config = self.config
+        if op.kind is OpKind.PREFILL:
+            return [(task_id, self._prompt_tokens[task_id] * config.kv_bytes_per_token) for task_id in op.task_ids]
+        if op.kind is OpKind.DECODE:
+            return [(task_id, config.kv_bytes_per_token) for task_id in op.task_ids]
+        if op.kind is OpKind.TRAIN_FORWARD and op.part == 0:
+            return [(op.task_ids[0], op.num_tokens * config.activation_bytes_per_token)]
+        return []
+
+    def _need_bytes(self, stage: int, op: Op) -> int:
+        """Bytes an op brings to a stage: what it adds, and what must come back."""
+        host = self._stages[stage].host
+        back = sum(host.get(task_id, 0) for task_id in op.task_ids) if host else 0
+        return back + sum(num_bytes for _, num_bytes in self._added(op))
+
+    def _lack_bytes(self, stage: int, op: Op) -> int:
+        """Bytes that must be freed before an op fits; 0 or less: none."""
+        need = self._need_bytes(stage, op)
+        return need + self._stages[stage].used_bytes - self.budget_bytes if need else 0
+
+    def _count(self, move: Move) -> Move:
+        counts = self._moves[move.kind]
+        counts[0] += 1
+        counts[1] += move.num_bytes
+        return move
+
+
+def stages_until_use(queues: Sequence[StageQueue], stage: int, task_id: str) -> int:
+    """Stages until the next op of a task comes to a stage, which does not run it now."""
+    places = ((queue.stage, f.op.kind) for queue in queues for f in queue.flights() if task_id in f.op.task_ids)
+    place, kind = next(places, (-1, OpKind.DECODE))
+    top = len(queues) - 1
+    if kind is OpKind.TRAIN_BACKWARD:
+        return place - stage
+    if place <= stage:
+        return stage - place
+    # Up, then down again or round to stage 0.
+    return top - place + 1 + (top - stage if kind is OpKind.TRAIN_FORWARD else stage)

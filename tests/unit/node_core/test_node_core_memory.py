@@ -1,0 +1,268 @@
+"""Wait or offload: what does not fit a stage waits for room, then other tasks' data makes room, then it runs."""
+
+import pytest
+
+from services.latency import OpKind
+from services.node_agent.core.batching import Claim
+from services.node_agent.core.node import NodeCore
+from services.node_agent.core.node_memory import NodeMemory
+from services.node_agent.core.stage_queue import Flight
+from services.node_agent.core.types import (
+    Cancelled,
+    InferenceRequest,
+    MemoryConfig,
+    MemoryCounters,
+    NodeCoreConfig,
+    Op,
+    OpDone,
+    RunOp,
+    TaskDone,
+)
+from tests.unit.node_core.driver import DURATIONS, MOVES, Driver, microbatch, request
+
+#: A micro-batch of the driver is 16 tokens.
+MICROBATCH = 16
+
+
+def _memory(budget: int, **more: object) -> MemoryConfig:
+    given = {"kv_bytes_per_token": 1, "activation_bytes_per_token": 1, "kappa": 1.0, "max_wait_s": 0.5} | more
+    return MemoryConfig(peak_bytes=budget, **given)  # type: ignore[arg-type]
+
+
+def _counters(driver: Driver) -> MemoryCounters:
+    counters = driver.core.snapshot().memory
+    assert counters is not None
+    return counters
+
+
+def _moves(driver: Driver, stage: int = 0) -> list[tuple[float, str, tuple[str, ...], int]]:
+    return [
+        (time_s, str(op.kind), op.task_ids, op.num_bytes)
+        for time_s, where, op in driver.runs
+        if where == stage and op.kind in MOVES
+    ]
+
+
+def test_what_fits_never_waits_or_moves() -> None:
+    driver = Driver(num_stages=2, memory=_memory(1000)).at(0.0, *[request(f"r{i}", max_tokens=4) for i in range(4)])
+    plain = Driver(num_stages=2).at(0.0, *[request(f"r{i}", max_tokens=4) for i in range(4)])
+    for one in (driver, plain):
+        one.at(0.0, *[microbatch(f"m{i}", accumulation=2) for i in range(6)]).run()
+    assert driver.log == plain.log
+    assert _counters(driver) == MemoryCounters((0, 0), (0, 0))
+    assert plain.core.snapshot().memory is None
+
+
+def test_an_op_waits_until_another_task_has_freed_its_memory() -> None:
+    """Forward 0.2 s and backward 0.4 s per stage: m0 has left stage 0 after 1.2 s."""
+    driver = Driver(num_stages=2, memory=_memory(MICROBATCH, max_wait_s=5.0))
+    driver.at(0.0, microbatch("m0", accumulation=2), microbatch("m1", accumulation=2)).run()
+    assert driver.order() == "FBFBS"
+    assert driver.ops(OpKind.TRAIN_FORWARD)[1][0] == pytest.approx(1.2)
+    counters = _counters(driver)
+    assert (counters.waits, counters.offloads) == (1, 0)
+    assert counters.waited_s == pytest.approx(1.0)
+
+
+def test_after_the_longest_wait_others_are_offloaded_and_come_back_before_their_next_use() -> None:
+    """gpipe on one stage: the second forward waits in vain for the first backward, which waits for it."""
+    driver = Driver(num_stages=1, training_schedule="gpipe", memory=_memory(MICROBATCH))
+    driver.at(0.0, microbatch("m0", accumulation=2), microbatch("m1", accumulation=2)).run()
+    assert driver.order() == "FoFBrBS"
+    assert [op.task_ids[0] for _, op in driver.ops(OpKind.TRAIN_BACKWARD)] == ["m1", "m0"], "m1 is there already"
+    assert driver.results == {"m0": "trained", "m1": "trained"}
+    assert [move[1:] for move in _moves(driver)] == [
+        ("offload", ("m0",), MICROBATCH),
+        ("reload", ("m0",), MICROBATCH),
+    ]
+    assert _moves(driver)[0][0] == pytest.approx(0.2 + 0.5)
+
+
+def test_a_wake_up_ends_the_wait_without_any_other_event() -> None:
+    core = NodeCore(NodeCoreConfig(num_stages=1, training_schedule="gpipe", memory=_memory(MICROBATCH)))
+    for name in ("m0", "m1"):
+        core.step(0.0, microbatch(name, accumulation=2))
+    op = core.snapshot().running_ops[0]
+    assert op is not None
+    assert core.step(0.2, OpDone(0, op.op_id)) == []
+    assert core.next_wakeup_s == pytest.approx(0.7)
+
+
+def test_the_data_needed_last_goes_first() -> None:
+    """Two stages, gpipe: when m3's forward needs room on stage 0, m2 has been used last and comes back last."""
+    driver = Driver(num_stages=2, training_schedule="gpipe", memory=_memory(2 * MICROBATCH))
+    driver.at(0.0, *[microbatch(f"m{i}", accumulation=3) for i in (1, 2, 3)]).run()
+    assert _moves(driver)[0][1:3] == ("offload", ("m2",))
+    assert set(driver.results.values()) == {"trained"}
+
+
+def test_what_is_far_from_its_next_use_goes_before_what_was_used_later() -> None:
+    account = NodeMemory(_memory(30), 1)
+    for task_id in ("near", "far", "last"):
+        assert not account.arrived(InferenceRequest(task_id, 0.0, 10, 5))
+        prefill = Op(1, OpKind.PREFILL, (task_id,), 0, 10, batch=1)
+        account.starts(0.0, 0, Flight(prefill, Claim(0.0, 0.0, 1.0)))
+    distances = {"near": 1, "far": 5, "last": 2}
+    new = Op(2, OpKind.TRAIN_FORWARD, ("m",), 0, 15, batch=1)
+    assert account.next_move(0, new, distances.__getitem__) == (OpKind.OFFLOAD, ("far", "last"), 20)
+    assert account.next_move(0, new, distances.__getitem__) is None
+
+
+def test_a_microbatch_that_must_come_down_first_goes_before_a_request_on_the_last_stage() -> None:
+    """When "new" needs room on stage 0: m0 waits for its backward on stage 2, where "idle" ends its prefill."""
+    driver = Driver(num_stages=3, memory=_memory(30, max_wait_s=0.0), durations=lambda s, o: 1.0)
+    driver.at(0.0, microbatch("m0")).at(0.5, request("idle", prompt=5, max_tokens=2, tpot_s=1e3))
+    driver.at(3.5, request("new", arrival_s=3.5, deadline_s=3.6)).run()
+    assert _moves(driver, 0)[0] == (3.5, "offload", ("m0",), MICROBATCH)
+
+
+def test_a_request_between_two_tokens_goes_before_a_microbatch_whose_backward_is_next() -> None:
+    """On stage 1 of two, when "new" needs room there, stage 0 is busy with "more"."""
+    durations = dict.fromkeys(OpKind, 1.0) | {OpKind.OFFLOAD: 0.0, OpKind.TRAIN_FORWARD: 1.5}
+    driver = Driver(num_stages=2, memory=_memory(30, max_wait_s=0.0), max_prefill_tokens=1, durations=durations)
+    driver.at(0.0, request("idle", prompt=5, max_tokens=2, tpot_s=1e3), microbatch("m0"))
+    driver.at(2.2, request("new", deadline_s=2.3, arrival_s=2.2), request("more", prompt=1, deadline_s=2.4)).run()
+    assert _moves(driver, 1)[0][1:] == ("offload", ("idle",), 5)
+
+
+def test_an_op_that_waited_for_room_runs_at_the_version_it_meets() -> None:
+    """A step takes place on stage 0 while a prefill waits there, which enters with the new weights."""
+    driver = Driver(
+        num_stages=2,
+        weight_handling="stash",
+        gradient_buffers=2,
+        memory=_memory(2 * MICROBATCH, max_wait_s=50.0),
+        durations=lambda s, o: 1.0,
+    )
+    driver.at(0.0, microbatch("m0"), microbatch("m1")).at(0.5, request("r", prompt=30, arrival_s=0.5)).run()
+    assert driver.order() == "FFBSBPS"
+    assert [op.version for _, op in driver.ops(OpKind.PREFILL)] == [1]
+
+
+def test_a_prefill_takes_no_more_requests_than_fit() -> None:
+    driver = Driver(num_stages=1, memory=_memory(50))
+    driver.at(0.0, request("busy", prompt=1), *[request(f"r{i}", prompt=20) for i in range(3)]).run()
+    assert [op.task_ids for _, op in driver.ops(OpKind.PREFILL)] == [("busy",), ("r0", "r1"), ("r2",)]
+
+
+def test_requests_that_come_do_not_shorten_the_wait_of_one_before_them() -> None:
+    driver = Driver(num_stages=1, training_schedule="gpipe", memory=_memory(MICROBATCH + 2))
+    driver.at(0.0, microbatch("m0", accumulation=2))
+    driver.at(0.1, request("a", prompt=5, arrival_s=0.1)).at(0.3, request("b", prompt=5)).run()
+    assert driver.ops(OpKind.PREFILL)[0][0] == pytest.approx(0.2 + 0.5 + DURATIONS[OpKind.OFFLOAD])
+
+
+def test_serving_pushes_training_out_and_not_itself() -> None:
+    """The micro-batch comes back through stage 0 only after its backward on stage 1."""
+    driver = Driver(num_stages=2, memory=_memory(40, max_wait_s=0.0), durations=lambda s, o: 1.0)
+    driver.at(0.0, microbatch("m0")).at(1.5, request("long", prompt=30, arrival_s=1.5)).run()
+    assert _moves(driver, 0)[0][1:] == ("offload", ("m0",), MICROBATCH)
+    assert driver.results == {"m0": "trained", "long": "length"}
+
+
+def test_growing_contexts_are_accounted_for_token_by_token() -> None:
+    driver = Driver(num_stages=1, memory=_memory(100)).at(0.0, request("r", prompt=10, max_tokens=5)).run(until_s=0.05)
+    held = []
+    while driver._events:
+        held.append(_counters(driver).used_bytes[0])
+        driver.run(until_s=driver._events[0][0])
+    assert held == [10, 11, 12, 13, 14]
+    assert _counters(driver).used_bytes == (0,)
+
+
+def test_requests_beyond_the_device_take_turns_through_host_memory() -> None:
+    """Three contexts of 20 to 24 bytes on a device of 50: every decode iteration holds two of them."""
+    driver = Driver(num_stages=1, memory=_memory(50, max_wait_s=0.01))
+    driver.at(0.0, *[request(f"r{i}", prompt=20, max_tokens=5) for i in range(3)]).run()
+    assert set(driver.results.values()) == {"length"}
+    assert all(len(op.task_ids) <= 2 for _, op in driver.ops(OpKind.DECODE))
+    counters = _counters(driver)
+    assert counters.offloaded_bytes == counters.reloaded_bytes > 0
+    assert counters.host_bytes == (0,)
+
+
+@pytest.mark.parametrize(
+    ("event", "detail"),
+    [
+        (request("x", prompt=30, max_tokens=11), "needs 41 bytes on every stage, which may hold 40"),
+        (microbatch("x"), "needs 48 bytes on every stage, which may hold 40"),
+    ],
+)
+def test_what_can_never_fit_fails_alone_with_the_numbers(event: object, detail: str) -> None:
+    driver = Driver(num_stages=2, memory=_memory(40, activation_bytes_per_token=3))
+    driver.at(0.0, request("ok", max_tokens=3)).at(0.01, event).run()  # type: ignore[arg-type]
+    assert driver.results == {"ok": "length", "x": "error"}
+    assert driver.details["x"] == detail
+    assert _counters(driver).failures == 1
+
+
+def test_without_wait_or_offload_what_does_not_fit_now_fails_at_once_with_the_numbers() -> None:
+    driver = Driver(num_stages=1, training_schedule="gpipe", memory=_memory(20, wait_or_offload=False))
+    driver.at(0.0, microbatch("m0", accumulation=2), microbatch("m1", accumulation=2)).run()
+    assert driver.results == {"m0": "trained", "m1": "error"}
+    assert driver.details["m1"] == "train_forward needs 16 bytes on stage 0, which holds 16 of 20"
+    assert not _moves(driver)
+
+
+def test_a_failure_lets_others_in_at_once() -> None:
+    """When "a" fails on stage 0, "b" gets its place in the KV cache and fits; nothing else happens until then."""
+    driver = Driver(num_stages=2, memory=_memory(20, wait_or_offload=False), kv_capacity_tokens=9)
+    driver.at(0.0, microbatch("m0")).at(0.3, request("a", prompt=8, deadline_s=0.5), request("b", prompt=4)).run()
+    assert driver.results == {"m0": "trained", "a": "error", "b": "length"}
+    assert driver.ops(OpKind.PREFILL)[0][0] == 0.3
+
+
+def test_a_cancelled_task_that_waits_for_room_or_is_offloaded_leaves_nothing() -> None:
+    for at_s in (0.3, 0.71, 0.75):
+        for name in ("m0", "m1"):
+            driver = Driver(num_stages=1, training_schedule="gpipe", memory=_memory(MICROBATCH), group_timeout_s=0.1)
+            driver.at(0.0, microbatch("m0", accumulation=2), microbatch("m1", accumulation=2))
+            driver.at(at_s, Cancelled(name)).run()
+            other = {"m0": "m1", "m1": "m0"}[name]
+            assert driver.results == {name: "cancelled", other: "trained"}
+            assert _counters(driver).used_bytes == _counters(driver).host_bytes == (0,)
+
+
+@pytest.mark.parametrize("kind", MOVES)
+def test_when_data_cannot_be_moved_the_op_that_needed_it_fails(kind: OpKind) -> None:
+    first = True
+
+    def fails(stage: int, op: Op) -> bool:
+        nonlocal first
+        failing, first = first and op.kind is kind, first and op.kind is not kind
+        return failing
+
+    driver = Driver(num_stages=1, training_schedule="gpipe", memory=_memory(MICROBATCH), fail=fails)
+    driver.at(0.0, microbatch("m0", accumulation=2), microbatch("m1", accumulation=2)).run()
+    assert sorted(driver.results.values()) == ["error", "trained"]
+
+
+def test_a_redelivered_request_is_not_refused() -> None:
+    core = NodeCore(NodeCoreConfig(num_stages=1, memory=_memory(40)))
+    assert isinstance(core.step(0.0, request("r"))[0], RunOp)
+    assert core.step(0.0, request("r", prompt=100)) == []
+    assert isinstance(core.step(0.0, request("other", prompt=100))[0], TaskDone)
+
+
+def test_the_budget_is_a_share_of_the_peak() -> None:
+    assert _memory(1000, kappa=0.9).budget_bytes == 900
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peak_bytes", 0),
+        ("kv_bytes_per_token", 0),
+        ("activation_bytes_per_token", 0),
+        ("kappa", 1.1),
+        ("max_wait_s", -1),
+    ],
+)
+def test_a_senseless_memory_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        _memory(10, **{field: value}) if field != "peak_bytes" else _memory(0)
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="training_schedule"):
+        NodeCoreConfig(num_stages=1, training_schedule="2f2b")

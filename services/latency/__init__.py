@@ -1,5 +1,5 @@
 """Latency models of stage operations: pure arithmetic shared by profiler, scheduler and simulator."""
 
-from services.latency.model import FORMS, LatencyModel, NodeLatency, OpKind
+from services.latency.model import FORMS, MOVES, LatencyModel, NodeLatency, OpKind
 
-__all__ = ["FORMS", "LatencyModel", "NodeLatency", "OpKind"]
+__all__ = ["FORMS", "MOVES", "LatencyModel", "NodeLatency", "OpKind"]

@@ -23,6 +23,10 @@ class OpKind(StrEnum):
     RELOAD = "reload"
 
 
+#: Kinds that no latency model is fitted for.
+MOVES = frozenset((OpKind.OFFLOAD, OpKind.RELOAD))
+
+
 def _quadratic(batch: float, length: float) -> tuple[float, ...]:
     return (batch * length * length,)
 

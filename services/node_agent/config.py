@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from services.runtime.config import ServiceSettings, Settings
 
@@ -65,6 +65,11 @@ class NodeAgentSettings(ServiceSettings):
     #: "stash": accumulation groups whose gradients a stage holds at once, one copy of its weights each. With one per
     #: stage no backward waits for a step. No effect with "drain".
     gradient_buffers: int = Field(1, ge=1, le=64)
+    #: "async" (A-PP). The simulator knows "gpipe" and "1f1b" (S-PP) too; no engine runs them yet.
+    training_schedule: Literal["async", "gpipe", "1f1b"] = "async"
+    #: Memory of a stage for KV caches and activations, accounted for with wait-or-offload. 0: it is not; no engine
+    #: offloads yet, only the simulator does.
+    stage_memory_bytes: int = Field(0, ge=0)
 
     #: A stage worker that does not answer an op (or one measurement) for this long is given up, and the node with it.
     op_timeout_s: float = Field(600.0, gt=0.0)
@@ -82,3 +87,17 @@ class NodeAgentSettings(ServiceSettings):
     drain_s: float = Field(8.0, ge=0.0, le=3600.0)
     #: Longest wait for the scheduler's welcome (it may profile the node first), seconds.
     welcome_timeout_s: float = Field(900.0, gt=0.0)
+
+    @field_validator("training_schedule")
+    @classmethod
+    def _is_run_by_engines(cls, value: str) -> str:
+        if value != "async":
+            raise ValueError(f'no engine runs "{value}", only the simulator does; a node trains "async"')
+        return value
+
+    @field_validator("stage_memory_bytes")
+    @classmethod
+    def _is_offloaded_by_engines(cls, value: int) -> int:
+        if value:
+            raise ValueError("no engine offloads to host memory, only the simulator does; leave it 0")
+        return value

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from lemix.internal.v1 import profile_pb2
-from services.latency import OpKind
+from services.latency import MOVES, OpKind
 from services.node_agent.convert import OP_KIND_FROM_PROTO, OP_KIND_TO_PROTO, example_from_proto
 from services.node_agent.engine.base import Example, Handle, Measure, ModelInfo, StageResult, TrainForward
 from services.node_agent.loop import AgentLoop
@@ -18,7 +18,7 @@ _MAX_POINTS = 10_000
 _MAX_SAMPLES = 10_000
 _SAMPLE_TASK_ID = "measure/sample"
 #: Kinds a request may name; the backward is timed together with its forward.
-_KINDS = frozenset(OpKind) - {OpKind.TRAIN_BACKWARD}
+_KINDS = frozenset(OpKind) - MOVES - {OpKind.TRAIN_BACKWARD}
 
 
 class Measurer:

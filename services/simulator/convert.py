@@ -1,11 +1,11 @@
 """The simulator's work and nodes in the words of the two cores."""
 
-from services.latency import OpKind
+from services.latency import MOVES, OpKind
 from services.node_agent.core.types import ASYNC, InferenceRequest, Op, TrainingMicrobatch
 from services.scheduler.core.types import InferenceTask, NodeSpec, OpFinished, TrainingTask
 from services.simulator.types import Microbatch, Request, VirtualNode
 
-_OF_NO_TASK = (OpKind.OPTIMIZER_STEP, OpKind.WEIGHT_SYNC, OpKind.OFFLOAD, OpKind.RELOAD)
+_OF_NO_TASK = MOVES | {OpKind.OPTIMIZER_STEP, OpKind.WEIGHT_SYNC}
 
 
 def inference_task(work: Request) -> InferenceTask:

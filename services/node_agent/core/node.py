@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
-from services.latency import OpKind
+from services.latency import MOVES, OpKind
 from services.node_agent.core.batching import Claim, InferenceBatcher
 from services.node_agent.core.node_memory import NodeMemory, stages_until_use
 from services.node_agent.core.stage_queue import Flight, Rank, StageQueue
@@ -182,7 +182,7 @@ class NodeCore:
         elif kind is OpKind.OPTIMIZER_STEP:
             self._travel_up(now_s, event.stage, flight)
             return self._training.step_ran(flight.op.group, event.failed)
-        elif kind is OpKind.OFFLOAD or kind is OpKind.RELOAD:
+        elif kind in MOVES:
             return self._fail_prepared(event.stage) if event.failed else []
         elif event.failed and not flight.op.changes_weights:
             return []

@@ -1,9 +1,9 @@
 """Wait or offload (paper Algorithm 2): whether an op fits the memory of its stage, and what makes room for it.
 
 Each stage has an account of the KV caches and saved activations on it, in bytes. An op that does not fit waits until
-something was freed, at most `max_wait_s`; then the data of other tasks that is needed last goes to host memory. What
-an op needs and is in host memory comes back before it. No op that can ever run is larger than the budget, so in the
-end each has its way.
+something was freed, at most `max_wait_s` (`max_forward_wait_s`); then the data of other tasks that is needed last goes
+to host memory. What an op needs and is in host memory comes back before it. No op that can ever run is larger than the
+budget, so in the end each has its way.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -115,11 +115,11 @@ class NodeMemory:
         if flight.blocked_s is None:
             flight.blocked_s = now_s
             self._waits += 1
-        return now_s >= flight.blocked_s + self.config.max_wait_s
+        return now_s >= flight.blocked_s + self._longest_wait_s(flight)
 
     def next_due_s(self, now_s: float, waiting: Iterable[Flight]) -> float | None:
         """When the next of these ops waits for room no longer; None: no such time is to come."""
-        due_s = (f.blocked_s + self.config.max_wait_s for f in waiting if f.blocked_s is not None)
+        due_s = (f.blocked_s + self._longest_wait_s(f) for f in waiting if f.blocked_s is not None)
         return min((time_s for time_s in due_s if time_s > now_s), default=None)
 
     def failure(self, stage: int, op: Op) -> str:
@@ -190,6 +190,10 @@ class NodeMemory:
         return twin
 
     # ------------------------------------------------------------- internals
+
+    def _longest_wait_s(self, flight: Flight) -> float:
+        is_forward = flight.op.kind is OpKind.TRAIN_FORWARD
+        return self.config.max_forward_wait_s if is_forward else self.config.max_wait_s
 
     def _added(self, op: Op) -> list[tuple[str, int]]:
         """Bytes that an op adds to what its tasks hold on a stage."""

@@ -231,6 +231,7 @@ class MemoryConfig:
 
     An op runs when what its stage holds and what it adds are at most kappa * peak_bytes. Otherwise it waits for room,
     at most max_wait_s; then data of other tasks goes to host memory. wait_or_offload False: it fails at once.
+    A micro-batch's forward, which nobody waits for and which adds most, has max_forward_wait_s.
     Raises ValueError naming the field when a value makes no sense.
     """
 
@@ -242,6 +243,8 @@ class MemoryConfig:
     kappa: float = 0.9
     #: T_max.
     max_wait_s: float = 0.05
+    #: T_max of training forwards. Short, they push out what others need back at once, and stages only move data.
+    max_forward_wait_s: float = 5.0
     wait_or_offload: bool = True
 
     def __post_init__(self) -> None:
@@ -250,8 +253,9 @@ class MemoryConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0.0 < self.kappa <= 1.0:
             raise ValueError(f"kappa must be above 0 and at most 1, got {self.kappa}")
-        if self.max_wait_s < 0.0:
-            raise ValueError(f"max_wait_s must not be negative, got {self.max_wait_s}")
+        for name in ("max_wait_s", "max_forward_wait_s"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     @property
     def budget_bytes(self) -> int:

@@ -7,7 +7,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from services.latency import OpKind
+from services.latency import MOVES, OpKind
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.types import (
     Command,
@@ -49,7 +49,6 @@ DURATIONS = {
     OpKind.OFFLOAD: 0.03,
     OpKind.RELOAD: 0.03,
 }
-MOVES = (OpKind.OFFLOAD, OpKind.RELOAD)
 
 
 class MemoryChecker:

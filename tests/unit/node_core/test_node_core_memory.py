@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.latency import OpKind
+from services.latency import MOVES, OpKind
 from services.node_agent.core.batching import Claim
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.node_memory import NodeMemory
@@ -18,7 +18,7 @@ from services.node_agent.core.types import (
     RunOp,
     TaskDone,
 )
-from tests.unit.node_core.driver import DURATIONS, MOVES, Driver, microbatch, request
+from tests.unit.node_core.driver import DURATIONS, Driver, microbatch, request
 
 #: A micro-batch of the driver is 16 tokens.
 MICROBATCH = 16
@@ -26,6 +26,7 @@ MICROBATCH = 16
 
 def _memory(budget: int, **more: object) -> MemoryConfig:
     given = {"kv_bytes_per_token": 1, "activation_bytes_per_token": 1, "kappa": 1.0, "max_wait_s": 0.5} | more
+    given.setdefault("max_forward_wait_s", given["max_wait_s"])
     return MemoryConfig(peak_bytes=budget, **given)  # type: ignore[arg-type]
 
 
@@ -76,6 +77,18 @@ def test_after_the_longest_wait_others_are_offloaded_and_come_back_before_their_
         ("reload", ("m0",), MICROBATCH),
     ]
     assert _moves(driver)[0][0] == pytest.approx(0.2 + 0.5)
+
+
+def test_training_forwards_wait_longer_than_what_somebody_waits_for() -> None:
+    """gpipe on one stage: m1's forward waits 3 s in vain; the request has waited as long as it may before that."""
+    memory = _memory(MICROBATCH, max_wait_s=0.5, max_forward_wait_s=3.0)
+    driver = Driver(num_stages=1, training_schedule="gpipe", memory=memory)
+    driver.at(0.0, microbatch("m0", accumulation=2), microbatch("m1", accumulation=2)).at(1.0, request("r")).run()
+    assert driver.order() == "FoPFBrBS"
+    assert driver.ops(OpKind.PREFILL)[0][0] == pytest.approx(1.0 + 0.5 + DURATIONS[OpKind.OFFLOAD])
+    waiting = Driver(num_stages=1, training_schedule="gpipe", memory=memory)
+    waiting.at(0.0, microbatch("m0", accumulation=2), microbatch("m1", accumulation=2)).run()
+    assert _moves(waiting)[0][0] == pytest.approx(0.2 + 3.0)
 
 
 def test_a_wake_up_ends_the_wait_without_any_other_event() -> None:
@@ -223,7 +236,7 @@ def test_a_cancelled_task_that_waits_for_room_or_is_offloaded_leaves_nothing() -
             assert _counters(driver).used_bytes == _counters(driver).host_bytes == (0,)
 
 
-@pytest.mark.parametrize("kind", MOVES)
+@pytest.mark.parametrize("kind", sorted(MOVES))
 def test_when_data_cannot_be_moved_the_op_that_needed_it_fails(kind: OpKind) -> None:
     first = True
 
@@ -256,6 +269,7 @@ def test_the_budget_is_a_share_of_the_peak() -> None:
         ("activation_bytes_per_token", 0),
         ("kappa", 1.1),
         ("max_wait_s", -1),
+        ("max_forward_wait_s", -1),
     ],
 )
 def test_a_senseless_memory_is_refused_by_name(field: str, value: object) -> None:

@@ -26,6 +26,7 @@ memories = st.builds(
     activation_bytes_per_token=st.sampled_from([1, 3, 6]),
     kappa=st.sampled_from([0.5, 1.0]),
     max_wait_s=st.sampled_from([0.0, 0.1, 1.0]),
+    max_forward_wait_s=st.sampled_from([0.0, 0.1, 3.0]),
     wait_or_offload=st.sampled_from([True, True, False]),
 )
 configs = st.builds(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.latency import FORMS, LatencyModel, OpKind
+from services.latency import FORMS, MOVES, LatencyModel, OpKind
 from services.profiler.fit import CANDIDATES, FitError, Timing, fit_all, fit_op
 
 GRID = [(batch, length) for batch in (1, 2, 4, 8) for length in (16, 48, 128, 256, 512)]
@@ -181,4 +181,4 @@ def test_every_stage_and_operation_gets_one_chosen_form():
 
 def test_every_candidate_is_a_form_the_scheduler_knows():
     assert {form for forms in CANDIDATES.values() for form in forms} <= set(FORMS)
-    assert set(CANDIDATES) == set(OpKind) - {OpKind.OFFLOAD, OpKind.RELOAD}
+    assert set(CANDIDATES) == set(OpKind) - MOVES

@@ -1,5 +1,7 @@
 """Micro-batches: the A-PP rule, the order of a job, hold-back and its starvation bound."""
 
+from dataclasses import replace
+
 import pytest
 
 from services.scheduler.core.scheduler import SchedulerCore
@@ -51,6 +53,36 @@ def test_end_of_a_backward_releases_the_next_before_the_optimizer_step() -> None
     assert assigned(core.step(2.0, TaskEnded("job-0", "a", ok=True))) == []
     assert core.snapshot().nodes[0].inflight_training == 1
     assert assigned(core.step(2.0, TaskEnded("job-1", "a", ok=True))) == [("job-2", "a")]
+
+
+def _synchronous(task_id: str, job_id: str = "job", accumulation: int = 2) -> TaskArrived:
+    return TaskArrived(replace(microbatch(task_id, job_id=job_id), accumulation=accumulation))
+
+
+def test_a_synchronous_node_gets_the_next_group_when_the_step_of_the_one_before_has_ended() -> None:
+    core = core_with(node("a", synchronous_training=True), policy="round_robin", max_inflight_training=1)
+    first = [command for index in range(4) for command in core.step(0.0, _synchronous(f"job-{index}"))]
+    assert assigned(first) == [("job-0", "a"), ("job-1", "a")], "a whole group, whatever the window of A-PP"
+    assert Defer("job-2", "inflight_limit") in first
+    for index in range(2):
+        assert assigned(core.step(1.0, backward_ended("a", f"job-{index}", 1.0))) == [], "its step is to come"
+    assert assigned(core.step(2.0, TaskEnded("job-0", "a", ok=True))) == [("job-2", "a")]
+    assert assigned(core.step(2.0, TaskEnded("job-1", "a", ok=True))) == [("job-3", "a")]
+
+
+def test_groups_of_several_jobs_leave_for_a_synchronous_node_side_by_side() -> None:
+    core = core_with(node("a", synchronous_training=True), policy="round_robin")
+    arrivals = [_synchronous(f"{job}{index}", job, 2) for index in range(2) for job in "xy"]
+    placed = [command for event in arrivals for command in core.step(0.0, event)]
+    assert assigned(placed) == [("x0", "a"), ("y0", "a"), ("x1", "a"), ("y1", "a")]
+
+
+def test_an_asynchronous_node_beside_a_synchronous_one_keeps_its_window() -> None:
+    nodes = (node("a", synchronous_training=True), node("b"))
+    core = core_with(*nodes, policy="round_robin", max_inflight_training=3)
+    placed = [command for index in range(8) for command in core.step(0.0, _synchronous(f"job-{index}"))]
+    counts = [node_id for _, node_id in assigned(placed)]
+    assert (counts.count("a"), counts.count("b")) == (2, 3)
 
 
 def test_accumulation_larger_than_the_window_fills() -> None:

@@ -118,12 +118,12 @@ def run(config: PaperConfig, console: Console) -> dict[str, Any]:
 
 
 def _problems(measured: Iterable[Sequence[Row]]) -> list[str]:
-    """Runs in which not every task ended well: their figures mislead."""
+    """Runs in which not every task ended well, although they were to: their figures mislead."""
     unfinished = {
         row["label"]: sum(other["label"] == row["label"] and other["n_ok"] < other["n_tasks"] for other in several)
         for several in measured
         for row in several
-        if row["n_ok"] < row["n_tasks"]
+        if row["n_ok"] < row["n_tasks"] and not row.get("may_fail")
     }
     return [f"{label}: {count} runs in which not every task ended well" for label, count in unfinished.items()]
 

@@ -9,8 +9,10 @@ from bench.paper.decode import DECODING
 from bench.paper.family import Family
 from bench.paper.grid import GRID
 from bench.paper.heterogeneity import HETEROGENEITY
+from bench.paper.memory import MEMORY_FAMILY
 from bench.paper.noise import NOISE
 from bench.paper.policies import POLICIES
+from bench.paper.schedules import SCHEDULES_FAMILY
 from bench.paper.sensitivity import SENSITIVITY
 from bench.paper.streams import STREAMS
 from bench.paper.stress import STRESS
@@ -20,5 +22,5 @@ from bench.paper.week import WEEK
 #: In the order of the page.
 FAMILIES: tuple[Family, ...] = (
     GRID, STREAMS, POLICIES, DECODING, DATA_PARALLEL, ABLATION, TRENDS_FAMILY, SENSITIVITY, HETEROGENEITY, NOISE,
-    STRESS, WEEK,
+    STRESS, SCHEDULES_FAMILY, MEMORY_FAMILY, WEEK,
 )  # fmt: skip

@@ -19,7 +19,7 @@ pieces of an operation together take 5 % longer than the whole (`SimulationConfi
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from statistics import NormalDist
 from typing import Any
@@ -30,7 +30,7 @@ from services.node_agent.core.types import NodeCoreConfig
 from services.scheduler.core.types import CoreConfig, SloTarget
 from services.simulator.cluster import Simulation
 from services.simulator.lengths import LogNormal
-from services.simulator.types import SimulationConfig, SimulationResult, VirtualNode, Work
+from services.simulator.types import Microbatch, SimulationConfig, SimulationResult, VirtualNode, Work
 
 NODES, STAGES = 4, 2
 PREFILL, DECODE = "prefill", "decode"
@@ -77,7 +77,9 @@ class Run:
 
     options: of the policy. noise: relative standard deviation of the durations. belief_error: standard deviation of the
     logarithm of the factor, one per node, by which the scheduler's latency models are wrong. swing, cv: arrivals follow
-    a day (0: they do not) and clump (1: Poisson), see `traffic`. also: further figures for the row, from what happened.
+    a day (0: they do not) and clump (1: Poisson), see `traffic`. accumulation: micro-batches per optimizer step. node:
+    further fields of `NodeCoreConfig`. link_bytes_per_s: between a stage and its host. also: further figures for the
+    row, from what happened.
     """
 
     point: Point
@@ -93,6 +95,9 @@ class Run:
     cv: float = 1.0
     noise: float = 0.0
     belief_error: float = 0.0
+    accumulation: int = 1
+    node: tuple[tuple[str, Any], ...] = ()
+    link_bytes_per_s: float = math.inf
     also: Callable[["Run", SimulationResult], Mapping[str, Any]] | None = None
 
     @property
@@ -140,16 +145,17 @@ def work(run: Run) -> list[Work]:
     point = run.point
     outputs = OUTPUTS if run.mode == DECODE else None
     name = f"{run.seed}/{point.rate:g}/{point.training_share:g}"
-    return tasks(
+    drawn = tasks(
         name, run.num_tasks, point.rate, point.training_share, run.slo, run.lengths, outputs, swing=run.swing, cv=run.cv
     )
+    return [replace(task, accumulation=run.accumulation) if isinstance(task, Microbatch) else task for task in drawn]
 
 
 def cluster(run: Run) -> list[VirtualNode]:
     """The nodes."""
     truth = latency(run)
     batch = {"max_batch": DECODE_BATCH} if run.mode == DECODE else {}
-    core = NodeCoreConfig(num_stages=run.stages, **{**NODE, **batch})
+    core = NodeCoreConfig(num_stages=run.stages, **{**NODE, **batch, **dict(run.node)})
     random = Random(f"{run.seed}/belief")
     return [
         VirtualNode(
@@ -158,6 +164,7 @@ def cluster(run: Run) -> list[VirtualNode]:
             believed=_scaled(truth, random.lognormvariate(0.0, run.belief_error)) if run.belief_error else None,
             core=core,
             max_training_parts=MAX_TRAINING_PARTS,
+            host_link_bytes_per_s=run.link_bytes_per_s,
         )
         for index in range(run.nodes)
     ]

@@ -7,7 +7,7 @@ its KV cache reserved, when its prefill starts.
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import NamedTuple
 
 from services.latency import OpKind
@@ -195,16 +195,18 @@ class InferenceBatcher:
         idle = self._idle
         running = self._running
         task_ids = tuple(islice(idle, self._config.max_batch))
-        context_tokens = 0
-        for count, task_id in enumerate(task_ids):
-            tokens = running[task_id].context_tokens
-            if most_tokens is not None and count and context_tokens + tokens > most_tokens:
-                task_ids = task_ids[:count]
-                break
-            context_tokens += tokens
-        for task_id in task_ids:
-            del idle[task_id]
+        if most_tokens is not None:
+            sums = accumulate(running[task_id].context_tokens for task_id in task_ids)
+            task_ids = task_ids[: max(1, sum(tokens <= most_tokens for tokens in sums))]
+        if len(task_ids) == len(idle):
+            idle.clear()
+        else:
+            for task_id in task_ids:
+                del idle[task_id]
         self._decodes_in_flight += 1
+        context_tokens = 0
+        for task_id in task_ids:
+            context_tokens += running[task_id].context_tokens
         return task_ids, context_tokens
 
     # ------------------------------------------------------------- ends of ops

@@ -7,7 +7,6 @@ Prefill, decode, training forwards, optimizer steps and weight synchronisations 
 micro-batch's backward starts on the last stage when its forward left it and travels down.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -54,6 +53,7 @@ class NodeCore:
         self._top = config.num_stages - 1
         memory = config.memory
         self._memory = None if memory is None else NodeMemory(memory, config.num_stages)
+        self._has_room = None if self._memory is None else self._memory.has_room
         #: Most context and new tokens of one inference op.
         self._most_tokens: int | None = None
         batching = config
@@ -137,6 +137,7 @@ class NodeCore:
         twin._training = self._training.fork()
         twin._stages = [queue.fork() for queue in self._stages]
         twin._memory = None if self._memory is None else self._memory.fork()
+        twin._has_room = None if twin._memory is None else twin._memory.has_room
         twin._held = {kind: replace(flight) for kind, flight in self._held.items()}
         twin._syncs = self._syncs.copy()
         return twin
@@ -236,10 +237,6 @@ class NodeCore:
 
     # ------------------------------------------------------------- memory
 
-    @property
-    def _has_room(self) -> Callable[[float, int, Flight], bool] | None:
-        return None if self._memory is None else self._memory.has_room
-
     def _refused(self, task: InferenceRequest | TrainingMicrobatch) -> list[Command]:
         """The end of a task that arrives and can never fit the memory of a stage."""
         if self._memory is None or self._inference.holds(task.task_id) or self._training.holds(task.task_id):
@@ -254,20 +251,23 @@ class NodeCore:
                 if isinstance(command, FreeKv | TaskDone):
                     self._memory.ended(command.task_id)
 
-    def _start(self, now_s: float, queue: StageQueue, flight: Flight) -> list[Command]:
+    def _start(self, now_s: float, queue: StageQueue, flight: Flight, memory: NodeMemory) -> list[Command]:
         """Run an op on its idle stage, or first what makes room for it, or end its tasks because there is none."""
-        memory, stage = self._memory, queue.stage
-        if memory is not None:
-            detail = memory.failure(stage, flight.op)
-            if detail:
-                return self._fail(flight, detail)
-            move = memory.next_move(stage, flight.op, partial(stages_until_use, self._stages, stage))
-            if move is not None:
-                queue.preparing = flight
-                op = Op(self._new_id(), move.kind, move.task_ids, queue.version, num_bytes=move.num_bytes)
-                flight = Flight(op, flight.claim)
-            else:
-                memory.starts(now_s, stage, flight)
+        stage = queue.stage
+        detail = memory.failure(stage, flight.op)
+        if detail:
+            # On stage 0 only: what fits there fits above, where no more is held.
+            commands = self._fail(flight, detail)
+            self._release(commands)
+            self._training.refresh(now_s, self._change_waits())
+            return commands
+        move = memory.next_move(stage, flight.op, partial(stages_until_use, self._stages, stage))
+        if move is None:
+            memory.starts(now_s, stage, flight)
+        else:
+            queue.preparing = flight
+            op = Op(self._new_id(), move.kind, move.task_ids, queue.version, num_bytes=move.num_bytes)
+            flight = Flight(op, flight.claim)
         queue.start(flight)
         return [RunOp(stage, flight.op)]
 
@@ -293,12 +293,11 @@ class NodeCore:
         self._training.refresh(now_s, self._change_waits())
         for queue in self._stages:
             while queue.running is None and (flight := self._next(now_s, queue)) is not None:
-                started = self._start(now_s, queue, flight)
-                if queue.running is None:
-                    # Its tasks have ended. That happens on stage 0 only: what fits there fits above, which hold less.
-                    self._release(started)
-                    self._training.refresh(now_s, self._change_waits())
-                commands += started
+                if self._memory is None:
+                    queue.start(flight)
+                    commands.append(RunOp(queue.stage, flight.op))
+                else:
+                    commands += self._start(now_s, queue, flight, self._memory)
         if self._memory is not None:
             waiting = chain(self._held.values(), *(queue.ready for queue in self._stages))
             self._room_due_s = self._memory.next_due_s(now_s, waiting)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from services.latency import MOVES, LatencyModel, NodeLatency, OpKind
-from services.node_agent.core.types import MemoryConfig, NodeCoreConfig
+from services.node_agent.core.types import SCHEDULES, MemoryConfig, NodeCoreConfig
 from services.scheduler.core.policies import POLICIES
 from services.scheduler.core.types import CoreConfig
 from services.simulator.cluster import Simulation
@@ -93,10 +93,13 @@ def test_a_slower_link_makes_the_same_work_later() -> None:
     assert ends[0] < ends[-1]
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_under_memory_pressure_every_task_ends_well_under_every_policy(policy: str) -> None:
+def test_under_memory_pressure_every_task_ends_well_under_every_policy(policy: str, schedule: str) -> None:
     requests: list[Work] = [Request(f"r{index}", index * 0.5, 90, 10, 10) for index in range(12)]
-    result = _run([*requests, *_microbatches(2 * M)], link=1e4, policy=policy, nodes=2, memory=_MEMORY)
+    result = _run(
+        [*requests, *_microbatches(2 * M)], link=1e4, policy=policy, nodes=2, memory=_MEMORY, training_schedule=schedule
+    )
     assert all(record.ok for record in result.tasks.values())
     assert sum(counters.waits for counters in result.memory.values()) > 0
     assert all(set(counters.used_bytes) == {0} for counters in result.memory.values())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,19 +150,24 @@ def test_the_same_events_give_the_same_commands_and_a_fork_is_independent(
     assert half.log == whole.log
 
 
-def test_a_fork_of_a_busy_core_leaves_it_untouched_at_every_moment() -> None:
+_TIGHT = MemoryConfig(peak_bytes=60, kv_bytes_per_token=1, activation_bytes_per_token=2)
+
+
+@pytest.mark.parametrize("memory", [None, _TIGHT])
+def test_a_fork_of_a_busy_core_leaves_it_untouched_at_every_moment(memory: MemoryConfig | None) -> None:
     def busy() -> Driver:
-        driver = Driver(num_stages=3, weight_handling="stash", max_batch=2, max_inflight_training=3)
+        driver = Driver(num_stages=3, weight_handling="stash", max_batch=2, max_inflight_training=3, memory=memory)
         driver.at(0.0, *[request(f"r{i}", max_tokens=3 + i) for i in range(8)], sync("s", True))
         return driver.at(0.0, *[microbatch(f"m{i}", accumulation=2) for i in range(6)])
 
-    expected = busy().run().log
+    undisturbed = busy().run()
     driver = busy()
     while driver._events:
         driver.run(until_s=driver._events[0][0])
         _run_ahead(driver.core.fork())
     driver.run()
-    assert driver.log == expected
+    assert driver.log == undisturbed.log
+    assert driver.core.snapshot() == undisturbed.core.snapshot()
 
 
 @settings(max_examples=30, deadline=None)

@@ -3,7 +3,7 @@
 import pytest
 
 from services.latency import OpKind
-from services.node_agent.core.types import Cancelled, QueueOrder
+from services.node_agent.core.types import Cancelled, Event, QueueOrder
 from tests.unit.node_core.driver import SHORT, Driver, microbatch, request, sync
 
 #: Forwards and backwards last alike, steps take no time.
@@ -20,9 +20,9 @@ TEXTBOOK = {
 }
 
 
-def _group(first: int = 1, size: int = M, job: str = "m", **more: object) -> list[object]:
+def _group(first: int = 1, size: int = M, job: str = "m", parts: int = 1) -> list[Event]:
     ids = range(first, first + size)
-    return [microbatch(f"{job}{i}", job=job, accumulation=size, **more) for i in ids]  # type: ignore[arg-type]
+    return [microbatch(f"{job}{i}", job=job, accumulation=size, parts=parts) for i in ids]
 
 
 def _orders(driver: Driver) -> list[str]:

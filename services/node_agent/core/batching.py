@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from services.latency import OpKind
 from services.node_agent.core.memory import KvLedger
+from services.node_agent.core.prefix import Prefix, PrefixCache
 from services.node_agent.core.types import (
     Command,
     FreeKv,
@@ -49,6 +50,15 @@ class RunningRequest:
     last_token_s: float
     generated_tokens: int = 0
     cancelled: bool = False
+    #: Leading tokens of its prompt whose KV cache it took over, from which request, and of which weights.
+    cached_tokens: int = 0
+    continued: str = ""
+    epoch: int = 0
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens its prefill computes."""
+        return self.request.prompt_tokens - self.cached_tokens + self.request.reference_tokens
 
 
 class InferenceBatcher:
@@ -58,6 +68,9 @@ class InferenceBatcher:
         self._config = config
         self._by_deadline = config.queue_order is QueueOrder.INFERENCE_FIRST
         self.kv = KvLedger(config.kv_capacity_tokens)
+        self.prefixes = PrefixCache(config.prefix_cache_tokens)
+        # Requests whose kept KV cache had to make room for the op that is composed.
+        self._made_room: list[str] = []
         # Sorted by (deadline, arrival order); fifo: (0, arrival order). The entry time is kept for fifo ranks.
         self._waiting: list[tuple[float, int, float, InferenceRequest]] = []
         self._waiting_keys: dict[str, tuple[float, int]] = {}
@@ -132,15 +145,19 @@ class InferenceBatcher:
             return Claim(ready_s, now_s - self._config.default_ttft_s, self._config.default_ttft_s)
         return Claim(ready_s, request.arrival_s, max(deadline_s - request.arrival_s, _SHORTEST_ALLOWANCE_S))
 
-    def take_prefill(self, now_s: float) -> list[InferenceRequest]:
+    def take_prefill(self, now_s: float, version: int) -> list[RunningRequest]:
         """Admit the requests of the next prefill op; empty when none fits (there is no claim then until that changes).
 
-        A request that does not fit is passed over at most `max_bypass` times, then nobody is admitted before it.
+        version: weights it will run with. A request that does not fit is passed over at most `max_bypass` times, then
+        nobody is admitted before it.
         """
         config = self._config
+        epoch = version // config.epoch_steps
+        self._made_room += self.prefixes.enter(epoch)
         room = min(config.max_batch, self._max_running() - len(self._running))
         tokens = 0
         chosen: list[int] = []
+        continued: set[str] = set()
         passed: list[str] = []
         free_tokens = self.kv.capacity_tokens - self.kv.used_tokens
         for index in self._admission_order(now_s):
@@ -152,9 +169,12 @@ class InferenceBatcher:
                     break
                 continue
             new_tokens = request.prompt_tokens + request.reference_tokens
+            if request.session_id not in continued:
+                new_tokens -= self._cached_tokens(request, self.prefixes.tokens_of(request.session_id))
             if chosen and tokens + new_tokens > config.max_prefill_tokens:
                 break
             chosen.append(index)
+            continued.add(request.session_id)
             tokens += new_tokens
             free_tokens -= need
             for task_id in passed:
@@ -162,7 +182,13 @@ class InferenceBatcher:
             if len(chosen) >= room or tokens >= config.max_prefill_tokens or self._must_be_next(passed):
                 break
         self._blocked = not chosen
-        return self._admit(now_s, chosen)
+        return self._admit(now_s, chosen, epoch)
+
+    def take_freed(self) -> list[Command]:
+        """KV caches to be freed before the composed op runs: kept prefixes that made room for it."""
+        freed: list[Command] = [FreeKv(task_id) for task_id in self._made_room]
+        self._made_room.clear()
+        return freed
 
     def decode_claim(self) -> Claim | None:
         """Claim of the next decode iteration, None when no running request is free.
@@ -238,14 +264,25 @@ class InferenceBatcher:
             self._decodes_in_flight -= 1
         commands: list[Command] = []
         for task_id in op.task_ids:
-            commands += self._leave(task_id, "cancelled" if self._running[task_id].cancelled else "error")
+            running = self._running[task_id]
+            if op.kind is OpKind.PREFILL and running.continued:
+                # Later stages have not handed it over.
+                commands.append(FreeKv(running.continued))
+            commands += self._leave(task_id, "cancelled" if running.cancelled else "error")
         return commands
+
+    def inherit(self, other: "InferenceBatcher") -> None:
+        """Take over the kept prefixes of a batcher without requests."""
+        self.prefixes = other.prefixes.fork()
+        self._made_room = other._made_room.copy()
 
     def fork(self) -> "InferenceBatcher":
         """An independent copy."""
         twin = InferenceBatcher.__new__(InferenceBatcher)
         twin.__dict__.update(self.__dict__)
         twin.kv = self.kv.fork()
+        twin.prefixes = self.prefixes.fork()
+        twin._made_room = self._made_room.copy()
         twin._waiting = self._waiting.copy()
         twin._waiting_keys = self._waiting_keys.copy()
         twin._bypassed = self._bypassed.copy()
@@ -276,17 +313,30 @@ class InferenceBatcher:
         """Whether one of these requests has been overtaken often enough."""
         return any(self._bypassed.get(task_id, 0) >= self._config.max_bypass for task_id in passed)
 
-    def _admit(self, now_s: float, chosen: list[int]) -> list[InferenceRequest]:
-        requests = [self._waiting[index][3] for index in chosen]
+    def _admit(self, now_s: float, chosen: list[int], epoch: int) -> list[RunningRequest]:
+        admitted = []
+        for request in [self._waiting[index][3] for index in chosen]:
+            tpot_s = self._config.default_tpot_s if request.tpot_s is None else request.tpot_s
+            running = RunningRequest(
+                request, max(tpot_s, _SHORTEST_ALLOWANCE_S), request.prompt_tokens, now_s, epoch=epoch
+            )
+            prefix = self.prefixes.take(request.session_id)
+            if prefix is not None:
+                running.cached_tokens = self._cached_tokens(request, prefix.tokens)
+                running.continued = prefix.task_id
+            admitted.append(running)
         for index in sorted(chosen, reverse=True):
             self._remove_waiting(index)
-        for request in requests:
+        for running in admitted:
+            request = running.request
             self.kv.reserve(request.task_id, request.prompt_tokens + request.max_tokens)
-            tpot_s = self._config.default_tpot_s if request.tpot_s is None else request.tpot_s
-            self._running[request.task_id] = RunningRequest(
-                request, max(tpot_s, _SHORTEST_ALLOWANCE_S), request.prompt_tokens, now_s
-            )
-        return requests
+            self._running[request.task_id] = running
+        self._made_room += self.prefixes.shrink(self.kv.capacity_tokens - self.kv.used_tokens)
+        return admitted
+
+    def _cached_tokens(self, request: InferenceRequest, kept_tokens: int) -> int:
+        """Prompt tokens that need not be computed: the last one has to be, for it yields the first new token."""
+        return min(kept_tokens, request.prompt_tokens - 1)
 
     def _remove_waiting(self, index: int) -> None:
         task_id = self._waiting.pop(index)[3].task_id
@@ -294,8 +344,18 @@ class InferenceBatcher:
         self._bypassed.pop(task_id, None)
 
     def _leave(self, task_id: str, reason: str) -> list[Command]:
-        del self._running[task_id]
+        running = self._running.pop(task_id)
         self._idle.pop(task_id, None)
         self.kv.release(task_id)
         self._blocked = False
-        return [FreeKv(task_id), TaskDone(task_id, reason)]
+        freed = [task_id]
+        if running.request.session_id and reason in ("stop", "length"):
+            freed = self._keep(running)
+        return [*(FreeKv(freed_id) for freed_id in freed), TaskDone(task_id, reason)]
+
+    def _keep(self, running: RunningRequest) -> list[str]:
+        """Keep the KV cache of a turn that ended: all tokens but the newest, which no op has read yet."""
+        request = running.request
+        prefix = Prefix(request.task_id, running.context_tokens - 1)
+        room_tokens = self.kv.capacity_tokens - self.kv.used_tokens
+        return self.prefixes.put(request.session_id, prefix, running.epoch, room_tokens)

@@ -123,6 +123,7 @@ class NodeCore:
             pending_syncs=len(self._syncs),
             kv_used_tokens=self._inference.kv.used_tokens,
             kv_capacity_tokens=self._inference.kv.capacity_tokens,
+            kv_kept_tokens=self._inference.prefixes.used_tokens,
             versions=tuple(queue.version for queue in self._stages),
             queue_lengths=tuple(len(queue.ready) for queue in self._stages),
             running_ops=tuple(None if queue.running is None else queue.running.op for queue in self._stages),
@@ -151,6 +152,7 @@ class NodeCore:
             raise ValueError("the queue order can only change while the node is idle")
         other = NodeCore(replace(self.config, queue_order=order))
         other._next_op_id = self._next_op_id
+        other._inference.inherit(self._inference)
         for queue, mine in zip(other._stages, self._stages, strict=True):
             queue.version = mine.version
         return other
@@ -293,6 +295,7 @@ class NodeCore:
         self._training.refresh(now_s, self._change_waits())
         for queue in self._stages:
             while queue.running is None and (flight := self._next(now_s, queue)) is not None:
+                commands += self._inference.take_freed()
                 if self._memory is None:
                     queue.start(flight)
                     commands.append(RunOp(queue.stage, flight.op))
@@ -439,13 +442,17 @@ class NodeCore:
 
     def _compose_prefill(self, now_s: float) -> Flight | None:
         claim = self._inference.prefill_claim(now_s)
-        requests = self._inference.take_prefill(now_s)
-        if claim is None or not requests:
-            return None
-        num_tokens = sum(request.prompt_tokens + request.reference_tokens for request in requests)
-        task_ids = tuple(request.task_id for request in requests)
         version = self._stages[0].version
+        admitted = self._inference.take_prefill(now_s, version)
+        if claim is None or not admitted:
+            return None
+        task_ids = tuple(running.request.task_id for running in admitted)
+        num_tokens = sum(running.new_tokens for running in admitted)
         op = Op(self._new_id(), OpKind.PREFILL, task_ids, version, num_tokens, batch=len(task_ids))
+        if any(running.continued for running in admitted):
+            cached_tokens = tuple(running.cached_tokens for running in admitted)
+            continued = tuple(running.continued for running in admitted)
+            op = replace(op, context_tokens=sum(cached_tokens), cached_tokens=cached_tokens, continued=continued)
         return Flight(op, claim)
 
     def _compose_decode(self, now_s: float) -> Flight | None:

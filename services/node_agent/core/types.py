@@ -39,6 +39,8 @@ class InferenceRequest:
     #: Extra tokens computed during prefill only (the reference continuation whose loss is measured).
     reference_tokens: int = 0
     tpot_s: float | None = None
+    #: Conversation it is the next turn of: its prompt begins with the turns before it. Empty: none.
+    session_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Op:
     version: int
     #: New tokens computed, padding not counted.
     num_tokens: int = 0
-    #: Context tokens in the batch (decode).
+    #: Context tokens in the batch: of a decode all of them, of a prefill those found in kept prefixes.
     context_tokens: int = 0
     #: Names the synchronisation for WEIGHT_SYNC, the job for training ops.
     subject: str = ""
@@ -93,6 +95,10 @@ class Op:
     parts: int = 1
     #: What OFFLOAD and RELOAD move; they run on one stage and name the tasks whose data they move.
     num_bytes: int = 0
+    #: Of a prefill with kept prefixes, per task: how many leading tokens of its prompt need not be computed, and the
+    #: ended request whose KV cache has them and is the task's own from now on ("": none).
+    cached_tokens: tuple[int, ...] = ()
+    continued: tuple[str, ...] = ()
 
 
 # --------------------------------------------------------------------------- events
@@ -164,7 +170,10 @@ class RunOp:
 
 @dataclass(frozen=True, slots=True)
 class FreeKv:
-    """A request left: free its KV cache (and any saved activations of a micro-batch) on every stage."""
+    """Free the KV cache of a request (and any saved activations of a micro-batch) on every stage.
+
+    Sent when it left, or, when its KV cache was kept for its session, as soon as that is over without a next turn.
+    """
 
     task_id: str
 
@@ -216,6 +225,8 @@ class NodeSnapshot:
     pending_syncs: int
     kv_used_tokens: int
     kv_capacity_tokens: int
+    #: Of sessions between two turns; makes room whenever a request needs it.
+    kv_kept_tokens: int
     versions: tuple[int, ...]
     #: Ops ready on a stage and not started.
     queue_lengths: tuple[int, ...]
@@ -279,6 +290,10 @@ class NodeCoreConfig:
     #: runs on a stage before this one's step. gpipe: no backward before all forwards of the group left the last stage.
     #: 1f1b: a stage has run at most (num_stages - stage) forwards more than backwards, and then takes turns.
     training_schedule: str = "async"
+    #: Tokens of KV cache kept for sessions between their turns, as far as running requests leave room. 0: none.
+    prefix_cache_tokens: int = 0
+    #: Kept KV serves until the weights have changed this often, counted in epochs: version // epoch_steps.
+    epoch_steps: int = 64
     #: Micro-batches whose forward ran and whose backward has not (A-PP window; S-PP has its own bound).
     max_inflight_training: int = 2
     #: "drain": finish in-flight backwards before the weights change. "stash": change them at once; a stage keeps the
@@ -308,17 +323,26 @@ class NodeCoreConfig:
             "max_batch",
             "max_prefill_tokens",
             "kv_capacity_tokens",
+            "epoch_steps",
             "max_inflight_training",
             "gradient_buffers",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_training_wait_s", "group_timeout_s", "max_bypass", "max_demotion_s"):
+        for name in (
+            "prefix_cache_tokens",
+            "max_training_wait_s",
+            "group_timeout_s",
+            "max_bypass",
+            "max_demotion_s",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("default_ttft_s", "default_tpot_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.prefix_cache_tokens and self.memory is not None:
+            raise ValueError("prefix_cache_tokens must be 0 where memory is limited: kept prefixes are not counted there")
         if self.weight_handling not in ("drain", "stash"):
             raise ValueError(f'weight_handling must be "drain" or "stash", got {self.weight_handling!r}')
         if self.training_schedule not in SCHEDULES:

@@ -27,6 +27,7 @@ class CoreSettings(Settings):
     max_waiting_training: int = _CORE.max_waiting_training
     max_inflight_training: int = _CORE.max_inflight_training
     max_hold_back_s: float = _CORE.max_hold_back_s
+    max_sessions: int = _CORE.max_sessions
     initial_output_tokens: int = _CORE.initial_output_tokens
     hold_s: float = _CORE.hold_s
     #: -1: derived from the newest job, max(1, min(100, examples // 2)).

@@ -43,17 +43,18 @@ class NodeCosts:
         self._terms = {op: tuple(_terms_of(models.get(op)) for models in latency.models) for op in OpKind}
         self._ratio = dict.fromkeys(OpKind, 1.0)
 
-    def stage_s(self, stage: int, op: OpKind, batch: float, length: float) -> float:
-        """Duration of `op` on one stage."""
+    def stage_s(self, stage: int, op: OpKind, batch: float, length: float, cached: float = 0.0) -> float:
+        """Duration of `op` on one stage; `cached`: tokens per sequence that come before those computed (prefill)."""
         a, b, c, d = self._terms[op][stage]
-        value = a + batch * (b + length * (c + length * d))
+        # What grows with the square of the length costs (cached + length)^2 - cached^2.
+        value = a + batch * (b + length * (c + (length + 2.0 * cached) * d))
         return value * self._ratio[op] if value > 0.0 else 0.0
 
-    def node_s(self, op: OpKind, batch: float, length: float) -> float:
+    def node_s(self, op: OpKind, batch: float, length: float, cached: float = 0.0) -> float:
         """Sum of the durations of `op` over the stages."""
         total = 0.0
         for a, b, c, d in self._terms[op]:
-            value = a + batch * (b + length * (c + length * d))
+            value = a + batch * (b + length * (c + (length + 2.0 * cached) * d))
             if value > 0.0:
                 total += value
         return total * self._ratio[op]
@@ -75,10 +76,12 @@ class NodeCosts:
         kinds = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD)
         return sum(self.node_s(kind, batch, length) for kind in kinds) / self.num_stages
 
-    def calibrate(self, stage: int, op: OpKind, batch: float, length: float, actual_s: float) -> None:
+    def calibrate(
+        self, stage: int, op: OpKind, batch: float, length: float, actual_s: float, cached: float = 0.0
+    ) -> None:
         """Learn from a real duration: later predictions of `op` move towards real / predicted."""
         a, b, c, d = self._terms[op][stage]
-        predicted_s = a + batch * (b + length * (c + length * d))
+        predicted_s = a + batch * (b + length * (c + (length + 2.0 * cached) * d))
         if predicted_s <= 0.0 or actual_s <= 0.0:
             return
         ratio = self._ratio[op]

@@ -23,8 +23,10 @@ class Response:
     tpot_s: float
 
 
-def predict_response(now_s: float, live: LiveInference, node: NodeState, cluster: Cluster) -> Response:
-    """TTFT and TPOT of a request that goes to `node` now."""
+def predict_response(
+    now_s: float, live: LiveInference, node: NodeState, cluster: Cluster, cached_tokens: int = 0
+) -> Response:
+    """TTFT and TPOT of a request that goes to `node` now, where `cached_tokens` of its prompt need no prefill."""
     task = live.task
     costs = node.costs
     stages = costs.num_stages
@@ -34,7 +36,7 @@ def predict_response(now_s: float, live: LiveInference, node: NodeState, cluster
     context = (node.context_tokens + task.prompt_tokens) / (num_live + 1)
     # Each stage works on its own decode batch, so a request meets the running requests of one stage.
     iteration_s = costs.node_s(OpKind.DECODE, max(1.0, running / stages), context)
-    own_s = costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens)
+    own_s = costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens - cached_tokens, cached_tokens)
     waiting_s = _blocking_s(node, iteration_s) + node.prefilling_s / stages
     num_leaving = _num_leaving(live, node, slots)
     if num_leaving:

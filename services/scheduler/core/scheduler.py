@@ -192,6 +192,7 @@ class SchedulerCore:
         node = live.node
         if isinstance(live, LiveInference):
             node.remove_inference(live)
+            self._cluster.sessions.ended(live, node, event.output_tokens if event.ok else 0)
             if event.ok and event.output_tokens > 0:
                 self._cluster.outputs.observe(event.output_tokens)
         else:
@@ -280,6 +281,7 @@ class SchedulerCore:
         node = self._cluster.nodes.pop(node_id, None)
         if node is None:
             return
+        self._cluster.sessions.node_lost(node)
         self._commands += self._sync.node_lost(node_id)
         self._set_roles()
         orphans: list[LiveTask] = [*node.inference.values(), *node.training.values()]
@@ -327,7 +329,7 @@ class SchedulerCore:
                 continue
             placement = self._policy.place_inference(now_s, live, candidates, cluster)
             node = placement.node
-            self._give(now_s, live, node)
+            self._give(now_s, live, node, placement.cached_tokens)
             self._commands.append(Assign(task.task_id, node.spec.node_id, placement.terms))
             if not node.has_room:
                 free.remove(node)
@@ -393,14 +395,15 @@ class SchedulerCore:
         is_idle = placement.node is None and not any(node.training for node in self._cluster.training)
         return candidates if is_idle else []
 
-    def _give(self, now_s: float, live: LiveTask, node: NodeState) -> None:
+    def _give(self, now_s: float, live: LiveTask, node: NodeState, cached_tokens: int = 0) -> None:
         """Book a task on a node."""
         cluster = self._cluster
         if node.forecast is not None:
             traces.commit(now_s, live.task, node, node.forecast, cluster)
         if isinstance(live, LiveInference):
             del cluster.waiting_inference[live.task.task_id]
-            node.add_inference(now_s, live)
+            node.add_inference(now_s, live, cached_tokens)
+            cluster.sessions.assigned(live, node)
             node.lengths.observe(live.task.prompt_tokens)
         else:
             del cluster.waiting_training[live.task.task_id]

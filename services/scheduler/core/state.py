@@ -8,6 +8,7 @@ from services.latency import OpKind
 from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.estimator import Arrivals, OutputLengths, RunningMoments
 from services.scheduler.core.forecast import NodeForecast
+from services.scheduler.core.sessions import Sessions
 from services.scheduler.core.types import CoreConfig, InferenceTask, NodeRole, NodeSpec, TrainingTask
 
 
@@ -30,6 +31,8 @@ class LiveInference:
     first_token_s: float = math.inf
     #: Tokens in its context now.
     context_tokens: int = 0
+    #: Weights step of its prefill.
+    weight_step: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -164,12 +167,12 @@ class NodeState:
         of_job = sum(other.task.job_id == task.job_id for other in self.training.values())
         return of_job < task.accumulation
 
-    def add_inference(self, now_s: float, live: LiveInference) -> None:
-        """Take a request; its prefill is to come."""
+    def add_inference(self, now_s: float, live: LiveInference, cached_tokens: int = 0) -> None:
+        """Take a request; its prefill is to come, without `cached_tokens` that are believed to be kept here."""
         self.arrivals.observe(now_s)
         task = live.task
         live.node = self
-        live.prefill_s = self.costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens)
+        live.prefill_s = self.costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens - cached_tokens, cached_tokens)
         live.has_first_token = False
         live.context_tokens = task.prompt_tokens
         self.inference[task.task_id] = live
@@ -179,10 +182,11 @@ class NodeState:
         self.context_tokens += live.context_tokens
         self.reserved_tokens += task.prompt_tokens + task.max_tokens
 
-    def first_token(self, live: LiveInference, at_s: float) -> None:
-        """The prefill of one of its requests is over."""
+    def first_token(self, live: LiveInference, at_s: float, weight_step: int) -> None:
+        """The prefill of one of its requests is over; it ran with the weights of `weight_step`."""
         if live.has_first_token:
             return
+        live.weight_step = weight_step
         live.has_first_token = True
         live.first_token_s = min(live.first_token_s, at_s)
         self._leave_prefill(live)
@@ -262,6 +266,7 @@ class Cluster:
     prompts: RunningMoments = field(default_factory=RunningMoments)
     forward_s: RunningMoments = field(default_factory=RunningMoments)
     outputs: OutputLengths = field(init=False)
+    sessions: Sessions = field(init=False)
     #: Requests that have not ended.
     num_live_inference: int = 0
     #: Time that training not through its backward is predicted to keep the stages of one node busy, seconds.
@@ -270,6 +275,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.outputs = OutputLengths(self.config.initial_output_tokens)
+        self.sessions = Sessions(self.config.max_sessions)
 
     def set_roles(self, roles: dict[str, NodeRole]) -> None:
         """Take over the roles a policy gave. A node that changes its role finishes what it holds."""

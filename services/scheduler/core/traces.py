@@ -51,7 +51,7 @@ def _observe_inference(op: OpFinished, node: NodeState, cluster: Cluster) -> Non
         if is_last and op.op is OpKind.DECODE:
             node.decoded(live)
         if is_last and op.first_token:
-            node.first_token(live, op.end_s)
+            node.first_token(live, op.end_s, op.weight_step)
         elif op.op is OpKind.PREFILL:
             node.prefill_left(live, op.stage)
         if node.forecast is not None:
@@ -80,9 +80,13 @@ def _rest_s(op: OpFinished, batch: int, live: LiveInference, node: NodeState, cl
 
 def _calibrate_inference(op: OpFinished, node: NodeState) -> None:
     batch = len(op.task_ids)
-    if batch:
-        tokens = op.num_tokens if op.op is OpKind.PREFILL else op.context_tokens
-        node.costs.calibrate(op.stage, op.op, batch, tokens / batch, op.end_s - op.begin_s)
+    if not batch:
+        return
+    if op.op is OpKind.PREFILL:
+        length, cached = op.num_tokens / batch, op.context_tokens / batch
+    else:
+        length, cached = op.context_tokens / batch, 0.0
+    node.costs.calibrate(op.stage, op.op, batch, length, op.end_s - op.begin_s, cached)
 
 
 def _observe_training(op: OpFinished, node: NodeState, cluster: Cluster) -> None:

@@ -81,6 +81,10 @@ class NodeSpec:
     max_training_parts: int = 1
     #: It trains one accumulation group of a job at a time (S-PP); the bound on micro-batches in flight is not for it.
     synchronous_training: bool = False
+    #: Tokens of KV cache it keeps for sessions between their turns; 0: it keeps none.
+    prefix_cache_tokens: int = 0
+    #: What it keeps serves within an epoch of its weights: step // epoch_steps.
+    epoch_steps: int = 64
 
 
 # --------------------------------------------------------------------------- events
@@ -151,6 +155,7 @@ class OpFinished:
     end_s: float
     task_ids: tuple[str, ...] = ()
     num_tokens: int = 0
+    #: Of a decode iteration all tokens before the new ones; of a prefill those found in kept prefixes.
     context_tokens: int = 0
     first_token: bool = False
     weight_step: int = 0
@@ -334,6 +339,8 @@ class CoreConfig:
     max_inflight_training: int = 4
     #: Longest time training may be held back while inference keeps arriving, seconds (starvation bound).
     max_hold_back_s: float = 5.0
+    #: Sessions remembered with the node of their newest turn; the one used longest ago is forgotten first.
+    max_sessions: int = 16384
     #: Output length assumed until enough requests of the cluster have ended, tokens.
     initial_output_tokens: int = 64
     #: Seconds without activity after which a node no longer counts as held.
@@ -348,6 +355,7 @@ class CoreConfig:
             "max_waiting_inference",
             "max_waiting_training",
             "max_inflight_training",
+            "max_sessions",
             "initial_output_tokens",
         ):
             if getattr(self, name) < 1:

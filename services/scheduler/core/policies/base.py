@@ -14,10 +14,14 @@ Options = dict[str, float | int | str | bool]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a task goes and why: terms of every candidate."""
+    """Where a task goes and why: terms of every candidate.
+
+    cached_tokens: tokens of its prompt that the policy expects the node to keep of the turns before.
+    """
 
     node: NodeState
     terms: tuple[NodeTerms, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

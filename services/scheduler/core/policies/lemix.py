@@ -32,14 +32,17 @@ _OPTIONS = {
     "cut": 0.5,
     "consistency": 0.0,
     "slo_units": 5.0,
+    "sessions": True,
 }
 
 
 class _Look(NamedTuple):
-    """A request on a node, as predicted."""
+    """A request on a node, as predicted; `cached_tokens` of its prompt are kept there."""
 
+    node: NodeState
     stress: float
     terms: NodeTerms
+    cached_tokens: int
 
 
 class LeMix:
@@ -48,7 +51,9 @@ class LeMix:
     A request's stress on a node is its predicted response over its promise. It goes to the first open node whose stress
     is at most `slo_fraction`, else to the least stressed. If that one's is above `open_at`, a node more is opened; for
     a promise that no node could keep, only above twice the stress on an idle one. Every `dwell_s` one may open, in a
-    burst several, and one close. Nodes that train are open anyway.
+    burst several, and one close. Nodes that train are open anyway. With `sessions` the next turn of a session is
+    predicted without the prefill of what a node keeps of the turns before. With room to spare the share of the prefill
+    that it saves counts as much as being first; a closed node is looked at as well if it has work and is held anyway.
 
     Training runs on one node per `backlog_s` of predicted work, on all of them when there is more than the core can
     see, and goes to the shortest stream. Its operations are cut to `cut` of the mean prefill where the runtime can do
@@ -71,6 +76,7 @@ class LeMix:
         #: With so little stress on a node, the others need not be looked at.
         self._enough = -math.inf if self._consistency else min(self._slo_fraction, self._open_at)
         self._slo_units = values["slo_units"]
+        self._sessions = bool(values["sessions"])
         self._num_open = 1
         self._opened_s = self._changed_s = -math.inf
 
@@ -95,27 +101,43 @@ class LeMix:
             self._num_open -= 1
             self._changed_s = now_s
             del looks[max(self._num_open, num_training) :]
-        best = max(looks, key=_score)
-        if len(looks) < len(candidates) and self._opens(now_s, live, best, candidates[len(looks)], cluster):
-            looks.append(self._look(now_s, live, candidates[len(looks)], len(looks), cluster))
-            best = max(looks, key=_score)
+        closed = candidates[len(looks) :]
+        beyond = self._beyond(now_s, live, closed, len(looks), cluster)
+        best = max(looks + beyond, key=_score)
+        if closed and self._opens(now_s, live, best, closed[0], cluster):
+            looks.append(self._look(now_s, live, closed[0], len(looks), cluster))
+            beyond = [look for look in beyond if look.node is not closed[0]]
+            best = max(looks + beyond, key=_score)
             self._num_open = len(looks)
             self._changed_s = self._opened_s = now_s
-        return Placement(candidates[looks.index(best)], tuple(look.terms for look in looks))
+        return Placement(best.node, tuple(look.terms for look in looks + beyond), best.cached_tokens)
+
+    def _beyond(
+        self, now_s: float, live: LiveInference, closed: Sequence[NodeState], index: int, cluster: Cluster
+    ) -> list[_Look]:
+        """The closed node that keeps the session's KV cache, if it has work, so that it is held anyway."""
+        holder = cluster.sessions.holder(live.task.session_id) if self._sessions else None
+        if holder is None or holder not in closed or not (holder.inference or holder.training):
+            return []
+        return [self._look(now_s, live, holder, index + closed.index(holder), cluster)]
 
     def _look(self, now_s: float, live: LiveInference, node: NodeState, index: int, cluster: Cluster) -> _Look:
-        response = predict_response(now_s, live, node, cluster)
+        cached_tokens = cluster.sessions.cached_tokens(live, node) if self._sessions else 0
+        response = predict_response(now_s, live, node, cluster, cached_tokens)
         ttft_s, tpot_s = self._promise(live, node, cluster)
         stress = response.ttft_s / ttft_s
         if live.task.max_tokens > 1:
             stress = max(stress, response.tpot_s / tpot_s)
         # Above 0 for nodes with room to spare, the earlier the higher; below 0 for the others.
         score = 1.0 / (1 + index) if stress <= self._slo_fraction else -stress
+        if cached_tokens and score > 0.0:
+            score += _saved_share(live, node, cached_tokens)
         consistency = 0.0
         if self._consistency:
             consistency = node.lengths.consistency(live.task.prompt_tokens)
             score += self._consistency * consistency
-        return _Look(stress, NodeTerms(node.spec.node_id, 0.0, response.ttft_s, 0.0, consistency, score))
+        terms = NodeTerms(node.spec.node_id, 0.0, response.ttft_s, 0.0, consistency, score)
+        return _Look(node, stress, terms, cached_tokens)
 
     def _closes(self, now_s: float, looks: Sequence[_Look]) -> bool:
         """Whether the request could do without the last open node."""
@@ -209,6 +231,14 @@ class LeMix:
         """Whether an operation of the micro-batch would break a promise on the node."""
         op_s = node.costs.training_op_s(live.task.batch, live.task.length) / self._num_parts(live, node, cluster)
         return overrun_s(now_s, op_s, node, cluster) > 0.0
+
+
+def _saved_share(live: LiveInference, node: NodeState, cached_tokens: int) -> float:
+    """Share of its prefill that a request saves on a node."""
+    prompt_tokens = live.task.prompt_tokens
+    whole_s = node.costs.node_s(OpKind.PREFILL, 1, prompt_tokens)
+    rest_s = node.costs.node_s(OpKind.PREFILL, 1, prompt_tokens - cached_tokens, cached_tokens)
+    return 1.0 - rest_s / whole_s if whole_s > 0.0 else 0.0
 
 
 def _score(look: _Look) -> float:

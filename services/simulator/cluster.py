@@ -44,10 +44,19 @@ from services.scheduler.core.types import (
     Tick,
 )
 from services.simulator import convert
+from services.simulator.dependents import Dependents
 from services.simulator.journal import Journal
 from services.simulator.node import SimNode
 from services.simulator.training_supply import TrainingSupply
-from services.simulator.types import Microbatch, Request, SimulationConfig, SimulationResult, VirtualNode, Work
+from services.simulator.types import (
+    Microbatch,
+    Request,
+    SimulationConfig,
+    SimulationResult,
+    TaskRecord,
+    VirtualNode,
+    Work,
+)
 
 _OP_END, _NODE_EVENT, _TELL, _ARRIVAL, _JOIN, _LOSS, _NODE_TIMER, _TIMER, _STREAM = range(9)
 _SNAPSHOT, _APPLY = "/snapshot", "/apply"
@@ -94,9 +103,12 @@ class Simulation:
         _check_lives(nodes)
         for node in nodes:
             self._push(node.joins_s, _JOIN, node)
-        for item in work:
+        items = list(work)
+        self._dependents = Dependents(items)
+        for item in items:
             self._journal.add(item, has_to_end=True)
-            self._push(item.arrival_s, _ARRIVAL, item)
+            if isinstance(item, Microbatch) or not item.after:
+                self._push(item.arrival_s, _ARRIVAL, item)
         self._until_horizon = training is not None and not self._journal.num_open
         if self._until_horizon and config.horizon_s == math.inf:
             raise ValueError("training alone never ends: set horizon_s")
@@ -186,7 +198,7 @@ class Simulation:
             case Reject(task_id):
                 self._rejected(task_id)
             case Drop(task_id):
-                self._journal.ended(self._now_s, task_id, "cancelled")
+                self._ended(task_id, "cancelled")
             case CancelOnNode(task_id, node_id):
                 self._send(node_id, Cancelled(task_id))
             case TakeSnapshot(sync_id, node_id):
@@ -201,7 +213,19 @@ class Simulation:
         if isinstance(work, Microbatch):
             self._supply.refused(work)
         else:
-            self._journal.ended(self._now_s, task_id, "rejected")
+            self._ended(task_id, "rejected")
+
+    def _ended(self, task_id: str, outcome: str) -> TaskRecord:
+        """A task ended: those that waited for it arrive in their time, or never."""
+        record = self._journal.ended(self._now_s, task_id, outcome)
+        if record.ok:
+            for request in self._dependents.ended(self._now_s, task_id):
+                self._journal.arrives(request)
+                self._push(request.arrival_s, _ARRIVAL, request)
+        else:
+            for request in self._dependents.failed(task_id):
+                self._journal.ended(self._now_s, request.task_id, "cancelled")
+        return record
 
     def _assign(self, command: Assign) -> None:
         record = self._journal.tasks[command.task_id]
@@ -307,7 +331,7 @@ class Simulation:
         self._journal.op_ended(node.node_id, stage, op, begin_s, now_s)
         first_token = kind is OpKind.PREFILL and stage == node.top
         if first_token:
-            self._journal.first_tokens(now_s, op.task_ids)
+            self._journal.first_tokens(now_s, op)
         self._report(convert.trace(node.node_id, stage, op, begin_s, now_s, first_token=first_token))
         self._step_node(node, OpDone(stage, op.op_id, node.stopped(stage, op)))
         if kind is OpKind.WEIGHT_SYNC and stage == node.top:
@@ -323,7 +347,7 @@ class Simulation:
     def _task_done(self, node: SimNode, done: TaskDone) -> None:
         task_id = done.task_id
         node.left(task_id)
-        record = self._journal.ended(self._now_s, task_id, done.reason)
+        record = self._ended(task_id, done.reason)
         output_tokens = record.work.output_tokens if isinstance(record.work, Request) else 0
         self._report(TaskEnded(task_id, node.node_id, record.ok, output_tokens if record.ok else 0))
 

@@ -23,7 +23,13 @@ def node_request(work: Request) -> InferenceRequest:
     slo = work.slo
     deadline_s = None if slo.ttft_s is None else work.arrival_s + slo.ttft_s
     return InferenceRequest(
-        work.task_id, work.arrival_s, work.prompt_tokens, work.max_tokens, deadline_s, tpot_s=slo.tpot_s
+        work.task_id,
+        work.arrival_s,
+        work.prompt_tokens,
+        work.max_tokens,
+        deadline_s,
+        tpot_s=slo.tpot_s,
+        session_id=work.session_id,
     )
 
 
@@ -54,6 +60,8 @@ def node_spec(node: VirtualNode) -> NodeSpec:
         kv_capacity_tokens=core.kv_capacity_tokens,
         max_training_parts=node.max_training_parts,
         synchronous_training=core.training_schedule != ASYNC,
+        prefix_cache_tokens=core.prefix_cache_tokens,
+        epoch_steps=core.epoch_steps,
     )
 
 

@@ -1,7 +1,7 @@
 """What a simulation writes down while it runs: what became of every task, node and stage."""
 
 import math
-from collections.abc import Iterable
+from itertools import repeat
 
 from services.node_agent.core.types import MemoryCounters, Op
 from services.scheduler.core.types import Assign
@@ -47,6 +47,10 @@ class Journal:
         if has_to_end:
             self._open.add(work.task_id)
 
+    def arrives(self, work: Work) -> None:
+        """When a task arrives turned out only now."""
+        self.tasks[work.task_id].work = work
+
     def assigned(self, now_s: float, command: Assign) -> None:
         """The scheduler gave a task to a node."""
         record = self.tasks[command.task_id]
@@ -67,12 +71,13 @@ class Journal:
         if self._keep_ops:
             self._ops.append(OpRecord(node_id, stage, op.kind, begin_s, end_s, op.task_ids))
 
-    def first_tokens(self, now_s: float, task_ids: Iterable[str]) -> None:
-        """Requests that have their first token; of a request that ran twice, the earlier one counts."""
-        for task_id in task_ids:
+    def first_tokens(self, now_s: float, op: Op) -> None:
+        """A prefill's requests have their first token; of a request that ran twice, the earlier one counts."""
+        for task_id, cached_tokens in zip(op.task_ids, op.cached_tokens or repeat(0), strict=False):
             record = self.tasks[task_id]
             if record.first_token_s is None:
                 record.first_token_s = now_s
+                record.cached_tokens = cached_tokens
 
     def ended(self, now_s: float, task_id: str, outcome: str) -> TaskRecord:
         """A task ended. Raises RuntimeError when it had ended before."""

@@ -56,8 +56,11 @@ class SimNode:
             return op.num_bytes / self.spec.host_link_bytes_per_s
         batch = op.batch
         if batch:
-            tokens = op.context_tokens if op.kind is OpKind.DECODE else op.num_tokens
-            duration_s = self._costs.stage_s(stage, op.kind, batch, tokens / batch)
+            if op.kind is OpKind.DECODE:
+                tokens, cached = op.context_tokens, 0
+            else:
+                tokens, cached = op.num_tokens, op.context_tokens
+            duration_s = self._costs.stage_s(stage, op.kind, batch, tokens / batch, cached / batch)
         else:
             duration_s = self._costs.stage_s(stage, op.kind, 1, 1)
         if op.parts > 1:

@@ -82,7 +82,7 @@ def _shared() -> _Parser:
 
 
 def _add_traffic(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--trace", type=Path, help="CSV with the columns arrival_s,prompt_tokens,output_tokens")
+    group.add_argument("--trace", type=Path, help="CSV: arrival_s,prompt_tokens,output_tokens[,session_id]")
     group.add_argument("--limit", type=_whole(1), help="the trace's first so many requests")
     group.add_argument("--speed", type=_positive, default=1.0, help="play the trace so many times as fast (default 1)")
     group.add_argument("--workload", choices=sorted(WORKLOADS), help="lengths and gaps of published traffic")
@@ -105,6 +105,9 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-batch", type=_whole(1), default=16, help="requests decoded together (default 16)")
     group.add_argument("--max-prefill-tokens", type=_whole(1), default=2048, help="of one prefill (default 2048)")
     group.add_argument("--kv-tokens", type=_whole(1), default=65_536, help="KV cache of a node (default 65536)")
+    group.add_argument(
+        "--prefix-cache-tokens", type=_whole(0), default=0, help="of it kept for sessions between turns (default 0)"
+    )
     group.add_argument("--max-context-tokens", type=_whole(1), default=1 << 30, help="prompt and output (default: any)")
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ class Node:
     kv_capacity_tokens: int = 65_536
     max_context_tokens: int = 1 << 30
     max_inflight_inference: int = 64
+    prefix_cache_tokens: int = 0
 
     def named(self, node_id: str) -> VirtualNode:
         """One of them."""
@@ -43,6 +44,7 @@ class Node:
             max_batch=self.max_batch,
             max_prefill_tokens=self.max_prefill_tokens,
             kv_capacity_tokens=self.kv_capacity_tokens,
+            prefix_cache_tokens=self.prefix_cache_tokens,
         )
         return VirtualNode(
             node_id=node_id,
@@ -104,14 +106,19 @@ class Scenario:
             _check_training(self.training, self.node)
 
     def work(self, rows: Sequence[TraceRow]) -> list[Request]:
-        """The requests."""
+        """The requests. A turn of a session arrives when the trace says, but not before the end of the turn before."""
         most = self.max_tokens or max(row.output_tokens for row in rows)
-        return [
-            Request(
-                f"r{index}", row.arrival_s, row.prompt_tokens, row.output_tokens, max(most, row.output_tokens), self.slo
-            )
-            for index, row in enumerate(rows)
-        ]
+        newest: dict[str, str] = {}
+        requests = []
+        for index, row in enumerate(rows):
+            task_id, session_id = f"r{index}", row.session_id
+            max_tokens = max(most, row.output_tokens)
+            request = Request(task_id, row.arrival_s, row.prompt_tokens, row.output_tokens, max_tokens, self.slo)
+            if session_id:
+                request = replace(request, session_id=session_id, after=newest.get(session_id, ""))
+                newest[session_id] = task_id
+            requests.append(request)
+        return requests
 
 
 def simulate(scenario: Scenario, seed: int) -> Figures:

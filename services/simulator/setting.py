@@ -18,6 +18,8 @@ _NO_PROFILE = (
     "(make up leaves them in out/up/profiles)"
 )
 
+_LIMITS = ("max_batch", "max_prefill_tokens", "kv_capacity_tokens", "max_context_tokens", "prefix_cache_tokens")
+
 
 class TrafficSample(NamedTuple):
     """The requests of the first seed: how many, per second, and tokens on average."""
@@ -47,10 +49,7 @@ class Setting:
             "profile": {"profile_id": self.profile.profile_id, "model": self.profile.model},
             "traffic": self.sample._asdict(),
             "stages": self.profile.latency.num_stages,
-            "limits": {
-                name: getattr(scenario.node, name)
-                for name in ("max_batch", "max_prefill_tokens", "kv_capacity_tokens", "max_context_tokens")
-            },
+            "limits": {name: getattr(scenario.node, name) for name in _LIMITS},
             "policy_options": dict(scenario.policy_options),
             "slo": {"ttft_ms": milliseconds(slo.ttft_s), "tpot_ms": milliseconds(slo.tpot_s)},
             "training": {
@@ -96,6 +95,7 @@ def build(options: argparse.Namespace) -> Setting:
             max_prefill_tokens=options.max_prefill_tokens,
             kv_capacity_tokens=options.kv_tokens,
             max_context_tokens=options.max_context_tokens,
+            prefix_cache_tokens=options.prefix_cache_tokens,
         ),
         traffic=traffic,
         slo=_slo(options, slo_of_units(options.slo_units, profile.latency, rows)),

@@ -1,4 +1,7 @@
-"""Request traces from CSV files with the columns arrival_s,prompt_tokens,output_tokens."""
+"""Request traces from CSV files with the columns arrival_s,prompt_tokens,output_tokens.
+
+A further column session_id is optional: rows with the same one are the turns of a conversation, in order.
+"""
 
 import csv
 import math
@@ -14,11 +17,12 @@ class TraceError(ValueError):
 
 
 class TraceRow(NamedTuple):
-    """One request."""
+    """One request; the prompt of a turn holds the turns before it."""
 
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    session_id: str = ""
 
 
 def read_trace(path: Path, *, limit: int | None = None) -> list[TraceRow]:
@@ -55,7 +59,7 @@ def _row(place: str, raw: Mapping[str, str | None]) -> TraceRow:
     for name, value in zip(COLUMNS[1:], (prompt, output), strict=True):
         if value != int(value):
             raise TraceError(f"{place}: column {name!r} must be a whole number, got {value:g}")
-    return TraceRow(arrival_s, int(prompt), int(output))
+    return TraceRow(arrival_s, int(prompt), int(output), raw.get("session_id") or "")
 
 
 def _number(place: str, text: str | None, least: int) -> float:

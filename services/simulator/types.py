@@ -13,7 +13,11 @@ NO_PROMISE = SloTarget()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An inference request. `output_tokens` is its real length, which the cores do not know; at most `max_tokens`."""
+    """An inference request. `output_tokens` is its real length, which the cores do not know; at most `max_tokens`.
+
+    after: it arrives `think_s` after the end of that request, and not before `arrival_s`. When that one ends badly, it
+    never arrives and counts as cancelled.
+    """
 
     task_id: str
     arrival_s: float
@@ -22,6 +26,8 @@ class Request:
     max_tokens: int
     slo: SloTarget = NO_PROMISE
     session_id: str = ""
+    after: str = ""
+    think_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,8 @@ class TaskRecord:
     outcome: str = ""
     #: How often a node took it: more than once after the loss of a node.
     assignments: int = 0
+    #: Prompt tokens of a request whose KV cache its node had kept.
+    cached_tokens: int = 0
 
     @property
     def ok(self) -> bool:

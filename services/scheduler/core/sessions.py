@@ -40,7 +40,7 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def holder(self, session_id: str) -> "NodeState | None":
+    def keeper(self, session_id: str) -> "NodeState | None":
         """The node that a session's newest turn went to."""
         session = self._sessions.get(session_id)
         return None if session is None else session.node
@@ -90,7 +90,7 @@ class Sessions:
             del self._sessions[session_id]
         self._kept_tokens.pop(node.node_id, None)
         for live in node.inference.values():
-            if self.holder(live.task.session_id) is node:
+            if self.keeper(live.task.session_id) is node:
                 self._forget(live.task.session_id)
 
     def _shrink(self, node: "NodeState") -> None:

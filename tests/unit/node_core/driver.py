@@ -98,6 +98,9 @@ class Checker:
         self.live: set[str] = set()
         self._requests: dict[str, InferenceRequest] = {}
         self._holding: dict[str, int] = {}
+        self._generated: Counter[str] = Counter()
+        #: Session and tokens of the KV caches kept between two turns, by the request that left them.
+        self.kept: dict[str, tuple[str, int]] = {}
         self._versions = [0] * config.num_stages
         #: "stash": the oldest weights that a stage still has.
         self._kept_from = [0] * config.num_stages
@@ -151,6 +154,21 @@ class Checker:
         self._ahead[event.stage].pop(task_id, None)
         if self.memory and not event.failed:
             self.memory.free(task_id, [event.stage])
+            if op.changes_weights:
+                self._versions[event.stage] += 1
+            last = event.stage == self.config.num_stages - 1
+            if last and op.kind in (OpKind.PREFILL, OpKind.DECODE):
+                self._generated.update(op.task_ids)
+            if op.part + 1 < op.parts and not event.failed:
+                self._expected_part[event.stage, op.op_id] = op.part + 1
+                return
+            if op.op_id in self._travelling:
+                if last or event.failed:
+                    del self._travelling[op.op_id]
+                else:
+                    self._travelling[op.op_id] = (op.version, event.stage + 1)
+            if op.kind is OpKind.TRAIN_BACKWARD and event.stage == 0:
+                self._inflight.discard(op.task_ids[0])
 
     def after(self, commands: Iterable[Command]) -> None:
         """Check what the core said."""
@@ -168,13 +186,15 @@ class Checker:
                 if self.memory:
                     self.memory.free(command.task_id, stages)
                 self._holding.pop(command.task_id, None)
+                self.kept.pop(command.task_id, None)
                 self._inflight.discard(command.task_id)
             elif isinstance(command, TaskDone):
                 assert command.task_id in self.live, f"{command.task_id} ended but is not live"
                 self.live.discard(command.task_id)
                 self.ended[command.task_id] += 1
                 assert self.ended[command.task_id] == 1
-                assert command.task_id not in self._holding, f"{command.task_id} ended with its KV cache held"
+                if command.task_id in self._holding:
+                    self._keep(command)
                 # A micro-batch that ended takes its forward out of the pipeline.
                 self._travelling.pop(self._forward_of.pop(command.task_id, -1), None)
                 # An op for which there is no memory ends its requests without running.
@@ -182,6 +202,36 @@ class Checker:
                     i for i in self._travelling if self._tasks_of[i] and not self.live & {*self._tasks_of[i]}
                 ]:
                     del self._travelling[op_id]
+
+        kept = [tokens for _, tokens in self.kept.values()]
+        assert sum(kept) <= self.config.prefix_cache_tokens
+        assert sum(kept) + sum(self._holding.values()) <= self.config.kv_capacity_tokens
+        assert len({session_id for session_id, _ in self.kept.values()}) == len(kept)
+
+    def _keep(self, done: TaskDone) -> None:
+        """A request ended and its KV cache was not freed."""
+        request = self._requests[done.task_id]
+        assert request.session_id, f"{done.task_id} ended with its KV cache held"
+        assert done.reason in ("stop", "length")
+        del self._holding[done.task_id]
+        tokens = request.prompt_tokens + self._generated[done.task_id] - 1
+        self.kept[done.task_id] = (request.session_id, tokens)
+
+    def _prefilled(self, op: Op) -> None:
+        """A prefill enters stage 0: it computes what no kept KV cache holds."""
+        num_tokens = 0
+        for index, task_id in enumerate(op.task_ids):
+            request = self._requests[task_id]
+            self._holding[task_id] = request.prompt_tokens + request.max_tokens
+            num_tokens += request.prompt_tokens + request.reference_tokens
+            if op.continued and op.continued[index]:
+                session_id, tokens = self.kept.pop(op.continued[index])
+                assert session_id == request.session_id
+                assert op.cached_tokens[index] == min(tokens, request.prompt_tokens - 1)
+            else:
+                assert not op.cached_tokens or not op.cached_tokens[index]
+        assert op.num_tokens == num_tokens - sum(op.cached_tokens)
+        assert op.context_tokens == sum(op.cached_tokens)
 
     def _ran(self, stage: int, op: Op) -> None:
         assert stage not in self.running, f"stage {stage} got two ops"
@@ -223,9 +273,7 @@ class Checker:
 
     def _check_batch(self, stage: int, op: Op) -> None:
         if op.kind is OpKind.PREFILL and stage == 0:
-            for task_id in op.task_ids:
-                request = self._requests[task_id]
-                self._holding[task_id] = request.prompt_tokens + request.max_tokens
+            self._prefilled(op)
             assert sum(self._holding.values()) <= self.config.kv_capacity_tokens
             assert len(op.task_ids) == 1 or op.num_tokens <= self.config.max_prefill_tokens
         assert 1 <= len(op.task_ids) <= self.config.max_batch
@@ -337,7 +385,7 @@ class Driver:
 
 
 def request(
-    task_id: str, prompt: int = 10, max_tokens: int = 1, arrival_s: float = 0.0, **more: float
+    task_id: str, prompt: int = 10, max_tokens: int = 1, arrival_s: float = 0.0, **more: float | str
 ) -> RequestArrived:
     """A request arrives."""
     return RequestArrived(InferenceRequest(task_id, arrival_s, prompt, max_tokens, **more))  # type: ignore[arg-type]

@@ -37,6 +37,8 @@ configs = st.builds(
     max_batch=st.integers(1, 4),
     max_prefill_tokens=st.sampled_from([8, 32, 256]),
     kv_capacity_tokens=st.integers(20, 120),
+    prefix_cache_tokens=st.sampled_from([0, 30, 200]),
+    epoch_steps=st.sampled_from([1, 3, 100]),
     max_inflight_training=st.integers(1, 4),
     weight_handling=st.sampled_from(["drain", "stash"]),
     training_schedule=st.sampled_from(SCHEDULES),
@@ -53,7 +55,10 @@ tasks = st.integers(0, 11)
 
 def _request(number: int, prompt: int, max_tokens: int, slack_s: float | None, time_s: float) -> Event:
     deadline = {} if slack_s is None else {"deadline_s": time_s + slack_s}
-    return request(f"r{number}", prompt=prompt, max_tokens=max_tokens, arrival_s=time_s, **deadline)
+    session_id = ("", "one", "two")[number % 3]
+    return request(
+        f"r{number}", prompt=prompt, max_tokens=max_tokens, arrival_s=time_s, session_id=session_id, **deadline
+    )
 
 
 @st.composite
@@ -119,6 +124,7 @@ def test_every_task_ends_once_and_nothing_is_left(
     assert driver.core.tasks() == ()
     snapshot = driver.core.snapshot()
     assert snapshot.kv_used_tokens == 0
+    assert snapshot.kv_kept_tokens == sum(tokens for _, tokens in driver.checker.kept.values())
     assert snapshot.pending_syncs == 0
     assert set(snapshot.queue_lengths) == {0}
     assert len(set(snapshot.versions)) == 1

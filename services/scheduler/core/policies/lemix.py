@@ -101,25 +101,36 @@ class LeMix:
             self._num_open -= 1
             self._changed_s = now_s
             del looks[max(self._num_open, num_training) :]
+        keeper = self._keeper(now_s, live, candidates, len(looks), max(self._num_open, num_training), cluster)
+        best = max(looks + keeper, key=_score)
+        is_calm = min(look.stress for look in looks) <= self._enough
         closed = candidates[len(looks) :]
-        beyond = self._beyond(now_s, live, closed, len(looks), cluster)
-        best = max(looks + beyond, key=_score)
-        if closed and self._opens(now_s, live, best, closed[0], cluster):
+        if closed and not is_calm and self._opens(now_s, live, best, closed[0], cluster):
             looks.append(self._look(now_s, live, closed[0], len(looks), cluster))
-            beyond = [look for look in beyond if look.node is not closed[0]]
-            best = max(looks + beyond, key=_score)
+            keeper = [look for look in keeper if look.node is not closed[0]]
+            best = max(looks + keeper, key=_score)
             self._num_open = len(looks)
             self._changed_s = self._opened_s = now_s
-        return Placement(best.node, tuple(look.terms for look in looks + beyond), best.cached_tokens)
+        return Placement(best.node, tuple(look.terms for look in looks + keeper), best.cached_tokens)
 
-    def _beyond(
-        self, now_s: float, live: LiveInference, closed: Sequence[NodeState], index: int, cluster: Cluster
+    def _keeper(
+        self,
+        now_s: float,
+        live: LiveInference,
+        candidates: Sequence[NodeState],
+        num_looks: int,
+        num_open: int,
+        cluster: Cluster,
     ) -> list[_Look]:
-        """The closed node that keeps the session's KV cache, if it has work, so that it is held anyway."""
-        holder = cluster.sessions.holder(live.task.session_id) if self._sessions else None
-        if holder is None or holder not in closed or not (holder.inference or holder.training):
+        """The node that keeps the session's KV cache, if it was not among the first `num_looks`: an open one, or a
+        closed one that has work and so is held anyway."""
+        keeper = cluster.sessions.keeper(live.task.session_id) if self._sessions else None
+        if keeper is None or keeper not in candidates[num_looks:]:
             return []
-        return [self._look(now_s, live, holder, index + closed.index(holder), cluster)]
+        index = candidates.index(keeper)
+        if index >= num_open and not (keeper.inference or keeper.training):
+            return []
+        return [self._look(now_s, live, keeper, index, cluster)]
 
     def _look(self, now_s: float, live: LiveInference, node: NodeState, index: int, cluster: Cluster) -> _Look:
         cached_tokens = cluster.sessions.cached_tokens(live, node) if self._sessions else 0

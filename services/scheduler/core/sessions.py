@@ -58,14 +58,15 @@ class Sessions:
         return min(tokens, live.task.prompt_tokens - 1)
 
     def assigned(self, live: "LiveInference", node: "NodeState") -> None:
-        """A turn goes to a node; what another one keeps of the session is no longer looked for."""
+        """A request goes to a node, which makes room for it; what another one keeps of its session is forgotten."""
         session_id = live.task.session_id
-        if not session_id or not node.spec.prefix_cache_tokens:
+        if not node.spec.prefix_cache_tokens:
             return
-        self._forget(session_id)
-        self._sessions[session_id] = _Session(node, live)
-        if len(self._sessions) > self._most:
-            self._forget(next(iter(self._sessions)))
+        if session_id:
+            self._forget(session_id)
+            self._sessions[session_id] = _Session(node, live)
+            if len(self._sessions) > self._most:
+                self._forget(next(iter(self._sessions)))
         self._shrink(node)
 
     def ended(self, live: "LiveInference", node: "NodeState", output_tokens: int) -> None:

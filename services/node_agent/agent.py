@@ -245,6 +245,8 @@ class NodeAgent:
             max_context_tokens=self._engine.info.max_context_tokens,
             kv_capacity_tokens=settings.kv_capacity_tokens,
             max_batch=settings.max_batch,
+            prefix_cache_tokens=settings.prefix_cache_tokens,
+            epoch_steps=settings.epoch_steps,
         )
 
     def _vitals(self) -> Vitals:
@@ -271,6 +273,8 @@ def _core_config(settings: NodeAgentSettings) -> NodeCoreConfig:
         max_batch=settings.max_batch,
         max_prefill_tokens=settings.max_prefill_tokens,
         kv_capacity_tokens=settings.kv_capacity_tokens,
+        prefix_cache_tokens=settings.prefix_cache_tokens,
+        epoch_steps=settings.epoch_steps,
         max_inflight_training=settings.max_inflight_training,
         weight_handling=settings.weight_handling,
         gradient_buffers=settings.gradient_buffers,

@@ -46,6 +46,11 @@ class NodeAgentSettings(ServiceSettings):
     seed: int = 0
 
     kv_capacity_tokens: int = Field(65536, ge=1)
+    #: Tokens of it kept for sessions between their turns, as far as requests leave room. 0: none. The torch engine
+    #: cannot continue a kept KV cache yet and refuses anything else.
+    prefix_cache_tokens: int = Field(0, ge=0)
+    #: A kept KV cache serves until the weights have changed this often, counted in epochs: weights step // epoch_steps.
+    epoch_steps: int = Field(64, ge=1)
     #: Most requests decoded in one op.
     max_batch: int = Field(16, ge=1)
     #: Most new tokens of one prefill op.

@@ -65,6 +65,7 @@ def request_from_proto(
         deadline_s=arrival_s + work.slo.ttft_s if work.slo.HasField("ttft_s") else None,
         reference_tokens=len(reference),
         tpot_s=work.slo.tpot_s if work.slo.HasField("tpot_s") else None,
+        session_id=work.session_id,
     )
     return task, request
 

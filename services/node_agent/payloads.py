@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import repeat
 
 from services.latency import OpKind
 from services.node_agent.core.types import Op
@@ -133,7 +134,11 @@ class PayloadBuilder:
     def _begin(self, op: Op) -> _Travelling:
         state = _Travelling(op.task_ids, stages_left=self.num_stages)
         if op.kind is OpKind.PREFILL:
-            state.prompts = tuple(_prefill_sequence(self._request(task_id)) for task_id in op.task_ids)
+            kept = zip(op.cached_tokens, op.continued, strict=True) if op.continued else repeat((0, ""))
+            state.prompts = tuple(
+                _prefill_sequence(self._request(task_id), *cache)
+                for task_id, cache in zip(op.task_ids, kept, strict=False)
+            )
         elif op.kind is OpKind.DECODE:
             state.newest_tokens = tuple(_decode_sequence(self._request(task_id)) for task_id in op.task_ids)
         elif op.kind is OpKind.TRAIN_FORWARD:
@@ -183,8 +188,16 @@ class PayloadBuilder:
         return task
 
 
-def _prefill_sequence(task: RequestTask) -> PrefillSequence:
-    return PrefillSequence(task.task_id, task.prompt_ids, task.sampling, task.max_tokens, task.reference_ids)
+def _prefill_sequence(task: RequestTask, cached_tokens: int, continues: str) -> PrefillSequence:
+    return PrefillSequence(
+        task.task_id,
+        task.prompt_ids,
+        task.sampling,
+        task.max_tokens,
+        task.reference_ids,
+        cached_tokens,
+        continues,
+    )
 
 
 def _decode_sequence(task: RequestTask) -> DecodeSequence:

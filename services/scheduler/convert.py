@@ -64,6 +64,8 @@ def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency
         "max_batch": hello.max_batch,
         "max_context_tokens": hello.max_context_tokens,
         "kv_capacity_tokens": hello.kv_capacity_tokens,
+        "prefix_cache_tokens": hello.prefix_cache_tokens,
+        "epoch_steps": hello.epoch_steps,
     }
     told: dict[str, Any] = {name: value for name, value in bounds.items() if value > 0}
     return NodeSpec(hello.node_id, hello.num_stages, latency, **told)

@@ -34,13 +34,19 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class PrefillSequence:
-    """A prompt to run. `reference_ids`: continuation whose loss is measured; it leaves no trace in the KV cache."""
+    """A prompt to run. `reference_ids`: continuation whose loss is measured; it leaves no trace in the KV cache.
+
+    The KV cache of the request `continues` ("": none), which has ended, becomes its own; it holds the first
+    `cached_tokens` of the prompt, which need not be run.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     sampling: Sampling
     max_tokens: int
     reference_ids: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    continues: str = ""
 
 
 class DecodeSequence(NamedTuple):

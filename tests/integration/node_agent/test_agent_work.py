@@ -288,3 +288,22 @@ async def test_the_node_takes_no_more_than_its_bound(tmp_path: Path) -> None:
         for index in range(6):
             await made.scheduler.outcome(f"r{index}")
         assert made.scheduler.num_outcomes == 6
+
+
+async def test_the_next_turn_of_a_session_continues_the_kept_kv_cache(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(prefix_cache_tokens=100, epoch_steps=7)
+        first = [3, 1, 4]
+        await made.assign(inference_item("t0", first, 6, session_id="s"))
+        answer = list((await made.scheduler.outcome("t0")).inference.token_ids)
+        prompt = [*first, *answer, 9, 9]
+        await made.assign(inference_item("t1", prompt, 4, session_id="s"))
+        outcome = (await made.scheduler.outcome("t1")).inference
+        assert list(outcome.token_ids) == expected_tokens(prompt, 4)
+        prefills = [trace for trace in made.scheduler.traces if trace.op == profile_pb2.OP_KIND_PREFILL]
+        computed = [(trace.stage, trace.num_tokens, trace.context_tokens) for trace in prefills]
+        # Three and six tokens, of which the newest had not been read.
+        assert sorted(computed) == [(0, 3, 0), (0, 3, 8), (1, 3, 0), (1, 3, 8)]
+        assert set(node.held_by_stages()) == {"t1"}
+        (hello,) = made.scheduler.hellos
+        assert (hello.prefix_cache_tokens, hello.epoch_steps) == (100, 7)

@@ -46,7 +46,13 @@ def test_promises_count_from_the_arrival_at_the_gateway() -> None:
     assert (request.arrival_s, request.deadline_s, request.tpot_s) == (49.5, 51.5, 0.1)
     assert (request.prompt_tokens, request.max_tokens, request.reference_tokens) == (3, 4, 1)
     assert task.taken_s == 50.0
+    assert request.session_id == ""
     assert task.sampling == Sampling(temperature=0.5, top_p=0.9, top_k=7, seed=11)
+
+
+def test_the_core_learns_the_session() -> None:
+    _, request = request_from_proto("r", _work(session_id="s"), INFO, now_s=50.0, now_unix_s=1000.0)
+    assert request.session_id == "s"
 
 
 @pytest.mark.parametrize("arrival_unix_s", [0.0, 2000.0])

@@ -64,6 +64,14 @@ def test_prefill_carries_prompt_reference_and_sampling() -> None:
     assert (sequence.token_ids, sequence.reference_ids, sequence.max_tokens) == ((1, 2), (5, 6), 8)
 
 
+def test_prefill_says_whose_kv_cache_a_turn_continues() -> None:
+    op = Op(1, OpKind.PREFILL, ("new", "next"), 0, cached_tokens=(0, 1), continued=("", "ended"))
+    payload = _builder(_request("new"), _request("next")).build(op, 0)
+    assert isinstance(payload, Prefill)
+    kept = [(sequence.request_id, sequence.cached_tokens, sequence.continues) for sequence in payload.sequences]
+    assert kept == [("new", 0, ""), ("next", 1, "ended")]
+
+
 def test_a_step_clips_by_the_sum_over_stages_and_dates_its_tasks() -> None:
     one, two = _microbatch("job/0"), _microbatch("job/1")
     builder = _builder(one, two)

@@ -95,6 +95,31 @@ async def test_positions_and_double_prefills_are_checked(model: Path) -> None:
     await _run(engine, 0, _prefill())
 
 
+def _continued(cached_tokens: int, continues: str = "r") -> Prefill:
+    sequence = PrefillSequence("next", (1, 2, 3, 4, 5), Sampling(), 4, (), cached_tokens, continues)
+    return Prefill(2, 0, (sequence,))
+
+
+async def test_a_turn_takes_over_the_kv_cache_of_the_one_before(model: Path) -> None:
+    engine = _engine(model, kv_capacity_tokens=6)
+    await _run(engine, 0, _prefill())
+    await _run(engine, 0, _continued(2))
+    assert engine.workers[0].stage.kv_tokens == {"next": 5}
+
+
+@pytest.mark.parametrize(("cached_tokens", "continues"), [(3, "r"), (1, "other")])
+async def test_a_turn_cannot_take_over_what_is_not_there(model: Path, cached_tokens: int, continues: str) -> None:
+    engine = _engine(model)
+    await _run(engine, 0, _prefill())
+    assert f"not {cached_tokens}" in await _error(engine, 0, _continued(cached_tokens, continues))
+
+
+def test_cached_tokens_take_no_time() -> None:
+    timing = EmulatedTiming({OpKind.PREFILL: LatencyModel("full", (1.0, 0.1, 0.01))})
+    # Three new tokens after two: their share of what grows with the square is 5 * 5 - 2 * 2.
+    assert timing.op_s(_continued(2), {}) == pytest.approx(1.0 + 0.1 * 3 + 0.01 * 21)
+
+
 async def test_one_op_at_a_time(model: Path) -> None:
     engine = _engine(model)
     first = engine.workers[0].run(_prefill())

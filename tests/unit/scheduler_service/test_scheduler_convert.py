@@ -65,6 +65,10 @@ def test_a_node_keeps_defaults_for_what_it_does_not_tell() -> None:
     latency = latency_from_profile(profile(fit(profile_pb2.OP_KIND_PREFILL, "constant", [1.0])))
     spec = spec_from_hello(pb.NodeHello(node_id="n", num_stages=1, max_context_tokens=128, max_batch=3), latency)
     assert (spec.max_context_tokens, spec.max_batch, spec.max_inflight_inference) == (128, 3, 64)
+    assert (spec.prefix_cache_tokens, spec.epoch_steps) == (0, 64)
+    hello = pb.NodeHello(node_id="n", num_stages=1, prefix_cache_tokens=4096, epoch_steps=8)
+    spec = spec_from_hello(hello, latency)
+    assert (spec.prefix_cache_tokens, spec.epoch_steps) == (4096, 8)
     with pytest.raises(ValueError, match="2 stages"):
         spec_from_hello(pb.NodeHello(node_id="n", num_stages=2), latency)
 

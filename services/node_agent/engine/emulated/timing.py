@@ -32,8 +32,7 @@ class EmulatedTiming:
         """Seconds for this op. train_shapes: batch and padded length of the micro-batches a backward may name."""
         match op:
             case Prefill():
-                lengths = [len(sequence.token_ids) + len(sequence.reference_ids) for sequence in op.sequences]
-                return self.predict_s(OpKind.PREFILL, len(lengths), sum(lengths) / max(1, len(lengths)))
+                return self._prefill_s(op)
             case Decode():
                 contexts = [sequence.position + 1 for sequence in op.sequences]
                 return self.predict_s(OpKind.DECODE, len(contexts), sum(contexts) / max(1, len(contexts)))
@@ -50,6 +49,17 @@ class EmulatedTiming:
                 return sum(self.predict_s(kind, op.batch, op.length) for kind in measured_kinds(op.kind))
             case _:
                 return 0.0
+
+    def _prefill_s(self, op: Prefill) -> float:
+        """A prefill of tokens that follow cached ones takes what the whole takes more than they do."""
+        batch = len(op.sequences)
+        tokens = sum(len(sequence.token_ids) + len(sequence.reference_ids) for sequence in op.sequences)
+        whole_s = self.predict_s(OpKind.PREFILL, batch, tokens / max(1, batch))
+        cached_tokens = sum(sequence.cached_tokens for sequence in op.sequences)
+        if not cached_tokens:
+            return whole_s
+        saved_s = self.predict_s(OpKind.PREFILL, batch, cached_tokens / batch)
+        return whole_s - saved_s + self.predict_s(OpKind.PREFILL, batch, 0)
 
 
 def train_shape(op: TrainForward) -> tuple[int, int]:

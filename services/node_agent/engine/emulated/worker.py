@@ -18,6 +18,7 @@ from services.node_agent.engine.base import (
     ModelInfo,
     OptimizerStep,
     Prefill,
+    PrefillSequence,
     SampledToken,
     Sampling,
     Snapshot,
@@ -118,6 +119,7 @@ class EmulatedStage:
         for sequence in op.sequences:
             if sequence.request_id in self.kv_tokens:
                 raise BookkeepingError(f"{sequence.request_id} is in the KV cache already")
+            self._take_over(sequence)
             self._use_kv(sequence.request_id, len(sequence.token_ids))
             self._samplings[sequence.request_id] = sequence.sampling
         if not self.is_last:
@@ -131,6 +133,14 @@ class EmulatedStage:
                 (sequence.request_id, partial) for sequence in op.sequences if sequence.reference_ids
             ),
         }
+
+    def _take_over(self, sequence: PrefillSequence) -> None:
+        if not sequence.continues:
+            return
+        held = self.kv_tokens.pop(sequence.continues, 0)
+        self._samplings.pop(sequence.continues, None)
+        if not sequence.cached_tokens <= held:
+            raise BookkeepingError(f"{sequence.continues} holds {held} tokens, not {sequence.cached_tokens}")
 
     def _decode(self, op: Decode) -> dict[str, Any]:
         partial = self._partial(op)

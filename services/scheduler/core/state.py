@@ -31,6 +31,8 @@ class LiveInference:
     first_token_s: float = math.inf
     #: Tokens in its context now.
     context_tokens: int = 0
+    #: Tokens of its prompt that need no prefill, as its policy expects.
+    cached_tokens: int = 0
     #: Weights step of its prefill.
     weight_step: int = 0
 
@@ -172,6 +174,7 @@ class NodeState:
         self.arrivals.observe(now_s)
         task = live.task
         live.node = self
+        live.cached_tokens = cached_tokens
         live.prefill_s = self.costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens - cached_tokens, cached_tokens)
         live.has_first_token = False
         live.context_tokens = task.prompt_tokens
@@ -194,7 +197,9 @@ class NodeState:
     def prefill_left(self, live: LiveInference, stage: int) -> None:
         """The prefill of one of its requests left a stage: that part of it is no longer to come."""
         if not live.has_first_token:
-            done_s = min(live.prefill_s, self.costs.stage_s(stage, OpKind.PREFILL, 1, live.task.prompt_tokens))
+            cached = live.cached_tokens
+            stage_s = self.costs.stage_s(stage, OpKind.PREFILL, 1, live.task.prompt_tokens - cached, cached)
+            done_s = min(live.prefill_s, stage_s)
             live.prefill_s -= done_s
             self.prefilling_s -= done_s
 

@@ -97,6 +97,8 @@ def _nodes(recording: Recording) -> list[VirtualNode]:
                 num_stages=life.spec.num_stages,
                 max_batch=life.spec.max_batch,
                 kv_capacity_tokens=life.spec.kv_capacity_tokens,
+                prefix_cache_tokens=life.spec.prefix_cache_tokens,
+                epoch_steps=life.spec.epoch_steps,
             ),
             max_inflight_inference=life.spec.max_inflight_inference,
             max_context_tokens=life.spec.max_context_tokens,

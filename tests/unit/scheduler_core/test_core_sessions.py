@@ -79,6 +79,16 @@ def test_the_saved_prefill_counts_for_those_that_wait_behind_it() -> None:
     assert _response_s(_arrive(core, 1.0, "other", 200, session="")) == pytest.approx(0.1 + 0.2)
 
 
+def test_a_stage_that_is_done_with_the_rest_of_a_prompt_takes_its_part_off() -> None:
+    core = _core(NodeSpec("a", 2, NodeLatency((_MODELS,) * 2), prefix_cache_tokens=10_000))
+    _serve(core, 0.0, "t0", 400)
+    _arrive(core, 1.0, "t1", 500)
+    node = core._cluster.nodes["a"]
+    assert node.prefilling_s == pytest.approx(0.2)
+    core.step(1.1, OpFinished("a", 0, OpKind.PREFILL, 1.0, 1.1, ("t1",), 100, 400))
+    assert node.prefilling_s == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "bounds"),
     [({"sessions": False}, {}), ({}, {"prefix_cache_tokens": 0}), ({}, {"prefix_cache_tokens": 9})],

@@ -1,0 +1,269 @@
+"""Dependent requests: conversations and chains of agent steps whose nodes keep KV caches between the turns."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+from bench.paper.claims import judged
+from bench.paper.config import SUBJECT, PaperConfig
+from bench.paper.family import Family, Labelled, Row, Shown
+from bench.paper.scenario import DECODE, DECODE_BATCH, MAX_TRAINING_PARTS, NODE, Point, Run, configuration
+from bench.paper.series import grouped
+from bench.paper.variants import everywhere, html
+from bench.report.svg import text
+from bench.report.table import percent
+from services.latency import LatencyModel, NodeLatency, OpKind
+from services.node_agent.core.types import NodeCoreConfig
+from services.simulator.cluster import Simulation
+from services.simulator.conversations import CONVERSATIONS, draw
+from services.simulator.metrics import quantile
+from services.simulator.types import Microbatch, Request, SimulationResult, TaskRecord, VirtualNode
+
+NAME = "sessions"
+WITHOUT = "lemix, no sessions"
+_VARIANTS: tuple[tuple[str, str, tuple[tuple[str, bool], ...]], ...] = (
+    (SUBJECT, SUBJECT, ()),
+    (WITHOUT, SUBJECT, (("sessions", False),)),
+    ("least_loaded", "least_loaded", ()),
+    ("round_robin", "round_robin", ()),
+)
+#: Sessions that begin per second. Without reuse the largest keeps over half of the cluster busy.
+RATES: Mapping[str, tuple[float, ...]] = {"chat": (0.25, 0.5, 1.0), "agent": (0.15, 0.3, 0.6)}
+#: Seconds that a prompt of `_WHOLE` tokens takes on a stage. The promises that follow from it: 1 s to the first token,
+#: 0.1 s for any further one.
+MEAN_FORWARD_S = 0.1
+_WHOLE = 1000
+#: Shares of that time: constant, per token, and with the square of the length.
+_CONSTANT, _LINEAR, _SQUARE = 0.1, 0.8, 0.1
+#: A decode iteration in whole prompts: what it costs at least, and per token of context.
+_DECODE_BASE, _DECODE_PER_TOKEN = 0.1, 1e-6
+KV_TOKENS, KEPT_TOKENS = 65_536, 32_768
+#: Share of the tasks that trains, tokens of a micro-batch, and micro-batches per optimizer step.
+TRAINING_SHARE, _TRAINING_TOKENS, _ACCUMULATION = 0.2, 256, 8
+
+_COLUMNS = (
+    ("SLO kept", "slo_attainment", percent),
+    ("TTFT p50, s", "ttft_p50_s", "{:.3f}".format),
+    ("TTFT p95, s", "ttft_p95_s", "{:.3f}".format),
+    ("error, mean", "ttft_error_mean", percent),
+    ("median", "ttft_error_median", percent),
+    ("saved", "saved_share", percent),
+    ("held node-s", "held_node_s", "{:,.0f}".format),
+)
+
+
+def runs(config: PaperConfig) -> list[Labelled]:
+    """Every variant at every rate of both kinds; few sessions, for each is several requests."""
+    num_sessions = max(1, config.few_tasks // 4)
+    return [
+        labelled
+        for kind, simulation in (("chat", chat), ("agent", agent))
+        for label, policy, options in _VARIANTS
+        for labelled in everywhere(
+            label,
+            [Point(rate, TRAINING_SHARE, MEAN_FORWARD_S) for rate in RATES[kind]],
+            config.seeds,
+            num_sessions,
+            policy,
+            options=options,
+            mode=DECODE,
+            simulation=simulation,
+            also=figures,
+        )
+    ]
+
+
+# ------------------------------------------------------------------------- one run
+
+
+def chat(run: Run) -> SimulationResult:
+    """Conversations."""
+    return _simulate(run, "chat")
+
+
+def agent(run: Run) -> SimulationResult:
+    """Chains of steps that follow each other at once."""
+    return _simulate(run, "agent")
+
+
+def _simulate(run: Run, kind: str) -> SimulationResult:
+    point = run.point
+    work = draw(
+        CONVERSATIONS[kind], f"{run.seed}/{kind}", sessions_per_s=point.rate, num_sessions=run.num_tasks, slo=run.slo
+    )
+    requests_per_s = point.rate * CONVERSATIONS[kind].mean_turns
+    training = _training(requests_per_s * point.training_share / (1.0 - point.training_share))
+    return Simulation(configuration(run), _nodes(run), work, training).run()
+
+
+def _training(per_s: float) -> Iterator[Microbatch]:
+    for index in count():
+        yield Microbatch(f"m{index}", index / per_s, "job", 1, _TRAINING_TOKENS, _ACCUMULATION)
+
+
+def _nodes(run: Run) -> list[VirtualNode]:
+    values = {**NODE, "max_batch": DECODE_BATCH, "max_prefill_tokens": 2048}
+    core = NodeCoreConfig(
+        num_stages=run.stages, kv_capacity_tokens=KV_TOKENS, prefix_cache_tokens=KEPT_TOKENS, **values
+    )
+    return [
+        VirtualNode(node_id=f"node-{index}", latency=_latency(run), core=core, max_training_parts=MAX_TRAINING_PARTS)
+        for index in range(run.nodes)
+    ]
+
+
+def _latency(run: Run) -> NodeLatency:
+    whole_s = run.point.mean_forward_s
+    forward = (_CONSTANT * whole_s, _LINEAR * whole_s / _WHOLE, _SQUARE * whole_s / _WHOLE**2)
+    models = {
+        OpKind.PREFILL: LatencyModel("full", forward),
+        OpKind.DECODE: LatencyModel("affine", (_DECODE_BASE * whole_s, _DECODE_PER_TOKEN * whole_s)),
+        OpKind.TRAIN_FORWARD: LatencyModel("full", forward),
+        OpKind.TRAIN_BACKWARD: LatencyModel("full", tuple(2.0 * value for value in forward)),
+        OpKind.OPTIMIZER_STEP: LatencyModel("constant", (0.0,)),
+    }
+    return NodeLatency((models,) * run.stages)
+
+
+def figures(run: Run, result: SimulationResult) -> dict[str, Any]:
+    """What happened to first tokens, what was predicted of them, and how much prefill was saved."""
+    answered = [
+        (record, record.first_token_s - record.work.arrival_s)
+        for record in result.requests()
+        if record.first_token_s is not None
+    ]
+    ttfts_s = sorted(ttft_s for _, ttft_s in answered)
+    errors = _errors(run, result, answered)
+    saved_tokens = sum(record.cached_tokens for record, _ in answered)
+    prompt_tokens = sum(record.work.prompt_tokens for record, _ in answered if isinstance(record.work, Request))
+    return {
+        "kind": "chat" if run.simulation is chat else "agent",
+        "num_sessions": run.num_tasks,
+        # Of the endless training there is always something left.
+        "n_tasks": len(list(result.requests())),
+        "n_ok": sum(record.ok for record in result.requests()),
+        "ttft_p50_s": quantile(ttfts_s, 0.5),
+        "ttft_p95_s": quantile(ttfts_s, 0.95),
+        "ttft_error_mean": statistics.fmean(errors) if errors else None,
+        "ttft_error_median": statistics.median(errors) if errors else None,
+        "saved_tokens": saved_tokens,
+        "saved_share": saved_tokens / max(1, prompt_tokens),
+    }
+
+
+def _errors(run: Run, result: SimulationResult, answered: Sequence[tuple[TaskRecord, float]]) -> list[float]:
+    """Absolute error of every predicted time to first token as a share of the real one; LeMix alone predicts it."""
+    if run.policy != SUBJECT:
+        return []
+    predicted_s = {
+        decision.task_id: terms.response_s
+        for decision in result.decisions
+        for terms in decision.terms
+        if terms.node_id == decision.node_id
+    }
+    return [abs(predicted_s[record.work.task_id] - ttft_s) / ttft_s for record, ttft_s in answered]
+
+
+# ------------------------------------------------------------------------- the comparison
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Means over the seeds for every kind, rate and variant."""
+    cells = [
+        {"kind": kind, "rate": rate, "label": label, **{key: _mean(group, key) for _, key, _ in _COLUMNS}}
+        for (kind, rate, label), group in grouped(rows, lambda row: (row["kind"], row["rate"], row["label"])).items()
+    ]
+    found = {
+        "seeds": len({row["seed"] for row in rows}),
+        "sessions_per_run": max(row["num_sessions"] for row in rows),
+        "kv_tokens": KV_TOKENS,
+        "kept_tokens": KEPT_TOKENS,
+        "rows": sorted(cells, key=lambda cell: (list(RATES).index(cell["kind"]), cell["rate"])),
+    }
+    return {NAME: found, "claims": _claims(rows)}
+
+
+def _mean(rows: Sequence[Row], key: str) -> float | None:
+    values = [row[key] for row in rows if row[key] is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    by_run = grouped(rows, lambda row: (row["label"], row["seed"]))
+    pairs = [(by_run[SUBJECT, seed], by_run[WITHOUT, seed]) for label, seed in by_run if label == SUBJECT]
+
+    def over(key: str) -> list[float | None]:
+        return [_over(_mean(aware, key), _mean(unaware, key)) for aware, unaware in pairs]
+
+    points = [
+        100.0 * ((_mean(aware, "slo_attainment") or 0.0) - (_mean(unaware, "slo_attainment") or 0.0))
+        for aware, unaware in pairs
+    ]
+    return [
+        judged(
+            "sessions_prediction",
+            "lemix: mean error of the predicted TTFT of dependent requests, with sessions over without",
+            f"{NAME}.ttft_error_mean",
+            over("ttft_error_mean"),
+            0.5,
+            "{:.2f}×",
+            at_least=False,
+        ),
+        judged(
+            "sessions_saved",
+            "lemix: prefill saved by kept KV caches, with sessions over without",
+            f"{NAME}.saved_share",
+            over("saved_share"),
+            1.1,
+            "{:.2f}×",
+        ),
+        judged(
+            "sessions_attainment",
+            "lemix: SLO attainment of dependent requests, with sessions minus without",
+            f"{NAME}.slo_attainment",
+            points,
+            0.0,
+            "{:+.1f} points",
+        ),
+    ]
+
+
+def _over(mine: float | None, other: float | None) -> float | None:
+    return mine / other if mine is not None and other else None
+
+
+def tables(summary: Mapping[str, Any]) -> list[Shown]:
+    """One per kind."""
+    found = summary[NAME]
+    shown = []
+    for kind in RATES:
+        rows = [
+            (f"{row['rate']:g}", row["label"], *(_cell(row[key], form) for _, key, form in _COLUMNS))
+            for row in found["rows"]
+            if row["kind"] == kind
+        ]
+        title = f"Sessions, {kind} · {found['sessions_per_run']:,} sessions per run, means of {found['seeds']} seeds"
+        shown.append(Shown(title, ("sessions/s", "", *(name for name, _, _ in _COLUMNS)), rows))
+    return shown
+
+
+def _cell(value: float | None, form: Any) -> str:
+    return "–" if value is None else form(value)
+
+
+def sections(config: PaperConfig, summary: Mapping[str, Any]) -> list[str]:
+    """Both tables."""
+    del config
+    parts = "".join(f"<h3>{text(shown.title)}</h3>{html(shown)}" for shown in tables(summary))
+    return [
+        "<h2>Sessions</h2><p>A turn arrives when the one before it has been answered and thought about; its prompt is "
+        f"all that was said and something new. Nodes keep up to {KEPT_TOKENS:,} of their {KV_TOKENS:,} tokens of KV "
+        "cache for sessions between two turns, whatever the policy. A fifth of the tasks trains. A prompt of "
+        f"{_WHOLE:,} tokens takes {MEAN_FORWARD_S:g} s per stage; first tokens are promised within 1 s, further ones "
+        "within 0.1 s. The error is that of the time to first token predicted at placement, as a share of what it came "
+        f"to; saved are prompt tokens found in a kept KV cache.</p>{parts}"
+    ]
+
+
+SESSIONS = Family(NAME, runs, summarise, tables, sections)

@@ -55,7 +55,7 @@ _COLUMNS = (
 
 def runs(config: PaperConfig) -> list[Labelled]:
     """Every variant at every rate of both kinds; few sessions, for each is several requests."""
-    num_sessions = max(1, config.few_tasks // 4)
+    num_sessions = max(1, config.num_tasks // 5)
     return [
         labelled
         for kind, simulation in (("chat", chat), ("agent", agent))

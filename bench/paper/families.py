@@ -14,6 +14,7 @@ from bench.paper.noise import NOISE
 from bench.paper.policies import POLICIES
 from bench.paper.schedules import SCHEDULES_FAMILY
 from bench.paper.sensitivity import SENSITIVITY
+from bench.paper.sessions import SESSIONS
 from bench.paper.streams import STREAMS
 from bench.paper.stress import STRESS
 from bench.paper.trends import TRENDS_FAMILY
@@ -23,4 +24,5 @@ from bench.paper.week import WEEK
 FAMILIES: tuple[Family, ...] = (
     GRID, STREAMS, POLICIES, DECODING, DATA_PARALLEL, ABLATION, TRENDS_FAMILY, SENSITIVITY, HETEROGENEITY, NOISE,
     STRESS, SCHEDULES_FAMILY, MEMORY_FAMILY, WEEK,
+    STRESS, WEEK, SESSIONS,
 )  # fmt: skip

@@ -80,6 +80,8 @@ class Run:
     a day (0: they do not) and clump (1: Poisson), see `traffic`. accumulation: micro-batches per optimizer step. node:
     further fields of `NodeCoreConfig`. link_bytes_per_s: between a stage and its host. also: further figures for the
     row, from what happened.
+    a day (0: they do not) and clump (1: Poisson), see `traffic`. also: further figures for the row, from what happened.
+    simulation: instead of the cluster and the tasks of this module; for them there is no bound.
     """
 
     point: Point
@@ -99,6 +101,7 @@ class Run:
     node: tuple[tuple[str, Any], ...] = ()
     link_bytes_per_s: float = math.inf
     also: Callable[["Run", SimulationResult], Mapping[str, Any]] | None = None
+    simulation: Callable[["Run"], SimulationResult] | None = None
 
     @property
     def unit_s(self) -> float:
@@ -114,7 +117,7 @@ class Run:
     @property
     def has_bound(self) -> bool:
         """Whether the clairvoyant bound holds: not for batches or noisy durations."""
-        return self.mode == PREFILL and not self.noise
+        return self.mode == PREFILL and not self.noise and self.simulation is None
 
 
 def latency(run: Run) -> NodeLatency:
@@ -194,4 +197,6 @@ def configuration(run: Run) -> SimulationConfig:
 
 def simulate(run: Run) -> SimulationResult:
     """Run it to the end."""
+    if run.simulation is not None:
+        return run.simulation(run)
     return Simulation(configuration(run), cluster(run), work(run)).run()

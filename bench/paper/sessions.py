@@ -1,17 +1,19 @@
 """Dependent requests: conversations and chains of agent steps whose nodes keep KV caches between the turns."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
+from bench.paper.charts import Panel, Series, panels
 from bench.paper.claims import judged
 from bench.paper.config import SUBJECT, PaperConfig
 from bench.paper.family import Family, Labelled, Row, Shown
 from bench.paper.scenario import DECODE, DECODE_BATCH, MAX_TRAINING_PARTS, NODE, Point, Run, configuration
-from bench.paper.series import grouped
-from bench.paper.variants import everywhere, html
-from bench.report.svg import text
+from bench.paper.series import grouped, over_seeds
+from bench.paper.variants import captioned, everywhere, policy_of
+from bench.report.colors import policy_color
+from bench.report.svg import legend
 from bench.report.table import percent
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import NodeCoreConfig
@@ -21,7 +23,8 @@ from services.simulator.metrics import quantile
 from services.simulator.types import Microbatch, Request, SimulationResult, TaskRecord, VirtualNode
 
 NAME = "sessions"
-WITHOUT = "lemix, no sessions"
+#: LeMix with `sessions: false`.
+WITHOUT = "no sessions"
 _VARIANTS: tuple[tuple[str, str, tuple[tuple[str, bool], ...]], ...] = (
     (SUBJECT, SUBJECT, ()),
     (WITHOUT, SUBJECT, (("sessions", False),)),
@@ -42,27 +45,36 @@ KV_TOKENS, KEPT_TOKENS = 65_536, 32_768
 #: Share of the tasks that trains, tokens of a micro-batch, and micro-batches per optimizer step.
 TRAINING_SHARE, _TRAINING_TOKENS, _ACCUMULATION = 0.2, 256, 8
 
+
+class _Column(NamedTuple):
+    title: str
+    key: str
+    form: Callable[[float], str]
+
+
 _COLUMNS = (
-    ("SLO kept", "slo_attainment", percent),
-    ("TTFT p50, s", "ttft_p50_s", "{:.3f}".format),
-    ("TTFT p95, s", "ttft_p95_s", "{:.3f}".format),
-    ("error, mean", "ttft_error_mean", percent),
-    ("median", "ttft_error_median", percent),
-    ("saved", "saved_share", percent),
-    ("held node-s", "held_node_s", "{:,.0f}".format),
+    _Column("SLO", "slo_attainment", percent),
+    _Column("p50, s", "ttft_p50_s", "{:.3f}".format),
+    _Column("p95, s", "ttft_p95_s", "{:.3f}".format),
+    _Column("error", "ttft_error_mean", "{:.0%}".format),
+    _Column("median", "ttft_error_median", "{:.0%}".format),
+    _Column("saved", "saved_share", "{:.0%}".format),
+    _Column("held, s", "held_node_s", "{:,.0f}".format),
 )
 
 
 def runs(config: PaperConfig) -> list[Labelled]:
-    """Every variant at every rate of both kinds; few sessions, for each is several requests."""
+    """Every variant at every rate of both kinds (at the highest when other axes have one place only); few sessions, for
+    each is several requests."""
     num_sessions = max(1, config.num_tasks // 5)
+    first = 0 if len(config.axis_rates) > 1 else -1
     return [
         labelled
         for kind, simulation in (("chat", chat), ("agent", agent))
         for label, policy, options in _VARIANTS
         for labelled in everywhere(
             label,
-            [Point(rate, TRAINING_SHARE, MEAN_FORWARD_S) for rate in RATES[kind]],
+            [Point(rate, TRAINING_SHARE, MEAN_FORWARD_S) for rate in RATES[kind][first:]],
             config.seeds,
             num_sessions,
             policy,
@@ -169,9 +181,10 @@ def _errors(run: Run, result: SimulationResult, answered: Sequence[tuple[TaskRec
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Means over the seeds for every kind, rate and variant."""
+    """Every kind, rate and variant over the seeds."""
     cells = [
-        {"kind": kind, "rate": rate, "label": label, **{key: _mean(group, key) for _, key, _ in _COLUMNS}}
+        {"kind": kind, "rate": rate, "label": label}
+        | {column.key: over_seeds(row[column.key] for row in group) for column in _COLUMNS}
         for (kind, rate, label), group in grouped(rows, lambda row: (row["kind"], row["rate"], row["label"])).items()
     ]
     found = {
@@ -234,36 +247,61 @@ def _over(mine: float | None, other: float | None) -> float | None:
 
 
 def tables(summary: Mapping[str, Any]) -> list[Shown]:
-    """One per kind."""
+    """One per kind: medians over the seeds."""
     found = summary[NAME]
     shown = []
     for kind in RATES:
         rows = [
-            (f"{row['rate']:g}", row["label"], *(_cell(row[key], form) for _, key, form in _COLUMNS))
+            (f"{row['rate']:g}", row["label"], *(_cell(row[column.key], column.form) for column in _COLUMNS))
             for row in found["rows"]
             if row["kind"] == kind
         ]
-        title = f"Sessions, {kind} · {found['sessions_per_run']:,} sessions per run, means of {found['seeds']} seeds"
-        shown.append(Shown(title, ("sessions/s", "", *(name for name, _, _ in _COLUMNS)), rows))
+        title = f"Sessions, {kind} · {found['sessions_per_run']:,} sessions per run, {found['seeds']} seed(s)"
+        shown.append(Shown(title, ("per s", "", *(column.title for column in _COLUMNS)), rows))
     return shown
 
 
-def _cell(value: float | None, form: Any) -> str:
-    return "–" if value is None else form(value)
+def _cell(figure: Mapping[str, float] | None, form: Callable[[float], str]) -> str:
+    return "–" if figure is None else form(figure["median"])
 
 
 def sections(config: PaperConfig, summary: Mapping[str, Any]) -> list[str]:
-    """Both tables."""
+    """Panels over the rate and a table, per kind."""
     del config
-    parts = "".join(f"<h3>{text(shown.title)}</h3>{html(shown)}" for shown in tables(summary))
+    found = summary[NAME]
+    labels = list(dict.fromkeys(row["label"] for row in found["rows"]))
+    parts = []
+    for kind, shown in zip(RATES, tables(summary), strict=True):
+        own = [row for row in found["rows"] if row["kind"] == kind]
+        items = [
+            Panel(f"{kind}: {title}", "sessions per second", [_series(label, own, key) for label in labels], form)
+            for title, key, form in (
+                ("SLO attainment", "slo_attainment", "{:.0%}".format),
+                ("TTFT p95, s", "ttft_p95_s", "{:.1f}".format),
+                ("prefill saved", "saved_share", "{:.0%}".format),
+            )
+        ]
+        parts.append(f'<div class="figure">{panels(items, f"Sessions, {kind}")}</div>{captioned(shown)}')
     return [
         "<h2>Sessions</h2><p>A turn arrives when the one before it has been answered and thought about; its prompt is "
         f"all that was said and something new. Nodes keep up to {KEPT_TOKENS:,} of their {KV_TOKENS:,} tokens of KV "
         "cache for sessions between two turns, whatever the policy. A fifth of the tasks trains. A prompt of "
         f"{_WHOLE:,} tokens takes {MEAN_FORWARD_S:g} s per stage; first tokens are promised within 1 s, further ones "
-        "within 0.1 s. The error is that of the time to first token predicted at placement, as a share of what it came "
-        f"to; saved are prompt tokens found in a kept KV cache.</p>{parts}"
+        "within 0.1 s; p50 and p95 are of the time to first token. The error, mean and median, is that of the time "
+        "predicted at placement, as a share of what it came to; saved are prompt tokens found in a kept KV cache; held "
+        "is the time of all nodes together. Without sessions lemix takes turns for requests like any other.</p>"
+        + legend((label, _color(label)) for label in labels)
+        + "".join(parts)
     ]
+
+
+def _series(label: str, rows: Sequence[Row], key: str) -> Series:
+    points = [(row["rate"], row[key]) for row in rows if row["label"] == label]
+    return Series(label, _color(label), [(rate, v["low"], v["median"], v["high"]) for rate, v in points])
+
+
+def _color(label: str) -> str:
+    return "#888888" if label == WITHOUT else policy_color(policy_of(label))
 
 
 SESSIONS = Family(NAME, runs, summarise, tables, sections)

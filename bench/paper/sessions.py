@@ -256,7 +256,7 @@ def tables(summary: Mapping[str, Any]) -> list[Shown]:
             for row in found["rows"]
             if row["kind"] == kind
         ]
-        title = f"Sessions, {kind} · {found['sessions_per_run']:,} sessions per run, {found['seeds']} seed(s)"
+        title = f"Sessions, {kind} · {found['sessions_per_run']:,} sessions per run, seeds: {found['seeds']}"
         shown.append(Shown(title, ("per s", "", *(column.title for column in _COLUMNS)), rows))
     return shown
 

@@ -79,9 +79,7 @@ class Run:
     logarithm of the factor, one per node, by which the scheduler's latency models are wrong. swing, cv: arrivals follow
     a day (0: they do not) and clump (1: Poisson), see `traffic`. accumulation: micro-batches per optimizer step. node:
     further fields of `NodeCoreConfig`. link_bytes_per_s: between a stage and its host. also: further figures for the
-    row, from what happened.
-    a day (0: they do not) and clump (1: Poisson), see `traffic`. also: further figures for the row, from what happened.
-    simulation: instead of the cluster and the tasks of this module; for them there is no bound.
+    row, from what happened. simulation: instead of the cluster and the tasks of this module, without a bound.
     """
 
     point: Point

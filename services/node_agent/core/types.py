@@ -342,7 +342,9 @@ class NodeCoreConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.prefix_cache_tokens and self.memory is not None:
-            raise ValueError("prefix_cache_tokens must be 0 where memory is limited: kept prefixes are not counted there")
+            raise ValueError(
+                "prefix_cache_tokens must be 0 where memory is limited: kept prefixes are not counted there"
+            )
         if self.weight_handling not in ("drain", "stash"):
             raise ValueError(f'weight_handling must be "drain" or "stash", got {self.weight_handling!r}')
         if self.training_schedule not in SCHEDULES:

@@ -134,6 +134,8 @@ class Checker:
         if op.changes_weights:
             self._versions[event.stage] += 1
         last = event.stage == self.config.num_stages - 1
+        if last and op.kind in (OpKind.PREFILL, OpKind.DECODE):
+            self._generated.update(op.task_ids)
         if op.part + 1 < op.parts and not event.failed:
             self._expected_part[event.stage, op.op_id] = op.part + 1
             return
@@ -154,21 +156,6 @@ class Checker:
         self._ahead[event.stage].pop(task_id, None)
         if self.memory and not event.failed:
             self.memory.free(task_id, [event.stage])
-            if op.changes_weights:
-                self._versions[event.stage] += 1
-            last = event.stage == self.config.num_stages - 1
-            if last and op.kind in (OpKind.PREFILL, OpKind.DECODE):
-                self._generated.update(op.task_ids)
-            if op.part + 1 < op.parts and not event.failed:
-                self._expected_part[event.stage, op.op_id] = op.part + 1
-                return
-            if op.op_id in self._travelling:
-                if last or event.failed:
-                    del self._travelling[op.op_id]
-                else:
-                    self._travelling[op.op_id] = (op.version, event.stage + 1)
-            if op.kind is OpKind.TRAIN_BACKWARD and event.stage == 0:
-                self._inflight.discard(op.task_ids[0])
 
     def after(self, commands: Iterable[Command]) -> None:
         """Check what the core said."""

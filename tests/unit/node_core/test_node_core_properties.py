@@ -1,6 +1,7 @@
 """Random work, durations, cancellations and failures: the promises of the core hold, whatever happens."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -30,24 +31,32 @@ memories = st.builds(
     max_forward_wait_s=st.sampled_from([0.0, 0.1, 3.0]),
     wait_or_offload=st.sampled_from([True, True, False]),
 )
-configs = st.builds(
+plain_configs = st.builds(
     NodeCoreConfig,
     num_stages=st.integers(1, 4),
     queue_order=st.sampled_from(QueueOrder),
     max_batch=st.integers(1, 4),
     max_prefill_tokens=st.sampled_from([8, 32, 256]),
     kv_capacity_tokens=st.integers(20, 120),
-    prefix_cache_tokens=st.sampled_from([0, 30, 200]),
-    epoch_steps=st.sampled_from([1, 3, 100]),
     max_inflight_training=st.integers(1, 4),
     weight_handling=st.sampled_from(["drain", "stash"]),
     training_schedule=st.sampled_from(SCHEDULES),
-    memory=st.none() | memories,
     gradient_buffers=st.integers(1, 3),
     max_training_wait_s=st.sampled_from([0.0, 0.3, 2.0]),
     group_timeout_s=st.sampled_from([0.0, 1.0]),
     max_bypass=st.integers(0, 3),
     max_demotion_s=st.sampled_from([0.0, 1.0]),
+)
+#: Kept prefixes and limited memory exclude each other.
+configs = st.one_of(
+    plain_configs,
+    st.builds(replace, plain_configs, memory=memories),
+    st.builds(
+        replace,
+        plain_configs,
+        prefix_cache_tokens=st.sampled_from([30, 200]),
+        epoch_steps=st.sampled_from([1, 3, 100]),
+    ),
 )
 times = st.integers(0, 60).map(lambda tick: tick * 0.05)
 tasks = st.integers(0, 11)

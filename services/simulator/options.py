@@ -101,7 +101,14 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", default="", help="the profile must be of this model")
     group.add_argument("--stages", type=_whole(1, 64), default=0, help="the profile must have so many stages")
     group.add_argument("--policy", choices=sorted(POLICIES), default="lemix", help="scheduling policy (default lemix)")
-    group.add_argument("--policy-option", type=_option, action="append", default=[], metavar="NAME=VALUE")
+    group.add_argument(
+        "--policy-option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of --policy (docs/scheduler.md)",
+    )
     group.add_argument("--max-batch", type=_whole(1), default=16, help="requests decoded together (default 16)")
     group.add_argument("--max-prefill-tokens", type=_whole(1), default=2048, help="of one prefill (default 2048)")
     group.add_argument("--kv-tokens", type=_whole(1), default=65_536, help="KV cache of a node (default 65536)")

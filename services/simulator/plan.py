@@ -115,7 +115,10 @@ def _find_fewest(search: Search, most: int) -> None:
 
 
 def _find_most(search: Search, highest: Callable[[], float], tolerance: float) -> None:
-    if not search.passes(0.0) or search.passes(math.inf):
+    if not search.passes(0.0):
+        search.passes(math.inf)  # nodes that train serve too: more training can be better
+        return
+    if search.passes(math.inf):
         return
     low, everything = 0.0, highest()
     high = everything

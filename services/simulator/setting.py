@@ -154,10 +154,10 @@ def _seeds(options: argparse.Namespace) -> tuple[int, ...]:
 
 
 def _slo(options: argparse.Namespace, default: SloTarget) -> SloTarget:
-    """What was promised: a part that is named alone, else the default; a question about p99 names TTFT."""
+    """What was promised: a part that is named alone, else the default; a question about p99 names both."""
     ttft_s, tpot_s = _seconds(options.slo_ttft_ms), _seconds(options.slo_tpot_ms)
     if ttft_s is None and options.command == "plan" and options.question == "most-training":
-        return SloTarget(_seconds(options.p99_ttft_ms), tpot_s or default.tpot_s)
+        return SloTarget(_seconds(options.p99_ttft_ms), tpot_s or _seconds(options.p99_tpot_ms) or default.tpot_s)
     return default if ttft_s is None and tpot_s is None else SloTarget(ttft_s, tpot_s)
 
 

@@ -80,10 +80,10 @@ def print_loads(console: Console, title: str, loads: Sequence[NodeLoad], most: i
 
 def demand_line(demand: Demand) -> str:
     """What the work asks for at least."""
+    if demand.serving_nodes == math.inf:
+        return "all requests arrive at once: no steady demand"
     training = "all that is left" if demand.training_nodes == math.inf else f"{demand.training_nodes:.2f}"
-    return (
-        f"the work keeps at least {_one(demand.serving_nodes, '.2f')} nodes busy with serving, {training} with training"
-    )
+    return f"the work keeps at least {demand.serving_nodes:.2f} nodes busy with serving, {training} with training"
 
 
 def probe_line(label: str, flaw: str, figures: Sequence[Figures]) -> str:

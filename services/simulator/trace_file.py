@@ -28,8 +28,8 @@ class TraceRow(NamedTuple):
 def read_trace(path: Path, *, limit: int | None = None) -> list[TraceRow]:
     """Rows in the file's order, at most `limit`. Raises TraceError."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return _rows(path, csv.DictReader(file), limit)
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return _rows(path, csv.DictReader(file, skipinitialspace=True), limit)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"{path}: {error}") from error
 
@@ -42,6 +42,8 @@ def _rows(path: Path, reader: "csv.DictReader[str]", limit: int | None) -> list[
     for raw in reader:
         if limit is not None and len(rows) >= limit:
             break
+        if None in raw:
+            raise TraceError(f"{path}: line {reader.line_num}: more fields than the header has")
         row = _row(f"{path}: line {reader.line_num}", raw)
         if rows and row.arrival_s < rows[-1].arrival_s:
             earlier = f"{row.arrival_s:g} after {rows[-1].arrival_s:g}"

@@ -83,7 +83,7 @@ def print_replay(console: Console, path: str, run: RunReplay) -> None:
     if run.difference is None:
         _say(console, f"{what}: equal: {run.num_events} events, {run.num_commands} commands")
     else:
-        _say(console, f"{what}: differs")
+        _say(console, f"{what}: differs (written by another version of the scheduler?)")
         _print_difference(console, path, run.difference)
 
 

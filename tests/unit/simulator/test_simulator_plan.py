@@ -58,7 +58,15 @@ def test_most_is_within_its_tolerance(threshold: float, everything: float, toler
 def test_most_says_when_nothing_fits() -> None:
     search = Search(lambda rate: False)
     assert most(search, lambda: 10.0, tolerance=0.1) == Answer(None, 0.0, monotone=True, finished=True)
-    assert list(search.probes) == [0.0]
+    assert list(search.probes) == [0.0, math.inf]
+
+
+def test_most_tells_when_more_training_is_better_than_none() -> None:
+    """Nodes that train are open to requests as well."""
+    search = Search(lambda rate: rate > 0.0)
+    answer = most(search, lambda: 10.0, tolerance=0.1)
+    assert answer.value == math.inf
+    assert not answer.monotone
 
 
 def test_most_stops_where_next_to_nothing_fits() -> None:

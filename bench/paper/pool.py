@@ -1,13 +1,12 @@
 """Independent simulations on all cores. What comes back depends on the runs only, never on the pool."""
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import Any
 
 from bench.paper.outcome import row
 from bench.paper.scenario import Run
+from services.simulator.pool import workers
 
 
 def rows(runs: Sequence[Run], processes: int, on_done: Callable[[int, Run], None]) -> list[dict[str, Any]]:
@@ -15,10 +14,7 @@ def rows(runs: Sequence[Run], processes: int, on_done: Callable[[int, Run], None
     if processes == 1:
         return _one_by_one(runs, on_done)
     results: list[dict[str, Any]] = [{}] * len(runs)
-    # spawn: a forked child would inherit the threads of the progress bar in an undefined state.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(processes, len(runs)), mp_context=context, initializer=_ignore_interrupts)
-    try:
+    with workers(min(processes, len(runs))) as pool:
         # The longest first, so that no core is left with one of them at the end.
         order = sorted(range(len(runs)), key=lambda index: -runs[index].num_tasks)
         places = {pool.submit(row, runs[index]): index for index in order}
@@ -26,9 +22,6 @@ def rows(runs: Sequence[Run], processes: int, on_done: Callable[[int, Run], None
             index = places[future]
             results[index] = future.result()
             on_done(num_done, runs[index])
-    finally:
-        # Not the pool's own context manager, which would run everything that waits before it passes an error on.
-        pool.shutdown(cancel_futures=True)
     return results
 
 
@@ -38,8 +31,3 @@ def _one_by_one(runs: Sequence[Run], on_done: Callable[[int, Run], None]) -> lis
         results.append(row(run))
         on_done(len(results), run)
     return results
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole process group; the parent stops the pool."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,19 +1,13 @@
 """The tasks of a run: when they arrive, how long they are, which of them train."""
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
 from services.scheduler.core.types import SloTarget
-from services.simulator.arrivals import bursty
+from services.simulator.arrivals import daily
 from services.simulator.lengths import LogNormal, ordered
 from services.simulator.types import Microbatch, Request, Work
-
-DAY_S = 86_400.0
-#: Halvings of a day when the time of an arrival is looked for: to the microsecond.
-_HALVINGS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +45,7 @@ def tasks(
     """
     random = Random(name)
     drawn: list[tuple[float, int, bool]] = []
-    for at_s in islice(arrivals(random, rate, swing=swing, cv=cv), num_tasks):
+    for at_s in islice(daily(random, rate, swing=swing, cv=cv), num_tasks):
         drawn.append((at_s, lengths.shape.draw(random), random.random() < training_share))
     in_order = ordered([length for _, length, _ in drawn], lengths.order, Random(f"{name}/order"))
     output_random = Random(f"{name}/outputs")
@@ -64,25 +58,3 @@ def tasks(
         else:
             result.append(Request(f"r{index}", at_s, length, outputs.draw(output_random), outputs.longest, slo))
     return result
-
-
-def arrivals(random: Random, rate: float, *, swing: float, cv: float) -> Iterator[float]:
-    """Gamma distributed gaps (cv 1: Poisson), with a rate of rate * (1 + swing * sin) over a day. swing 0-1."""
-    if not swing:
-        return bursty(random, rate, cv=cv)
-    # The process runs on a clock of its own, which goes faster by day.
-    return (_at_s(mean_s, swing) for mean_s in bursty(random, rate, cv=cv))
-
-
-def _at_s(mean_s: float, swing: float) -> float:
-    """The time by which a rate of 1 * (1 + swing * sin) has brought what a rate of 1 brings in `mean_s`."""
-    days, rest_s = divmod(mean_s, DAY_S)
-    low_s, high_s = 0.0, DAY_S
-    for _ in range(_HALVINGS):
-        middle_s = (low_s + high_s) / 2
-        turn = 2.0 * math.pi * middle_s / DAY_S
-        if middle_s + swing * DAY_S / (2.0 * math.pi) * (1.0 - math.cos(turn)) < rest_s:
-            low_s = middle_s
-        else:
-            high_s = middle_s
-    return days * DAY_S + (low_s + high_s) / 2

@@ -9,11 +9,11 @@ from bench.paper.charts import Panel, Series, panels
 from bench.paper.config import BASELINE, SUBJECT, PaperConfig
 from bench.paper.family import Family, Labelled, Row, Shown
 from bench.paper.scenario import Point, Run
-from bench.paper.traffic import DAY_S
 from bench.paper.variants import everywhere, html
 from bench.report.colors import policy_color
 from bench.report.svg import legend
 from bench.report.table import percent
+from services.simulator.arrivals import DAY_S
 from services.simulator.types import SimulationResult, TaskRecord
 
 NAME = "week"

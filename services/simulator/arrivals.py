@@ -4,6 +4,10 @@ import math
 from collections.abc import Callable, Iterator
 from random import Random
 
+DAY_S = 86_400.0
+#: Halvings of a day when the time of an arrival is looked for: to the microsecond.
+_HALVINGS = 40
+
 
 def poisson(random: Random, rate: float) -> Iterator[float]:
     """Independent arrivals."""
@@ -31,16 +35,28 @@ def alternating(random: Random, low_rate: float, high_rate: float, *, period_s: 
     return _thinned(random, max(low_rate, high_rate), rate_at)
 
 
-def daily(random: Random, mean_rate: float, *, swing: float, day_s: float = 86_400.0) -> Iterator[float]:
-    """Poisson arrivals whose rate follows a day: mean * (1 + swing * sin). swing 0-1."""
+def daily(random: Random, mean_rate: float, *, swing: float, cv: float = 1.0, day_s: float = DAY_S) -> Iterator[float]:
+    """Gamma distributed gaps (cv 1: Poisson) at a rate that follows a day: mean * (1 + swing * sin). swing 0-1."""
     _check(mean_rate=mean_rate, day_s=day_s)
     if not 0.0 <= swing <= 1.0:
         raise ValueError(f"swing must be within 0-1, got {swing}")
+    # The process runs on a clock of its own, which goes faster by day.
+    steady = bursty(random, mean_rate, cv=cv)
+    return (_at_s(mean_s, swing, day_s) for mean_s in steady) if swing else steady
 
-    def rate_at(time_s: float) -> float:
-        return mean_rate * (1.0 + swing * math.sin(2.0 * math.pi * time_s / day_s))
 
-    return _thinned(random, mean_rate * (1.0 + swing), rate_at)
+def _at_s(mean_s: float, swing: float, day_s: float) -> float:
+    """The time by which a rate of 1 * (1 + swing * sin) has brought what a rate of 1 brings in `mean_s`."""
+    days, rest_s = divmod(mean_s, day_s)
+    low_s, high_s = 0.0, day_s
+    for _ in range(_HALVINGS):
+        middle_s = (low_s + high_s) / 2
+        turn = 2.0 * math.pi * middle_s / day_s
+        if middle_s + swing * day_s / (2.0 * math.pi) * (1.0 - math.cos(turn)) < rest_s:
+            low_s = middle_s
+        else:
+            high_s = middle_s
+    return days * day_s + (low_s + high_s) / 2
 
 
 def _thinned(random: Random, highest_rate: float, rate_at: Callable[[float], float]) -> Iterator[float]:

@@ -19,9 +19,6 @@ def simulations(processes: int) -> Iterator[Simulate]:
     if processes == 1:
         yield _one_by_one
         return
-    # spawn: a forked child would inherit the threads of the progress bar in an undefined state.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupts)
 
     def side_by_side(scenario: Scenario, seeds: Sequence[int], on_seed: Callable[[int], None]) -> list[Figures]:
         seed_of = {pool.submit(simulate, scenario, seed): seed for seed in seeds}
@@ -32,9 +29,20 @@ def simulations(processes: int) -> Iterator[Simulate]:
             on_seed(seed)
         return [done[seed] for seed in seeds]
 
-    try:
+    with workers(processes) as pool:
         yield side_by_side
+
+
+@contextmanager
+def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for simulations. Leaving it, also by an error, drops what has not begun; Ctrl-C is the parent's."""
+    # spawn: a forked child would inherit the threads of the progress bar in an undefined state.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupts)
+    try:
+        yield pool
     finally:
+        # Not the pool's own context manager, which would run everything that waits before it passes an error on.
         pool.shutdown(cancel_futures=True)
 
 

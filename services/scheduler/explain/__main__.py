@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 not found or not equal, 2 wrong usage or a log that cannot
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -86,13 +87,19 @@ def _fail(message: str, code: int) -> int:
 # ------------------------------------------------------------------------- commands
 
 
-def _explain_live(console: Console, address: str, task_id: str) -> int:
+@contextlib.contextmanager
+def _asking(address: str) -> "Iterator[pb_grpc.SchedulerServiceStub]":
+    """A scheduler to ask. Raises LemixError for what it, or the way to it, answers."""
     with grpc.insecure_channel(address) as channel:
-        stub = pb_grpc.SchedulerServiceStub(channel)
         try:
-            found = stub.ExplainTask(pb.ExplainTaskRequest(task_id=task_id), timeout=_TIMEOUT_S)
+            yield pb_grpc.SchedulerServiceStub(channel)
         except grpc.RpcError as error:
             raise _told(error, address) from error
+
+
+def _explain_live(console: Console, address: str, task_id: str) -> int:
+    with _asking(address) as stub:
+        found = stub.ExplainTask(pb.ExplainTaskRequest(task_id=task_id), timeout=_TIMEOUT_S)
     render.print_answer(console, task_id, found)
     return 0
 
@@ -117,12 +124,8 @@ def _whole(path: Path) -> Iterator[Entry]:
 
 
 def _newest(console: Console, address: str, limit: int) -> int:
-    with grpc.insecure_channel(address) as channel:
-        stub = pb_grpc.SchedulerServiceStub(channel)
-        try:
-            found = stub.ListDecisions(pb.ListDecisionsRequest(limit=limit), timeout=_TIMEOUT_S)
-        except grpc.RpcError as error:
-            raise _told(error, address) from error
+    with _asking(address) as stub:
+        found = stub.ListDecisions(pb.ListDecisionsRequest(limit=limit), timeout=_TIMEOUT_S)
     render.print_newest(console, found.decisions, found.now_monotonic_s)
     return 0
 

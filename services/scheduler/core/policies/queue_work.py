@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from services.latency import OpKind
 from services.scheduler.core.policies.base import Options
 from services.scheduler.core.policies.mixed import Ranked
 from services.scheduler.core.state import Cluster, LiveTask, NodeState
@@ -22,11 +21,8 @@ def work_s(live: LiveTask, node: NodeState, cluster: Cluster) -> float:
     """Predicted work of a task on a node: seconds of its stages, their mean."""
     task = live.task
     if isinstance(task, InferenceTask):
-        total_s = sum(forward_s_per_stage(task, node, cluster))
-    else:
-        total_s = node.costs.node_s(OpKind.TRAIN_FORWARD, task.batch, task.length)
-        total_s += node.costs.node_s(OpKind.TRAIN_BACKWARD, task.batch, task.length)
-    return total_s / node.costs.num_stages
+        return sum(forward_s_per_stage(task, node, cluster)) / node.costs.num_stages
+    return node.costs.training_work_s(task.batch, task.length)
 
 
 class _Book:

@@ -31,6 +31,7 @@ from bench.demo.workload import describe, plan, read_trace
 from bench.machine import git_commit, machine, usable_cores
 from bench.report.progress import Terminal
 from deploy.local.cluster import ClusterError
+from services.arguments import parser_class
 
 #: Lengths of the steps on the progress bar, seconds.
 _MODEL_S, _PROFILE_S, _START_S = 50.0, 17.0, 12.0
@@ -46,7 +47,7 @@ _MAX_PROBLEMS_SHOWN = 10
 def build_parser() -> argparse.ArgumentParser:
     """Options of `make demo DEMO_ARGS="..."`."""
     defaults = DemoConfig()
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
+    parser = parser_class("demo")(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=defaults.repeat, help="runs per policy (default 1)")
     parser.add_argument("--policies", default=",".join(defaults.policies), help=f"of {', '.join(POLICIES)}")
     parser.add_argument("--nodes", type=int, default=defaults.cluster.nodes, help="node agents (default 2)")

@@ -22,6 +22,7 @@ from bench.paper.family import Family, Labelled, Row
 from bench.paper.pool import rows
 from bench.paper.scenario import Run
 from bench.report.progress import Terminal
+from services.arguments import parser_class
 
 #: `--quick`: enough to see that everything works, too few for figures.
 _QUICK: Mapping[str, Any] = {
@@ -39,7 +40,7 @@ _QUICK: Mapping[str, Any] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of `make paper PAPER_ARGS="..."`."""
-    parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__.splitlines()[0])
+    parser = parser_class("paper")(prog="python -m bench.paper", description=__doc__.splitlines()[0])
     parser.add_argument("--policies", help=f"of {', '.join(ALL_POLICIES)}; default {','.join(DEFAULT_POLICIES)}")
     parser.add_argument("--seeds", help="seeds of the traffic (default 0,1,2; 100-102 are for tuning)")
     parser.add_argument("--only", help=f"families to run, of {', '.join(family.name for family in FAMILIES)}")
@@ -168,9 +169,11 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     try:
         config = parse(arguments)
+        config.out.mkdir(parents=True, exist_ok=True)
     except PaperError as error:
-        print(f"paper: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"--out: {config.out}: {error.strerror}")
     try:
         summary = run(config, console)
     except KeyboardInterrupt:
@@ -179,6 +182,11 @@ def main(arguments: Sequence[str]) -> int:
     terminal.print_results(console, chosen(config), summary)
     print(f"Took {summary['seconds_total']:.0f} s. Open {config.out}/report.html; figures in {config.out}/summary.json")
     return 1 if summary["problems"] else 0
+
+
+def _fail(message: str) -> int:
+    print(f"paper: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from deploy.local.cluster import ClusterError, LocalCluster
 from deploy.local.settings import LocalClusterConfig
 from deploy.local.tiny_model import write_tiny_model
+from services.arguments import parser_class
 
 _WATCH_S = 0.5
 #: Id of the model that is served when none is named.
@@ -20,7 +21,7 @@ _NOISE = "(the tiny model has random weights: its text is noise; --model DIR ser
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of `make up UP_ARGS="..."`."""
-    parser = argparse.ArgumentParser(prog="make up UP_ARGS=...", description="Run a LeMix cluster on this machine.")
+    parser = parser_class("up")(prog="make up UP_ARGS=...", description="Run a LeMix cluster on this machine.")
     parser.add_argument("--model", type=Path, help="Hugging Face model directory (default: a tiny one, not trained)")
     parser.add_argument("--nodes", type=_positive, default=2, help="node agents, each with a replica (default 2)")
     parser.add_argument("--stages", type=_positive, default=1, help="pipeline stages per node (default 1)")

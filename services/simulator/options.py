@@ -2,34 +2,22 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
+from services.arguments import parser_class
 from services.scheduler.core.policies import POLICIES
 from services.simulator.lengths import LogNormal
 from services.simulator.traffic import WORKLOADS
 
 _PROG = "python -m services.simulator"
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for an error, not the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(_fail(f"{message} (--help lists the options)"))
-
-
-def _fail(message: str) -> int:
-    sys.stderr.write(f"simulate: {message}\n")
-    return 2
+_Parser = parser_class("simulate")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Commands and options."""
     parser = _Parser(prog=_PROG, description="Plan a cluster: the production scheduler and nodes on a virtual clock.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
     shared = _shared()
     simulate = commands.add_parser("simulate", parents=[shared], help="what a cluster would do with this traffic")
     _add_nodes(simulate, default=2)
@@ -38,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--compare", type=_policies, default=(), metavar="P1,P2", help="further policies, side by side"
     )
     plan = commands.add_parser("plan", help="search: how many nodes, how much training")
-    questions = plan.add_subparsers(dest="question", required=True, parser_class=_Parser)
+    questions = plan.add_subparsers(dest="question", required=True)
     nodes = questions.add_parser("fewest-nodes", parents=[shared], help="the fewest nodes that keep the promise")
     nodes.add_argument("--max-nodes", type=_whole(1, 1024), default=64, help="look no further (default 64)")
     nodes.add_argument("--slo-attainment", type=_share, default=0.99, help="to reach with every seed (default 0.99)")
@@ -58,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shared() -> _Parser:
+def _shared() -> argparse.ArgumentParser:
     shared = _Parser(add_help=False)
     _add_traffic(shared.add_argument_group("traffic: a trace, or a published or described workload"))
     _add_cluster(shared.add_argument_group("cluster"))

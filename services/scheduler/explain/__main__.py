@@ -16,6 +16,7 @@ from rich.console import Console
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import scheduler_service_pb2_grpc as pb_grpc
+from services.arguments import parser_class
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.core.policies import POLICIES
 from services.scheduler.explain import render
@@ -32,7 +33,7 @@ Option = tuple[str, float | int | str | bool]
 
 def build_parser() -> argparse.ArgumentParser:
     """The sub-commands."""
-    parser = argparse.ArgumentParser(prog="python -m services.scheduler.explain", description=_first_line())
+    parser = parser_class("explain")(prog="python -m services.scheduler.explain", description=_first_line())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     address: str = SchedulerSettings.model_fields["listen"].default
     explain = commands.add_parser("explain", help="the decisions about one task, their terms, and what came of them")
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
     except LemixError as error:
         return _fail(error.message, 1)
     except KeyboardInterrupt:
-        return 130
+        return _fail("interrupted", 130)
 
 
 def _fail(message: str, code: int) -> int:

@@ -64,10 +64,11 @@ def test_a_bad_trace_is_found_before_anything_starts(tmp_path, capsys):
     )
 
 
-def test_an_unknown_option_exits_with_2():
+def test_an_unknown_option_is_one_line_and_2(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--polices", "lemix"])
     assert caught.value.code == 2
+    assert capsys.readouterr().err == "demo: unrecognized arguments: --polices lemix (--help lists the options)\n"
 
 
 def test_configuration_is_plain_json():

@@ -67,4 +67,6 @@ def test_bad_options_are_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as raised:
         build_parser().parse_args(arguments)
     assert raised.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("up: ")
+    assert error.count("\n") == 1

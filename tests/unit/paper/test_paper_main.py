@@ -147,3 +147,18 @@ def test_bad_arguments_are_one_line_and_exit_code_2(capsys, arguments, message):
     assert error.count("\n") == 1
     with pytest.raises(PaperError):
         parse(arguments)
+
+
+def test_usage_errors_are_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--polices", "lemix"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "paper: unrecognized arguments: --polices lemix (--help lists the options)\n"
+
+
+def test_a_place_that_takes_no_results_is_told_before_the_runs(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--out", str(tmp_path / "file" / "paper")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("paper: --out: ")
+    assert error.count("\n") == 1

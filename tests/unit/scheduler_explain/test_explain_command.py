@@ -183,6 +183,8 @@ def test_a_wrong_option_is_2(command: Command, log: Path, option: str, message: 
 def test_wrong_usage_is_2(command: Command, log: Path, arguments: list[str], message: str) -> None:
     assert command(*(str(log) if argument == "LOG" else argument for argument in arguments)) == 2
     assert message in command.error
+    assert command.error.startswith("explain: ")
+    assert command.error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from services.latency import OpKind
+from services.latency import MOVES, OpKind
 from services.scheduler.core.scheduler import HELD_BACK
 from services.scheduler.core.types import (
     Assign,
@@ -98,6 +98,8 @@ class _Second:
     held_s: float = 0.0
     inference_s: float = 0.0
     training_s: float = 0.0
+    offloads: int = 0
+    moves_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -197,6 +199,10 @@ class Signatures:
                 for task_id in op.task_ids:
                     self._training.pop(task_id, None)
             return
+        if op.op in MOVES:
+            second.moves_s += op.end_s - op.begin_s
+            second.offloads += op.op is OpKind.OFFLOAD
+            return
         second.inference_s += op.end_s - op.begin_s
         if op.first_token:
             for task_id in op.task_ids:
@@ -291,7 +297,8 @@ class Signatures:
         overdue = sum(r.due_s < min(now_s, r.first_token_s) for r in self._requests.values())
         promised = kept + sum(second.missed for second in window) + overdue
         training_s = sum(second.training_s for second in window)
-        busy_s = training_s + sum(second.inference_s for second in window)
+        moves_s = sum(second.moves_s for second in window)
+        busy_s = training_s + moves_s + sum(second.inference_s for second in window)
         arrived = sum(second.arrived for second in window)
         peak = max(second.arrived for second in window)
         span_s = float(self._limits.window_s)
@@ -306,6 +313,8 @@ class Signatures:
             "trained_per_s": sum(second.trained for second in window) / span_s,
             "loss_change": self._loss_change(now_s),
             "memory_failures": float(len(self._memory_failures)),
+            "offloads": sum(second.offloads for second in window),
+            "moving_share": moves_s / busy_s if busy_s else 0.0,
         }
 
     def _loss_change(self, now_s: float) -> float:

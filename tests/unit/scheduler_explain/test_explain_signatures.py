@@ -177,8 +177,19 @@ def test_memory_failures_are_named_with_the_node_until_they_leave_the_window(wat
     assert finding.signature is Signature.MEMORY_EXHAUSTED
     assert finding.numbers["memory_failures"] == 3
     assert "on b" in finding.advice
+    assert (finding.numbers["offloads"], finding.numbers["moving_share"]) == (0, 0.0)
     assert watch.look(34.0) == [Signature.MEMORY_EXHAUSTED]
     assert watch.look(36.0) == []
+
+
+def test_moves_to_host_memory_are_told_and_are_no_serving(watch: Watch) -> None:
+    for kind, seconds in ((OpKind.OFFLOAD, 0.3), (OpKind.RELOAD, 0.2), (OpKind.OFFLOAD, 0.1), (OpKind.DECODE, 1.4)):
+        watch.step(5.0, OpFinished("a", 0, kind, 5.0 - seconds, 5.0, ("r",)))
+    for _ in range(3):
+        watch.signatures.memory_failed(5.0, "a")
+    numbers = watch.finding(6.0).numbers
+    assert numbers["offloads"] == 2
+    assert numbers["moving_share"] == pytest.approx(0.6 / 2.0)
 
 
 # ----------------------------------------------------------------------------- training_starved

@@ -233,6 +233,7 @@ class NodeTerms:
 
     idleness_s: II, response_s: R, idleness_profit: IP, length_consistency: LC, score: what the policy compared (the
     largest wins). A term the policy does not look at is 0. `docs/scheduler.md` tells what R and score are per policy.
+    cached_tokens: tokens of the prompt that the policy expects the node to keep of the session's turns before.
     """
 
     node_id: str
@@ -241,6 +242,7 @@ class NodeTerms:
     idleness_profit: float
     length_consistency: float
     score: float
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

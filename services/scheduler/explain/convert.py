@@ -40,7 +40,10 @@ def decision_to_proto(decision: Decision) -> pb.Decision:
     )
     task = decision.task
     if isinstance(task, InferenceTask):
-        message.request.prompt_tokens, message.request.max_tokens = task.prompt_tokens, task.max_tokens
+        request = pb.DecidedRequest(
+            prompt_tokens=task.prompt_tokens, max_tokens=task.max_tokens, session_id=task.session_id
+        )
+        message.request.CopyFrom(request)
     else:
         microbatch = pb.DecidedMicrobatch(
             job_id=task.job_id, batch=task.batch, length=task.length, parts=decision.parts
@@ -64,6 +67,7 @@ def _candidates(decision: Decision) -> list[pb.CandidateTerms]:
             length_consistency=terms.length_consistency,
             score=terms.score,
             kv_share=share,
+            cached_tokens=terms.cached_tokens,
         )
         for terms, share in zip(decision.terms, decision.kv_shares, strict=True)
     ]

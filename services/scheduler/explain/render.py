@@ -124,7 +124,9 @@ def _figure(figures: Figures, name: str, form: str) -> str:
 
 def _work(decision: pb.Decision) -> str:
     if decision.HasField("request"):
-        return f"request, {decision.request.prompt_tokens} + at most {decision.request.max_tokens} tokens"
+        request = decision.request
+        turn = f", session {request.session_id}" if request.session_id else ""
+        return f"request, {request.prompt_tokens} + at most {request.max_tokens} tokens{turn}"
     microbatch = decision.microbatch
     cut = f" in {microbatch.parts} parts" if microbatch.parts > 1 else ""
     return f"micro-batch, {microbatch.batch} x {microbatch.length} tokens{cut}"
@@ -138,7 +140,8 @@ def _candidates(decision: pb.Decision) -> Table:
     table = _table()
     table.add_column("")
     table.add_column("node", no_wrap=True)
-    for title in ("II s", "R s", "IP s", "LC", "KV cache", "score"):
+    in_session = bool(decision.request.session_id)
+    for title in ("II s", "R s", "IP s", "LC", "KV cache", *(["kept"] if in_session else []), "score"):
         table.add_column(title, justify="right", no_wrap=True)
     for terms in decision.candidates:
         is_chosen = terms.node_id == decision.node_id
@@ -150,6 +153,7 @@ def _candidates(decision: pb.Decision) -> Table:
             f"{terms.idleness_profit_s:.4f}",
             f"{terms.length_consistency:.4f}",
             f"{terms.kv_share:.1%}",
+            *([str(terms.cached_tokens)] if in_session else []),
             f"{terms.score:.4f}",
             style="bold" if is_chosen else None,
         )

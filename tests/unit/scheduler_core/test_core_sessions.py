@@ -67,7 +67,9 @@ def test_the_next_turn_is_predicted_without_what_the_node_keeps() -> None:
     core = _core()
     assert _response_s(_serve(core, 0.0, "t0", 400, output=51)) == pytest.approx(0.4)
     # 400 prompt tokens and 51 new ones, of which no operation has read the newest.
-    assert _response_s(_arrive(core, 1.0, "t1", 500)) == pytest.approx(0.05)
+    turn = _arrive(core, 1.0, "t1", 500)
+    assert _response_s(turn) == pytest.approx(0.05)
+    assert [terms.cached_tokens for terms in turn.terms] == [450]
 
 
 def test_at_least_one_token_is_computed() -> None:
@@ -102,7 +104,9 @@ def test_nothing_is_saved_without_knowledge_or_without_a_cache(
 ) -> None:
     core = _core(_node("a", **bounds), policy_options=options)
     _serve(core, 0.0, "t0", 400)
-    assert _response_s(_arrive(core, 1.0, "t1", 500)) == pytest.approx(0.5)
+    turn = _arrive(core, 1.0, "t1", 500)
+    assert _response_s(turn) == pytest.approx(0.5)
+    assert {terms.cached_tokens for terms in turn.terms} == {0}
 
 
 def test_a_turn_that_failed_leaves_nothing() -> None:

@@ -76,6 +76,8 @@ def explained(tmp_path: Path) -> Path:
     log.add(3.0, TaskArrived(InferenceTask("waits", 3.0, 9000, 50)), [Defer("waits", "inflight_limit")])
     microbatch = TrainingTask("job/0", 4.0, "job", 2, 64)
     log.add(4.0, TaskArrived(microbatch), [Assign("job/0", "n0", (NodeTerms("n0", 0.0, 0.0, 0.0, 0.0, 0.0),), 4)])
+    turn = NodeTerms("n1", 0.0, 0.1, 0.0, 0.0, 1.5, cached_tokens=80)
+    log.add(5.0, TaskArrived(InferenceTask("turn", 5.0, 90, 5, session_id="s")), [Assign("turn", "n1", (turn,))])
     log.close()
     return tmp_path / "log"
 
@@ -94,6 +96,15 @@ def test_a_request_is_explained(command: Command, explained: Path) -> None:
         ["+1.250", "s", "ok,", "7", "tokens"],
     ]
     assert "predicted time to first token 0.250 s, real 1.000 s, error +0.750 s" in command.out
+
+
+def test_a_turn_of_a_session_tells_what_the_nodes_keep(command: Command, explained: Path) -> None:
+    assert command("explain", "--log", explained, "turn") == 0
+    assert "turn: request, 90 + at most 5 tokens, session s; policy lemix" in command.out
+    assert command.row("node")[-4:] == ["KV", "cache", "kept", "score"]
+    assert command.row("->") == ["->", "n1", "0.0000", "0.1000", "0.0000", "0.0000", "0.0%", "80", "1.5000"]
+    assert command("explain", "--log", explained, "[b]r[/b]") == 0
+    assert "kept" not in command.out, "it is in no session"
 
 
 def test_a_refusal_is_explained(command: Command, explained: Path) -> None:

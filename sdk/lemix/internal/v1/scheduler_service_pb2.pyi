@@ -437,12 +437,14 @@ class Decision(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., at_monotonic_s: _Optional[float] = ..., policy: _Optional[str] = ..., task_id: _Optional[str] = ..., arrival_monotonic_s: _Optional[float] = ..., request: _Optional[_Union[DecidedRequest, _Mapping]] = ..., microbatch: _Optional[_Union[DecidedMicrobatch, _Mapping]] = ..., node_id: _Optional[str] = ..., refusal: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateTerms, _Mapping]]] = ..., waits: _Optional[_Iterable[_Union[TaskWait, _Mapping]]] = ..., outcome: _Optional[_Union[DecisionOutcome, _Mapping]] = ..., response_meaning: _Optional[_Union[ResponseMeaning, str]] = ..., predicted_response_s: _Optional[float] = ..., actual_response_s: _Optional[float] = ...) -> None: ...
 
 class DecidedRequest(_message.Message):
-    __slots__ = ("prompt_tokens", "max_tokens")
+    __slots__ = ("prompt_tokens", "max_tokens", "session_id")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     max_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+    session_id: str
+    def __init__(self, prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., session_id: _Optional[str] = ...) -> None: ...
 
 class DecidedMicrobatch(_message.Message):
     __slots__ = ("job_id", "batch", "length", "parts")
@@ -457,7 +459,7 @@ class DecidedMicrobatch(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
 
 class CandidateTerms(_message.Message):
-    __slots__ = ("node_id", "idleness_s", "response_s", "idleness_profit_s", "length_consistency", "score", "kv_share")
+    __slots__ = ("node_id", "idleness_s", "response_s", "idleness_profit_s", "length_consistency", "score", "kv_share", "cached_tokens")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     IDLENESS_S_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_S_FIELD_NUMBER: _ClassVar[int]
@@ -465,6 +467,7 @@ class CandidateTerms(_message.Message):
     LENGTH_CONSISTENCY_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     KV_SHARE_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     idleness_s: float
     response_s: float
@@ -472,7 +475,8 @@ class CandidateTerms(_message.Message):
     length_consistency: float
     score: float
     kv_share: float
-    def __init__(self, node_id: _Optional[str] = ..., idleness_s: _Optional[float] = ..., response_s: _Optional[float] = ..., idleness_profit_s: _Optional[float] = ..., length_consistency: _Optional[float] = ..., score: _Optional[float] = ..., kv_share: _Optional[float] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, node_id: _Optional[str] = ..., idleness_s: _Optional[float] = ..., response_s: _Optional[float] = ..., idleness_profit_s: _Optional[float] = ..., length_consistency: _Optional[float] = ..., score: _Optional[float] = ..., kv_share: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class TaskWait(_message.Message):
     __slots__ = ("reason", "since_monotonic_s")

@@ -37,12 +37,11 @@ _OPTIONS = {
 
 
 class _Look(NamedTuple):
-    """A request on a node, as predicted; `cached_tokens` of its prompt are kept there."""
+    """A request on a node, as predicted."""
 
     node: NodeState
     stress: float
     terms: NodeTerms
-    cached_tokens: int
 
 
 class LeMix:
@@ -111,7 +110,7 @@ class LeMix:
             best = max(looks + keeper, key=_score)
             self._num_open = len(looks)
             self._changed_s = self._opened_s = now_s
-        return Placement(best.node, tuple(look.terms for look in looks + keeper), best.cached_tokens)
+        return Placement(best.node, tuple(look.terms for look in looks + keeper), best.terms.cached_tokens)
 
     def _keeper(
         self,
@@ -147,8 +146,8 @@ class LeMix:
         if self._consistency:
             consistency = node.lengths.consistency(live.task.prompt_tokens)
             score += self._consistency * consistency
-        terms = NodeTerms(node.spec.node_id, 0.0, response.ttft_s, 0.0, consistency, score)
-        return _Look(node, stress, terms, cached_tokens)
+        terms = NodeTerms(node.spec.node_id, 0.0, response.ttft_s, 0.0, consistency, score, cached_tokens)
+        return _Look(node, stress, terms)
 
     def _closes(self, now_s: float, looks: Sequence[_Look]) -> bool:
         """Whether the request could do without the last open node."""

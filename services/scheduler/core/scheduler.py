@@ -262,9 +262,8 @@ class SchedulerCore:
             # The same node with a new profile or new bounds: it still holds its work.
             known.spec = spec
             known.costs = NodeCosts(spec.latency)
-            if known.is_draining:
-                known.is_draining = False
-                self._set_roles()
+            known.is_draining = False
+            self._set_roles()
             return
         if known is not None:
             self._node_lost(spec.node_id)
@@ -301,7 +300,7 @@ class SchedulerCore:
     def _set_roles(self) -> None:
         nodes = self._cluster.nodes.values()
         roles = self._policy.roles(sorted(node.node_id for node in nodes if not node.is_draining))
-        self._cluster.set_roles(roles)
+        self._cluster.set_roles(roles, fastest_first=self._policy.fastest_first)
         self._sync.set_roles(roles)
 
     def _look_again(self) -> None:

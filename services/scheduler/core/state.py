@@ -58,6 +58,9 @@ class LiveTraining:
     backward_done: bool = False
 
 
+#: Prompt by which the speed of nodes is compared.
+_TYPICAL_TOKENS = 512
+
 LiveTask = LiveInference | LiveTraining
 
 
@@ -259,7 +262,7 @@ class Cluster:
 
     config: CoreConfig
     nodes: dict[str, NodeState] = field(default_factory=dict)
-    #: Nodes by id that may serve, and that may train.
+    #: Nodes that may serve, and that may train, in the order of the policy (`Policy.fastest_first`).
     serving: tuple[NodeState, ...] = ()
     training: tuple[NodeState, ...] = ()
     tasks: dict[str, LiveTask] = field(default_factory=dict)
@@ -282,11 +285,13 @@ class Cluster:
         self.outputs = OutputLengths(self.config.initial_output_tokens)
         self.sessions = Sessions(self.config.max_sessions)
 
-    def set_roles(self, roles: dict[str, NodeRole]) -> None:
+    def set_roles(self, roles: dict[str, NodeRole], *, fastest_first: bool) -> None:
         """Take over the roles a policy gave. A node that changes its role finishes what it holds."""
         for node_id, node in self.nodes.items():
             node.role = roles.get(node_id, NodeRole.UNUSED)
         ordered = sorted(self.nodes.values(), key=lambda node: node.node_id)
+        if fastest_first:
+            ordered.sort(key=lambda node: node.costs.node_s(OpKind.PREFILL, 1, _TYPICAL_TOKENS) or math.inf)
         self.serving = tuple(node for node in ordered if node.role in (NodeRole.SERVE, NodeRole.BOTH))
         self.training = tuple(node for node in ordered if node.role in (NodeRole.TRAIN, NodeRole.BOTH))
         self._recount_backlog()

@@ -216,3 +216,10 @@ def test_drift_is_tasks_per_day():
 def test_over_seeds_ignores_what_was_not_measured():
     assert over_seeds([3.0, None, 1.0]) == {"low": 1.0, "median": 2.0, "high": 3.0}
     assert over_seeds([None]) is None
+
+
+def test_the_trends_of_consistency_are_looked_at_with_all_nodes_in_use():
+    runs = dict(trends.runs(PaperConfig()))
+    assert dict(runs["lemix, consistency=2"].options) == {"open_at": 0.0, "slo_fraction": 0.0, "consistency": 2.0}
+    assert dict(runs["lemix, consistency=0"].options) == {"open_at": 0.0, "slo_fraction": 0.0}
+    assert dict(runs["lemix, open_at=2"].options) == {"open_at": 2.0}

@@ -2,7 +2,16 @@
 
 from services.latency import OpKind
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import Assign, NodeJoined, NodeLost, OpFinished, SloTarget, TaskArrived, TaskEnded
+from services.scheduler.core.types import (
+    Assign,
+    NodeJoined,
+    NodeLost,
+    NodeTerms,
+    OpFinished,
+    SloTarget,
+    TaskArrived,
+    TaskEnded,
+)
 from tests.unit.scheduler_core.support import assigned, constant_latency, core_with, microbatch, node, request
 
 
@@ -193,3 +202,34 @@ def test_lemix_cuts_training_operations_where_the_runtime_can() -> None:
     assert parts(64, cut=1.0) == 4
     assert parts(3) == 3
     assert parts(1) == parts(64, cut=0.0) == 1
+
+
+def test_lemix_opens_the_fastest_nodes_first() -> None:
+    fast, slow = constant_latency(prefill=0.05), constant_latency(prefill=0.2)
+    specs = [node("a", latency=slow), node("b", latency=fast), node("c", latency=fast), node("d")]
+    core = core_with(*specs, policy="lemix", default_slo=SloTarget(ttft_s=TTFT_S, tpot_s=0.1))
+    # The promise is kept by ten requests on "b"; "c" is as fast, "d" the next, "a" the last.
+    assert placements(core, 11) == "b" * 10 + "c"
+    assert [terms.node_id for terms in _terms_of_all(core, 40)] == ["b", "c", "d", "a"]
+
+
+def test_lemix_sorts_its_nodes_again_when_one_got_a_new_profile() -> None:
+    core = lemix_core("a", "b")
+    core.step(0.5, NodeJoined(node("b", latency=constant_latency(prefill=0.05))))
+    assert place(core, 1.0, "r") == "b"
+
+
+def test_lemix_trains_on_the_fastest_nodes() -> None:
+    specs = [node("a", latency=constant_latency(prefill=0.2, train_forward=0.4, train_backward=0.8)), node("b")]
+    core = core_with(*specs, policy="lemix")
+    assert assigned(core.step(0.0, TaskArrived(microbatch("m0")))) == [("m0", "b")]
+
+
+def _terms_of_all(core: SchedulerCore, count: int) -> tuple[NodeTerms, ...]:
+    """Terms of the last of `count` requests that come in one moment: a burst that opens every node."""
+    terms: tuple[NodeTerms, ...] = ()
+    for index in range(count):
+        for command in core.step(2.0, TaskArrived(request(f"burst{index}", arrival_s=2.0))):
+            if isinstance(command, Assign):
+                terms = command.terms
+    return terms

@@ -40,7 +40,8 @@ class TrainingPlacement:
 
 
 class Policy(Protocol):
-    """Decides where work goes. Candidates are never empty, sorted by node id, and below their in-flight bounds."""
+    """Decides where work goes. Candidates are never empty, sorted by node id (see `fastest_first`), and below their
+    in-flight bounds."""
 
     @property
     def queue_order(self) -> QueueOrder:
@@ -55,6 +56,11 @@ class Policy(Protocol):
     @property
     def uses_forecast(self) -> bool:
         """Whether the core keeps the per-stage forecast of the paper for this policy."""
+        ...
+
+    @property
+    def fastest_first(self) -> bool:
+        """Whether nodes are sorted by their speed before their ids."""
         ...
 
     def roles(self, node_ids: Sequence[str]) -> dict[str, NodeRole]:

@@ -45,7 +45,7 @@ class _Look(NamedTuple):
 
 
 class LeMix:
-    """Nodes are opened and closed in the order of their ids, by prediction alone.
+    """Nodes are opened and closed by prediction alone, the fastest first, nodes alike in the order of their ids.
 
     A request's stress on a node is its predicted response over its promise. It goes to the first open node whose stress
     is at most `slo_fraction`, else to the least stressed. If that one's is above `open_at`, a node more is opened; for
@@ -63,6 +63,7 @@ class LeMix:
     queue_order = QueueOrder.INFERENCE_FIRST
     sync_mode = SyncMode.AVERAGE
     uses_forecast = False
+    fastest_first = True
 
     def __init__(self, options: Options) -> None:
         values = check_options("lemix", options, _OPTIONS)
@@ -191,8 +192,8 @@ class LeMix:
         """The shortest stream among the nodes that train, where it breaks no promise."""
         if not may_hold and cluster.config.max_hold_back_s > 0.0:
             return self._placed(live, candidates, (), cluster)  # overdue
-        last_id = cluster.training[self._num_training(cluster) - 1].node_id
-        in_use = [node for node in candidates if node.node_id <= last_id]
+        training = set(cluster.training[: self._num_training(cluster)])
+        in_use = [node for node in candidates if node in training]
         held = [node for node in in_use if may_hold and self._overruns(now_s, live, node, cluster)]
         allowed = [node for node in in_use if node not in held] if held else in_use
         if not allowed:

@@ -17,6 +17,7 @@ class Mixed:
     queue_order = QueueOrder.FIFO
     sync_mode = SyncMode.AVERAGE
     uses_forecast = False
+    fastest_first = False
 
     def __init__(self, name: str, options: Options, known: dict[str, float] | None = None) -> None:
         self._options = check_options(name, options, {**MAX_NODES, **(known or {})})

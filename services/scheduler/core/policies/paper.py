@@ -50,6 +50,7 @@ class PaperPolicy(ABC):
     queue_order = QueueOrder.FIFO
     sync_mode = SyncMode.AVERAGE
     uses_forecast = True
+    fastest_first = False
 
     def __init__(self, name: str, options: Options) -> None:
         values = check_options(name, options, _OPTIONS)

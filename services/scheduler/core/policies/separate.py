@@ -18,6 +18,7 @@ class Separate:
     queue_order = QueueOrder.FIFO
     sync_mode = SyncMode.REPLACE
     uses_forecast = False
+    fastest_first = False
 
     def __init__(self, options: Options) -> None:
         values = check_options("separate", options, {"serving_share": 0.5, "one_stream": False})

@@ -24,6 +24,7 @@ class SeparateDynamic:
     queue_order = QueueOrder.FIFO
     sync_mode = SyncMode.REPLACE
     uses_forecast = False
+    fastest_first = False
 
     def __init__(self, options: Options) -> None:
         known = {"utilisation": 0.5, "window_s": 30.0, "dwell_s": 30.0}

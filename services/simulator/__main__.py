@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a search found nothing that is good enough, 2 bad input, 1
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from services.simulator import terminal
+from services.simulator.cautions import of_runs
 from services.simulator.figures import Figures
 from services.simulator.options import build_parser
 from services.simulator.pool import simulations
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
 
 
 def _simulate(console: Console, options: argparse.Namespace, setting: Setting) -> int:
-    policies = list(dict.fromkeys((options.policy, *options.compare)))
+    policies = [options.policy, *options.compare]
     runs: dict[str, list[Figures]] = {}
     with _progress(console) as progress, simulations(options.processes) as simulate:
         bar = progress.add_task("", total=len(policies) * len(setting.seeds))
@@ -54,9 +56,13 @@ def _simulate(console: Console, options: argparse.Namespace, setting: Setting) -
     for name, figures in runs.items():
         title = f"{name}, seed {setting.seeds[0]}: busy share of the stages' time"
         terminal.print_loads(console, title, figures[0].nodes)
-    _print_notes(console, setting)
+    training_tokens_per_s = setting.scenario.training.tokens_per_s
+    found = [line for name, several in runs.items() for line in of_runs(name, several, training_tokens_per_s)]
+    warnings = [*setting.cautions, *found]
+    _print_notes(console, setting, warnings)
     policies_json = {name: [figures.to_json() for figures in several] for name, several in runs.items()}
-    _write(options.json, {**setting.describe(), "nodes": options.nodes, "policies": policies_json})
+    described = {**setting.describe(), "warnings": warnings}
+    _write(options.json, {**described, "nodes": options.nodes, "policies": policies_json})
     return 0
 
 
@@ -77,9 +83,10 @@ def _plan(console: Console, options: argparse.Namespace, setting: Setting) -> in
     for line in outcome.lines:
         terminal.say(console, line)
     _print_best(console, setting, outcome)
-    _print_notes(console, setting)
+    warnings = [*setting.cautions, *of_runs(options.policy, outcome.shown, math.inf)]
+    _print_notes(console, setting, warnings)
     asked = {"question": options.question, "policy": options.policy, "nodes": vars(options).get("nodes")}
-    _write(options.json, {**setting.describe(), **asked, **outcome.to_json()})
+    _write(options.json, {**setting.describe(), "warnings": warnings, **asked, **outcome.to_json()})
     return 0 if outcome.answer.value is not None else 1
 
 
@@ -99,10 +106,12 @@ def _title(setting: Setting, what: str) -> str:
     )
 
 
-def _print_notes(console: Console, setting: Setting) -> None:
+def _print_notes(console: Console, setting: Setting, warnings: Sequence[str]) -> None:
     terminal.say(console, f"{terminal.demand_line(setting.demand)}; durations vary by {setting.scenario.noise:.1%}")
     if setting.sample.num_requests < 100:
         terminal.say(console, f"p99 of {setting.sample.num_requests} requests is the slowest of them: simulate more")
+    for line in warnings:
+        terminal.say(console, f"warning: {line}")
 
 
 def _progress(console: Console) -> Progress:

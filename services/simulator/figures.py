@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from services.latency import OpKind
 from services.scheduler.core.types import SloTarget
 from services.simulator.metrics import measure, quantile
+from services.simulator.overload import Queue, queue_of
 from services.simulator.types import Microbatch, Request, SimulationResult, TaskRecord
 
 _TRAINING = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD, OpKind.OPTIMIZER_STEP, OpKind.WEIGHT_SYNC)
@@ -49,6 +50,7 @@ class Figures:
     trained_tokens_per_s: float
     ended_s: float
     nodes: tuple[NodeLoad, ...]
+    queue: Queue
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what is infinite is None, for JSON has no infinity."""
@@ -99,6 +101,7 @@ def evaluate(result: SimulationResult, *, slo: SloTarget, hold_s: float) -> Figu
         trained_tokens_per_s=trained / elapsed_s,
         ended_s=result.ended_s,
         nodes=_loads(result),
+        queue=queue_of(requests),
     )
 
 

@@ -72,10 +72,10 @@ def _shared() -> argparse.ArgumentParser:
 def _add_traffic(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--trace", type=Path, help="CSV: arrival_s,prompt_tokens,output_tokens[,session_id]")
     group.add_argument("--limit", type=_whole(1), help="the trace's first so many requests")
-    group.add_argument("--speed", type=_positive, default=1.0, help="play the trace so many times as fast (default 1)")
+    group.add_argument("--speed", type=_positive, help="play the trace so many times as fast (default 1)")
     group.add_argument("--workload", choices=sorted(WORKLOADS), help="lengths and gaps of published traffic")
     group.add_argument("--rate", type=_positive, help="requests per second (default: the workload's, if published)")
-    group.add_argument("--duration-s", type=_positive, default=300.0, help="requests arrive this long (default 300)")
+    group.add_argument("--duration-s", type=_positive, help="drawn requests arrive this long (default 300)")
     group.add_argument("--burstiness", type=_positive, help="coefficient of variation of the gaps; 1: Poisson")
     group.add_argument("--prompt-tokens", type=_lengths, metavar="MEAN,STD", help="lognormal prompts")
     group.add_argument("--output-tokens", type=_lengths, metavar="MEAN,STD", help="lognormal outputs")
@@ -189,6 +189,8 @@ def _policies(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in POLICIES:
             raise argparse.ArgumentTypeError(f"unknown policy {name!r}; known: {', '.join(sorted(POLICIES))}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"names a policy twice: {text}")
     return names
 
 

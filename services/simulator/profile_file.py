@@ -1,5 +1,6 @@
 """Latency profiles from the JSON artifacts that the profiler stores (`<directory>/<fingerprint>/<version>.json`)."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,25 @@ class ProfileError(ValueError):
     """The file cannot be used; the message is one line that names file, line and field."""
 
 
+class Grid(NamedTuple):
+    """Range of the points at which an operation was measured: sequences, tokens of each, tokens of all."""
+
+    batch: tuple[int, int]
+    length: tuple[int, int]
+    tokens: tuple[int, int]
+
+
 class Profile(NamedTuple):
-    """What a simulation takes from a profile. `noise`: relative standard deviation of its operations' durations."""
+    """What a simulation takes from a profile. `noise`: relative standard deviation of its operations' durations.
+
+    measured: empty for a profile without its measurements.
+    """
 
     profile_id: str
     model: str
     latency: NodeLatency
     noise: float
+    measured: Mapping[OpKind, Grid]
 
 
 class _Fit(BaseModel):
@@ -43,18 +56,27 @@ class _Fit(BaseModel):
     chosen: bool = False
 
 
+class _Measurement(BaseModel):
+    op: str = ""
+    batch: int = 0
+    length: int = 0
+
+
 class _Artifact(BaseModel):
     profile_id: str = ""
     model: str = ""
     num_stages: int = Field(default=0, ge=1, le=64, validate_default=True)
     fits: tuple[_Fit, ...] = ()
+    measurements: tuple[_Measurement, ...] = ()
 
 
 def read_profile(path: Path, *, model: str = "", num_stages: int = 0) -> Profile:
     """The chosen fits. Raises ProfileError; also when the profile is of another `model` or number of stages."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ProfileError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ProfileError(f"{path}: {error}") from error
     try:
         artifact = _Artifact.model_validate_json(text)
@@ -69,7 +91,8 @@ def read_profile(path: Path, *, model: str = "", num_stages: int = 0) -> Profile
     for stage, known in enumerate(models):
         if OpKind.PREFILL not in known:
             raise _error(path, text, ("fits",), f"no fit is chosen for {_PREFIX}PREFILL on stage {stage}")
-    return Profile(artifact.profile_id, artifact.model, NodeLatency(tuple(models)), _noise(models))
+    latency = NodeLatency(tuple(models))
+    return Profile(artifact.profile_id, artifact.model, latency, _noise(models), _measured(artifact))
 
 
 def _models(path: Path, text: str, artifact: _Artifact) -> list[dict[OpKind, LatencyModel]]:
@@ -91,6 +114,21 @@ def _models(path: Path, text: str, artifact: _Artifact) -> list[dict[OpKind, Lat
         except ValueError as error:
             raise _error(path, text, (*place, "model"), str(error)) from error
     return stages
+
+
+def _measured(artifact: _Artifact) -> dict[OpKind, Grid]:
+    points: dict[OpKind, list[tuple[int, int]]] = {}
+    for point in artifact.measurements:
+        kind = _KINDS.get(point.op)
+        if kind is not None:
+            points.setdefault(kind, []).append((point.batch, point.length))
+    return {kind: _grid(known) for kind, known in points.items()}
+
+
+def _grid(points: Sequence[tuple[int, int]]) -> Grid:
+    batches, lengths = zip(*points, strict=True)
+    tokens = [batch * length for batch, length in points]
+    return Grid((min(batches), max(batches)), (min(lengths), max(lengths)), (min(tokens), max(tokens)))
 
 
 def _noise(models: list[dict[OpKind, LatencyModel]]) -> float:

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from services.scheduler.core.types import SloTarget
+from services.simulator.cautions import of_input
 from services.simulator.lengths import Shape
 from services.simulator.profile_file import Profile, read_profile
 from services.simulator.scenario import Demand, Node, Scenario, ScenarioError, Training, demand, slo_of_units
 from services.simulator.trace_file import TraceRow, read_trace
-from services.simulator.traffic import WORKLOADS, DrawnTraffic, RecordedTraffic, Traffic
+from services.simulator.traffic import WORKLOADS, CutTraffic, DrawnTraffic, RecordedTraffic, Traffic
 
 _NO_PROFILE = (
     "--profile is missing: name a profile the profiler stored, <its directory>/<fingerprint>/<version>.json "
     "(make up leaves them in out/up/profiles)"
 )
+
+#: Drawn requests arrive this long by default.
+_DURATION_S = 300.0
 
 _LIMITS = ("max_batch", "max_prefill_tokens", "kv_capacity_tokens", "max_context_tokens", "prefix_cache_tokens")
 
@@ -40,6 +44,8 @@ class Setting:
     profile: Profile
     demand: Demand
     sample: TrafficSample
+    #: What to know before believing the figures, a line each.
+    cautions: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:
         """For the JSON file."""
@@ -80,11 +86,14 @@ def milliseconds(seconds: float | None) -> float | None:
 
 def build(options: argparse.Namespace) -> Setting:
     """Read the files and check everything. Raises TraceError, ProfileError, ScenarioError; ValueError for traffic."""
-    traffic = _traffic(options)
+    _check(options)
+    source = _traffic(options)
     if options.profile is None:
         raise ScenarioError(_NO_PROFILE)
     profile = read_profile(options.profile, model=options.model, num_stages=options.stages)
     seeds = _seeds(options)
+    asked = source.draw(seeds[0])
+    traffic: Traffic = CutTraffic(source, options.max_tokens) if options.max_tokens else source
     rows = traffic.draw(seeds[0])
     policy_options = dict(options.policy_option)
     scenario = Scenario(
@@ -107,18 +116,39 @@ def build(options: argparse.Namespace) -> Setting:
         horizon_s=options.horizon_s,
     )
     scenario.check(rows)
-    return Setting(scenario, seeds, profile, demand(scenario, rows), _sample(options, rows))
+    cautions = tuple(of_input(options, scenario, profile, asked))
+    return Setting(scenario, seeds, profile, demand(scenario, rows), _sample(options, rows), cautions)
 
 
-def _traffic(options: argparse.Namespace) -> Traffic:
+def _check(options: argparse.Namespace) -> None:
+    """Options that contradict each other, or a file that cannot be written: before anything is read or simulated."""
+    if options.prefix_cache_tokens > options.kv_tokens:
+        kept = f"--prefix-cache-tokens {options.prefix_cache_tokens}"
+        raise ScenarioError(f"{kept} is more than --kv-tokens {options.kv_tokens}, of which it is a part")
+    if options.policy in getattr(options, "compare", ()):
+        raise ScenarioError(f"--compare names {options.policy} although it is --policy already")
+    names = [name for name, _ in options.policy_option]
+    if len(set(names)) < len(names):
+        raise ScenarioError(f"--policy-option names {max(names, key=names.count)} twice")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        if options.json.is_dir():
+            raise ScenarioError(f"--json: {options.json} is a directory")
+
+
+def _traffic(options: argparse.Namespace) -> RecordedTraffic | DrawnTraffic:
     described = options.prompt_tokens is not None or options.output_tokens is not None
     if (options.trace is not None) + (options.workload is not None) + described != 1:
         raise ScenarioError("name one of --trace FILE, --workload NAME, or --prompt-tokens with --output-tokens")
     if options.trace is not None:
-        for name in ("rate", "burstiness"):
+        for name in ("rate", "burstiness", "duration_s"):
             if getattr(options, name) is not None:
-                raise ScenarioError(f"--{name} does not go with --trace; --speed plays it faster or slower")
-        return RecordedTraffic(read_trace(options.trace, limit=options.limit), options.speed)
+                instead = "--limit takes its first requests, --speed plays it faster or slower"
+                raise ScenarioError(f"--{name.replace('_', '-')} does not go with --trace; {instead}")
+        return RecordedTraffic(read_trace(options.trace, limit=options.limit), options.speed or 1.0)
+    for name in ("limit", "speed"):
+        if getattr(options, name) is not None:
+            raise ScenarioError(f"--{name} goes with --trace alone")
     if options.workload is not None:
         known = WORKLOADS[options.workload]
         shape, rate, cv = known.shape, options.rate or known.rate, options.burstiness or known.cv
@@ -129,7 +159,7 @@ def _traffic(options: argparse.Namespace) -> Traffic:
         rate, cv = options.rate, options.burstiness or 1.0
     if not rate:
         raise ScenarioError("--rate is missing: requests per second")
-    return DrawnTraffic(shape, rate, options.duration_s, cv)
+    return DrawnTraffic(shape, rate, options.duration_s or _DURATION_S, cv)
 
 
 def _sample(options: argparse.Namespace, rows: Sequence[TraceRow]) -> TrafficSample:

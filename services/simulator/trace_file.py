@@ -17,12 +17,13 @@ class TraceError(ValueError):
 
 
 class TraceRow(NamedTuple):
-    """One request; the prompt of a turn holds the turns before it."""
+    """One request; the prompt of a turn holds the turns before it. line: of the file, 0 without one."""
 
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
     session_id: str = ""
+    line: int = 0
 
 
 def read_trace(path: Path, *, limit: int | None = None) -> list[TraceRow]:
@@ -30,7 +31,9 @@ def read_trace(path: Path, *, limit: int | None = None) -> list[TraceRow]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             return _rows(path, csv.DictReader(file, skipinitialspace=True), limit)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise TraceError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"{path}: {error}") from error
 
 
@@ -44,7 +47,7 @@ def _rows(path: Path, reader: "csv.DictReader[str]", limit: int | None) -> list[
             break
         if None in raw:
             raise TraceError(f"{path}: line {reader.line_num}: more fields than the header has")
-        row = _row(f"{path}: line {reader.line_num}", raw)
+        row = _row(f"{path}: line {reader.line_num}", raw)._replace(line=reader.line_num)
         if rows and row.arrival_s < rows[-1].arrival_s:
             earlier = f"{row.arrival_s:g} after {rows[-1].arrival_s:g}"
             raise TraceError(f"{path}: line {reader.line_num}: column 'arrival_s' goes back in time ({earlier})")

@@ -71,4 +71,17 @@ class DrawnTraffic:
         return rows
 
 
-Traffic = RecordedTraffic | DrawnTraffic
+@dataclass(frozen=True, slots=True)
+class CutTraffic:
+    """Traffic whose outputs end at a limit, as a server ends them."""
+
+    traffic: RecordedTraffic | DrawnTraffic
+    max_tokens: int
+
+    def draw(self, seed: int) -> list[TraceRow]:
+        """The requests by rising arrival time. Raises ValueError like the traffic."""
+        most = self.max_tokens
+        return [row._replace(output_tokens=min(row.output_tokens, most)) for row in self.traffic.draw(seed)]
+
+
+Traffic = RecordedTraffic | DrawnTraffic | CutTraffic

@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from services.simulator.cautions import KEPT_UP
 from services.simulator.figures import Figures, spread
 from services.simulator.plan import Answer, Search, fewest, most
 from services.simulator.pool import Simulate
 from services.simulator.scenario import Scenario
 from services.simulator.setting import Setting
 from services.simulator.terminal import shown
-
-#: Training keeps up when this share of what was asked is trained: micro-batches are on their way when a run ends.
-KEPT_UP = 0.95
 
 OutOfTime = Callable[[], bool]
 OnRun = Callable[[str, int], None]

@@ -182,7 +182,7 @@ def test_less_than_a_turn_is_refused() -> None:
 def test_a_trace_may_name_sessions(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens,session_id\n0,10,2,a\n1,20,2,\n2,30,2,a\n", encoding="utf-8")
-    assert read_trace(path) == [TraceRow(0, 10, 2, "a"), TraceRow(1, 20, 2), TraceRow(2, 30, 2, "a")]
+    assert read_trace(path) == [TraceRow(0, 10, 2, "a", 2), TraceRow(1, 20, 2, "", 3), TraceRow(2, 30, 2, "a", 4)]
 
 
 def test_turns_of_a_trace_follow_each_other() -> None:

@@ -79,7 +79,7 @@ def test_an_unknown_order_is_named() -> None:
 def test_a_trace_is_read(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,2\n0.5,20,1\n")
-    assert read_trace(path) == [TraceRow(0.0, 10, 2), TraceRow(0.5, 20, 1)]
+    assert read_trace(path) == [TraceRow(0.0, 10, 2, line=2), TraceRow(0.5, 20, 1, line=3)]
     assert len(read_trace(path, limit=1)) == 1
 
 

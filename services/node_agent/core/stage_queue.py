@@ -25,7 +25,7 @@ _FORWARD_NEXT = 0.5
 _SYNC_CLASS, _TRAINING_TURN_CLASS, _INFERENCE_CLASS, _TRAINING_CLASS = 0, 1, 2, 3
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Flight:
     """An op on its way. `claim.ready_s` is renewed at every stage.
 
@@ -62,6 +62,7 @@ class StageQueue:
         self.stage = stage
         self.version = 0
         self.running: Flight | None = None
+        #: In the order in which they became ready.
         self.ready: list[Flight] = []
         #: The op that runs as soon as its data is here and there is room for it.
         self.preparing: Flight | None = None
@@ -108,11 +109,15 @@ class StageQueue:
             return None
         stamped_here = not self._keeps_older and self._stamped_here()
         chosen: tuple[Rank, Flight] | None = None
+        outranked: list[OpKind] = []
         for flight in self.ready:
             op = flight.op
-            if op.kind in _MICROBATCH and not may_train(op, self.stage):
+            kind = op.kind
+            if kind in outranked:
                 continue
-            if op.kind is OpKind.TRAIN_BACKWARD:
+            if kind in _MICROBATCH and not may_train(op, self.stage):
+                continue
+            if kind is OpKind.TRAIN_BACKWARD:
                 pass
             elif op.changes_weights:
                 if op.version != self.version or stamped_here:
@@ -121,9 +126,12 @@ class StageQueue:
                 continue
             if has_room is not None and not has_room(now_s, self.stage, flight):
                 continue
-            rank = self.rank(op.kind, flight.claim, now_s)
+            rank = self.rank(kind, flight.claim, now_s)
             if chosen is None or rank < chosen[0]:
                 chosen = (rank, flight)
+            if has_room is None and kind not in _INFERENCE:
+                # Its rank depends on the ready time alone. (has_room is to hear of every op that waits.)
+                outranked.append(kind)
         return chosen
 
     def _stamped_here(self) -> bool:

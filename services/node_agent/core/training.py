@@ -32,7 +32,7 @@ class _Waiting(NamedTuple):
     microbatch: TrainingMicrobatch
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _InFlight:
     microbatch: TrainingMicrobatch
     group_id: int
@@ -43,7 +43,7 @@ class _InFlight:
     turned: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Group:
     """An accumulation group from its first forward until its step left the last stage."""
 
@@ -56,8 +56,6 @@ class Group:
     closed: bool = False
     #: Some stage holds gradients of this group.
     has_gradients: bool = False
-    #: Stages from the last one down that hold a gradient buffer for it.
-    buffers: int = 0
     #: Micro-batches whose backward is done and that wait for the step.
     accumulated: dict[str, None] = field(default_factory=dict)
     stepping: bool = False
@@ -86,6 +84,8 @@ class TrainingQueue:
         # In the order they were opened; only the newest may be open. Their steps run in the order they are complete.
         self._groups: list[Group] = []
         self._next_group_id = 1
+        #: Per stage the groups that hold a gradient buffer: from their first backward there until their step.
+        self._holders: list[set[int]] = [set() for _ in range(config.num_stages)]
         self._gate_open_s: float | None = None
         self._step_ready_s: float | None = None
         self._open_group_idle_s: float | None = None
@@ -138,8 +138,11 @@ class TrainingQueue:
     def may_run(self, op: Op, stage: int) -> bool:
         """Whether schedule and gradient buffers let a stage run this forward or backward now."""
         if op.kind is OpKind.TRAIN_BACKWARD:
+            holders = self._holders[stage]
+            if op.group not in holders and len(holders) >= self._config.gradient_buffers:
+                return False
             starts = self._is_gpipe and stage + 1 == self._config.num_stages
-            return self._has_buffer(op.group, stage) and not (starts and self._is_filling(op.group))
+            return not (starts and self._is_filling(op.group))
         if not self._is_1f1b:
             return True
         others = (s for task_id, s in self._inflight.items() if task_id != op.task_ids[0] and s.group_id == op.group)
@@ -151,24 +154,11 @@ class TrainingQueue:
         is_open = not (self._group(group_id).closed or self._hold_forwards)
         return is_open or any(not state.turned for state in self._inflight.values() if state.group_id == group_id)
 
-    def _has_buffer(self, group_id: int, stage: int) -> bool:
-        """Whether the stage has a gradient buffer for this group: others hold theirs until their step ran there."""
-        height = self._config.num_stages - stage
-        free = self._config.gradient_buffers
-        for group in self._groups:
-            if group.buffers < height:
-                continue
-            if group.group_id == group_id:
-                return True
-            if group.stages_stepped <= stage:
-                free -= 1
-        return free > 0
-
     def backward_starts(self, group_id: int, stage: int) -> None:
         """A stage takes a backward of this group: it holds a gradient buffer from now on. Every stage above does so
         already, so groups that wait for each other's buffers cannot form a circle."""
-        group = self._group(group_id)
-        group.buffers = max(group.buffers, self._config.num_stages - stage)
+        for holders in self._holders[stage:]:
+            holders.add(group_id)
 
     # ------------------------------------------------------------- arrival and cancellation
 
@@ -289,6 +279,7 @@ class TrainingQueue:
         """The step ran on one more stage; after the last one the group's tasks end."""
         group = self._group(group_id)
         group.step_failed |= failed
+        self._holders[group.stages_stepped].discard(group_id)
         group.stages_stepped += 1
         if group.stages_stepped < self._config.num_stages:
             return []
@@ -303,6 +294,7 @@ class TrainingQueue:
         twin._waiting = {job_id: queue.copy() for job_id, queue in self._waiting.items()}
         twin._waiting_jobs = self._waiting_jobs.copy()
         twin._inflight = {task_id: replace(state) for task_id, state in self._inflight.items()}
+        twin._holders = [holders.copy() for holders in self._holders]
         twin._groups = [replace(group, accumulated=group.accumulated.copy()) for group in self._groups]
         return twin
 
@@ -321,6 +313,8 @@ class TrainingQueue:
             if group.has_gradients:
                 return group
             self._groups.remove(group)
+            for holders in self._holders:
+                holders.discard(group.group_id)
         return None
 
     def _admitted_queue(self) -> list[_Waiting] | None:

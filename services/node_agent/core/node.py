@@ -217,7 +217,7 @@ class NodeCore:
         else:
             op = flight.op
             self._training.turned(task_id)
-            backward = replace(op, op_id=self._new_id(), kind=OpKind.TRAIN_BACKWARD)
+            backward = op._replace(op_id=self._new_id(), kind=OpKind.TRAIN_BACKWARD)
             self._stages[event.stage].push(Flight(backward, flight.claim), now_s)
         return []
 
@@ -228,7 +228,7 @@ class NodeCore:
         if op.parts == 1:
             return False
         is_last = op.part + 1 == op.parts
-        flight.op = replace(op, part=0 if is_last else op.part + 1)
+        flight.op = op._replace(part=0 if is_last else op.part + 1)
         if not is_last:
             self._stages[stage].push(flight, now_s)
         return not is_last
@@ -335,7 +335,7 @@ class NodeCore:
                 return self._resume(now_s, self._stages[0])
             flight = self._held.pop(kind, None)
             if flight is not None:
-                flight.op = replace(flight.op, version=self._stages[0].version)
+                flight.op = flight.op._replace(version=self._stages[0].version)
                 return flight
             flight = self._compose(now_s, kind)
             if flight is None:
@@ -452,7 +452,7 @@ class NodeCore:
         if any(running.continued for running in admitted):
             cached_tokens = tuple(running.cached_tokens for running in admitted)
             continued = tuple(running.continued for running in admitted)
-            op = replace(op, context_tokens=sum(cached_tokens), cached_tokens=cached_tokens, continued=continued)
+            op = op._replace(context_tokens=sum(cached_tokens), cached_tokens=cached_tokens, continued=continued)
         return Flight(op, claim)
 
     def _compose_decode(self, now_s: float) -> Flight | None:

@@ -1,10 +1,12 @@
 """Events, commands and configuration of the node core.
 
-Times are seconds on the node's monotonic clock, lengths tokens.
+Times are seconds on the node's monotonic clock, lengths tokens. All of it is immutable; what is made for every op is a
+named tuple, which takes a fifth of the time of a frozen dataclass.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from services.latency import OpKind
 
@@ -61,8 +63,7 @@ class TrainingMicrobatch:
     parts: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(NamedTuple):
     """One operation that travels over the stages: upwards for forwards and steps, downwards for backwards.
 
     `version` is the weights step it was stamped with when it entered its first stage: every stage runs it with
@@ -136,8 +137,7 @@ class SyncRequested:
     changes_weights: bool
 
 
-@dataclass(frozen=True, slots=True)
-class OpDone:
+class OpDone(NamedTuple):
     """A stage finished an op. `stopped` holds the requests that produced their end-of-sequence token.
 
     failed: the op raised; its tasks end with an error and the op does not travel further. An op that changes weights
@@ -160,8 +160,7 @@ Event = RequestArrived | MicrobatchArrived | Cancelled | SyncRequested | OpDone 
 # --------------------------------------------------------------------------- commands
 
 
-@dataclass(frozen=True, slots=True)
-class RunOp:
+class RunOp(NamedTuple):
     """Run this op on this stage now; the stage is idle."""
 
     stage: int

@@ -72,7 +72,7 @@ def _encode_object(value: object) -> dict[str, Any]:
 @cache
 def _encoders(cls: type) -> tuple[tuple[str, ...], tuple[tuple[str, Callable[[Any], Any]], ...]]:
     """Names of a class's fields, and how to encode those whose values are not JSON already; built once per class."""
-    names = tuple(field.name for field in fields(cls))
+    names = tuple(_fields(cls))
     encoders = ((name, _encoder(_hints(cls)[name])) for name in names)
     return names, tuple((name, encode) for name, encode in encoders if encode is not None)
 
@@ -91,7 +91,7 @@ def _encoder(hint: Any) -> Callable[[Any], Any] | None:
         return lambda value: {encode_key(key): encode_value(item) for key, item in value.items()}
     if isinstance(hint, type) and issubclass(hint, Enum):
         return attrgetter("_value_")  # unlike `value` no call of Python code
-    return _encode_object if is_dataclass(hint) else None
+    return _encode_object if _is_record(hint) else None
 
 
 def _union_encoder(hint: Any) -> Callable[[Any], Any] | None:
@@ -111,13 +111,26 @@ def _same(value: Any) -> Any:
 
 
 def _classes(hint: Any) -> dict[str, type]:
-    """Dataclasses a union offers, by name."""
+    """Records a union offers, by name."""
     options = get_args(hint) if _is_union(hint) else ()
-    return {option.__name__: option for option in options if isinstance(option, type) and is_dataclass(option)}
+    return {option.__name__: option for option in options if _is_record(option)}
 
 
 def _is_union(hint: Any) -> bool:
     return get_origin(hint) in (Union, UnionType)
+
+
+def _is_record(hint: Any) -> bool:
+    """Whether a type is a dataclass or a named tuple."""
+    return isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_field_defaults"))
+
+
+def _fields(cls: Any) -> dict[str, bool]:
+    """Fields of a record, and whether each has to be given."""
+    if is_dataclass(cls):
+        known = [field for field in fields(cls) if field.init]
+        return {field.name: field.default is MISSING and field.default_factory is MISSING for field in known}
+    return {name: name not in cls._field_defaults for name in cls._fields}
 
 
 def _decode(hint: Any, data: Any) -> Any:
@@ -138,7 +151,7 @@ def _decoder(hint: Any) -> Callable[[Any], Any]:
         }
     if isinstance(hint, type) and issubclass(hint, Enum):
         return hint
-    if is_dataclass(hint):
+    if _is_record(hint):
         return lambda data: _build(hint, _expect(dict, data))
     if hint is float:
         return lambda data: _expect((float, int), data)
@@ -165,12 +178,12 @@ def _union_decoder(hint: Any) -> Callable[[Any], Any]:
 
 def _build(cls: Any, data: Mapping[str, Any]) -> Any:
     hints = _hints(cls)
-    known = {field.name: field for field in fields(cls) if field.init}
+    known = _fields(cls)
     for name in data:
         if name not in known:
             raise ValueError(f"{cls.__name__} has no field {name!r}")
-    for name, field in known.items():
-        if name not in data and field.default is MISSING and field.default_factory is MISSING:
+    for name, is_required in known.items():
+        if is_required and name not in data:
             raise ValueError(f"{cls.__name__} lacks the field {name!r}")
     values = {}
     for name, item in data.items():

@@ -1,11 +1,13 @@
 """Events and commands of the scheduler core, and the plain data they carry.
 
 Every time is in seconds on the scheduler's one monotonic clock; lengths are in tokens. The driver converts node
-clocks, protobuf and wall time before an event reaches the core.
+clocks, protobuf and wall time before an event reaches the core. All of it is immutable; what is made for every
+operation or candidate is a named tuple, which takes a fifth of the time of a frozen dataclass.
 """
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from services.latency import NodeLatency, OpKind
 
@@ -144,8 +146,7 @@ class JobCancelled:
     job_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class OpFinished:
+class OpFinished(NamedTuple):
     """A real trace: one operation ended on a stage. Corrects the forecast."""
 
     node_id: str
@@ -227,8 +228,7 @@ Event = (
 # --------------------------------------------------------------------------- commands
 
 
-@dataclass(frozen=True, slots=True)
-class NodeTerms:
+class NodeTerms(NamedTuple):
     """Terms behind a decision for one candidate node, kept for `explain`.
 
     idleness_s: II, response_s: R, idleness_profit: IP, length_consistency: LC, score: what the policy compared (the

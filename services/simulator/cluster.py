@@ -185,7 +185,8 @@ class Simulation:
             self._on_node.pop(event.task_id, None)
         for command in self._core.step(self._now_s, event):
             self._perform(command)
-        self._offer_training()
+        if self._supply.has_next(self._now_s if self._stream_open else -math.inf):
+            self._offer_training()
         wakeup_s = self._core.next_wakeup_s()
         if wakeup_s is not None and wakeup_s < self._timer_s:
             self._timer_s = max(wakeup_s, self._now_s)

@@ -34,6 +34,12 @@ class TrainingSupply:
         """A micro-batch came by itself."""
         self._backlog.append(work)
 
+    def has_next(self, until_s: float) -> bool:
+        """Whether `take` would bring one."""
+        if len(self._offered) >= self._most:
+            return False
+        return bool(self._backlog) or (self._head is not None and self._head.arrival_s <= until_s)
+
     def take(self, until_s: float) -> Microbatch | None:
         """The next micro-batch to offer, of the stream only one that arrived by `until_s`; it counts as offered.
 

@@ -316,11 +316,12 @@ class NodeCore:
         return bool(self._syncs) and self._syncs[0].changes_weights and self._drain
 
     def _resume(self, now_s: float, queue: StageQueue) -> Flight | None:
-        """Next op of an upper stage, or of stage 0 among those that came back down."""
+        """Next op of an upper stage."""
         best = queue.best(now_s, self._training.may_run, self._has_room)
-        if best is None:
-            return None
-        flight = best[1]
+        return None if best is None else self._take(queue, best[1])
+
+    def _take(self, queue: StageQueue, flight: Flight) -> Flight:
+        """Take a ready op out of the queue, to run it."""
         queue.ready.remove(flight)
         if flight.op.kind is OpKind.TRAIN_BACKWARD:
             self._training.backward_starts(flight.op.group, queue.stage)
@@ -330,9 +331,10 @@ class NodeCore:
 
     def _enter(self, now_s: float) -> Flight | None:
         """Next op of stage 0: a backward, or an op that enters the pipeline and is composed now."""
-        while (kind := self._best_entry(now_s)) is not None:
-            if kind is OpKind.TRAIN_BACKWARD:
-                return self._resume(now_s, self._stages[0])
+        while (best := self._best_entry(now_s)) is not None:
+            if isinstance(best, Flight):
+                return self._take(self._stages[0], best)
+            kind = best
             flight = self._held.pop(kind, None)
             if flight is not None:
                 flight.op = flight.op._replace(version=self._stages[0].version)
@@ -345,13 +347,10 @@ class NodeCore:
             self._held[kind] = flight
         return None
 
-    def _best_entry(self, now_s: float) -> OpKind | None:
-        """Kind of the op stage 0 should run now."""
+    def _best_entry(self, now_s: float) -> Flight | OpKind | None:
+        """The ready op that stage 0 should run now, or the kind of the one to compose."""
         queue = self._stages[0]
-        best: tuple[Rank, OpKind] | None = None
-        backward = queue.best(now_s, self._training.may_run, self._has_room)
-        if backward is not None:
-            best = (backward[0], OpKind.TRAIN_BACKWARD)
+        best: tuple[Rank, Flight | OpKind] | None = queue.best(now_s, self._training.may_run, self._has_room)
         for kind, claim in self._entries(now_s):
             rank = queue.rank(kind, claim, now_s)
             if best is None or rank < best[0]:

@@ -84,6 +84,8 @@ class TrainingQueue:
         # In the order they were opened; only the newest may be open. Their steps run in the order they are complete.
         self._groups: list[Group] = []
         self._next_group_id = 1
+        #: Whether a group may have become complete since the last look.
+        self._may_be_complete = False
         #: Per stage the groups that hold a gradient buffer: from their first backward there until their step.
         self._holders: list[set[int]] = [set() for _ in range(config.num_stages)]
         self._gate_open_s: float | None = None
@@ -235,7 +237,7 @@ class TrainingQueue:
         group = self._groups[-1]
         group.started += 1
         group.inflight += 1
-        group.closed = group.started >= group.size or microbatch.last
+        group.closed = self._may_be_complete = group.started >= group.size or microbatch.last
         self._inflight[microbatch.task_id] = _InFlight(microbatch, group.group_id)
         return microbatch
 
@@ -268,11 +270,13 @@ class TrainingQueue:
         group = self._group(self._inflight.pop(task_id).group_id)
         group.inflight -= 1
         group.accumulated[task_id] = None
+        self._may_be_complete = True
 
     def drop(self, task_id: str, *, failed: bool) -> list[Command]:
         """End a micro-batch in flight whose op failed or that was cancelled; its group goes on."""
         state = self._inflight.pop(task_id)
         self._group(state.group_id).inflight -= 1
+        self._may_be_complete = True
         return [FreeKv(task_id), TaskDone(task_id, "error" if failed and not state.cancelled else "cancelled")]
 
     def step_ran(self, group_id: int, failed: bool) -> list[Command]:
@@ -309,12 +313,15 @@ class TrainingQueue:
     def _complete_group(self) -> Group | None:
         """The oldest group whose gradients are complete on all stages and whose step has not been released. Groups
         that ended without any gradient go away."""
+        if not self._may_be_complete:
+            return None
         for group in [g for g in self._groups if g.closed and not g.inflight and not g.stepping]:
             if group.has_gradients:
                 return group
             self._groups.remove(group)
             for holders in self._holders:
                 holders.discard(group.group_id)
+        self._may_be_complete = False
         return None
 
     def _admitted_queue(self) -> list[_Waiting] | None:
@@ -337,7 +344,7 @@ class TrainingQueue:
         if self._open_group_idle_s is None:
             self._open_group_idle_s = now_s
         if not (group.accumulated or group.inflight) or now_s >= self._open_group_idle_s + self._config.group_timeout_s:
-            group.closed = True
+            group.closed = self._may_be_complete = True
             self._open_group_idle_s = None
 
     def _is_busy(self, group: Group) -> bool:

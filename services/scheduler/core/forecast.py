@@ -8,6 +8,7 @@ last task and the backward windows that end later, so memory and time per decisi
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(slots=True, eq=False)
@@ -28,8 +29,7 @@ class BackwardWindow:
     ran: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
+class Path(NamedTuple):
     """Prediction of COMPUTE_IDLENESS for one task on one node: II (seconds) and its forward window per stage."""
 
     idleness_s: float

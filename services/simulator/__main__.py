@@ -33,7 +33,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
         return (
             _simulate(console, options, setting) if options.command == "simulate" else _plan(console, options, setting)
         )
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.stderr.write(f"simulate: {error}\n")
         return 2
     except KeyboardInterrupt:
@@ -121,8 +121,10 @@ def _progress(console: Console) -> Progress:
 
 def _write(path: Path | None, summary: dict[str, Any]) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        try:
+            path.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"--json {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def of_input(
     """About the first seed's requests, `asked` with outputs that are not cut, and what the cluster makes of them."""
     yield from _cut_outputs(options, asked)
     yield from _refused(options, scenario, asked)
+    yield from _never_seen(options, asked)
     yield from _sessions(options, asked)
     if profile.measured:
         yield from _extrapolated(options, profile, scenario, asked)
@@ -67,6 +68,13 @@ def _refused(options: argparse.Namespace, scenario: Scenario, asked: Sequence[Tr
             f"{_named(options, refused[0], 'prompt')} and an output of at most {most} exceed {option} {limit}: "
             f"{len(refused)} of {len(asked)} requests are refused"
         )
+
+
+def _never_seen(options: argparse.Namespace, asked: Sequence[TraceRow]) -> Iterator[str]:
+    late = sum(row.arrival_s > options.horizon_s for row in asked)
+    if late:
+        count = f"{late} of {len(asked)} requests"
+        yield f"--horizon-s {options.horizon_s:g} ends before {count} arrive; they count as missed"
 
 
 def _sessions(options: argparse.Namespace, asked: Sequence[TraceRow]) -> Iterator[str]:

@@ -17,6 +17,8 @@ from services.simulator.traffic import Traffic
 from services.simulator.types import Microbatch, Request, SimulationConfig, VirtualNode
 
 MOST_NODES = 1024
+#: A day: an operation that takes longer is a mistake in the profile or in a length.
+_LONGEST_OP_S = 86_400.0
 #: Kinds of operation that training needs a latency for; a profile without the optimizer step takes it as free.
 _TRAINING_KINDS = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD)
 
@@ -98,9 +100,7 @@ class Scenario:
             self.node.named("node")
         except ValueError as error:
             raise ScenarioError(str(error)) from error
-        limit = min(self.node.max_context_tokens, self.node.kv_capacity_tokens)
-        if all(request.prompt_tokens + request.max_tokens > limit for request in self.work(rows)):
-            raise ScenarioError(f"kv_tokens, max_context_tokens: no request fits into {limit} tokens")
+        _check_sizes(self.node, rows, self.work(rows))
         _check_serving(self.node.latency, rows)
         if self.training.tokens_per_s:
             _check_training(self.training, self.node)
@@ -176,13 +176,27 @@ def slo_of_units(units: float, latency: NodeLatency, rows: Sequence[TraceRow]) -
     return SloTarget(units * latency.node_s(OpKind.PREFILL, 1, prompt), tpot_s or None)
 
 
+def _check_sizes(node: Node, rows: Sequence[TraceRow], work: Sequence[Request]) -> None:
+    limits = {"kv_tokens": node.kv_capacity_tokens, "max_context_tokens": node.max_context_tokens}
+    name = min(limits, key=lambda name: limits[name])
+    row, least = min(zip(rows, work, strict=True), key=lambda pair: pair[1].prompt_tokens + pair[1].max_tokens)
+    if least.prompt_tokens + least.max_tokens > limits[name]:
+        place = f"line {row.line} of the trace" if row.line else "the smallest"
+        tokens = f"prompt_tokens {least.prompt_tokens} and an output of at most {least.max_tokens}"
+        raise ScenarioError(f"{name}: no request fits into {limits[name]} tokens: {place} has {tokens}")
+
+
 def _check_serving(latency: NodeLatency, rows: Sequence[TraceRow]) -> None:
     longest = max(rows, key=lambda row: row.prompt_tokens).prompt_tokens
     kinds = [OpKind.PREFILL, *([OpKind.DECODE] if any(row.output_tokens > 1 for row in rows) else [])]
     for stage in range(latency.num_stages):
         for kind in kinds:
-            if latency.op_s(stage, kind, 1, longest) <= 0.0:
+            seconds = latency.op_s(stage, kind, 1, longest)
+            if seconds <= 0.0:
                 raise ScenarioError(f"profile: has no time for {kind.value} on stage {stage}")
+            if seconds > _LONGEST_OP_S:
+                what = f"{kind.value} of {longest} tokens on stage {stage}"
+                raise ScenarioError(f"profile: {what} takes {seconds:g} s, which is no time of an operation")
 
 
 def _check_training(training: Training, node: Node) -> None:

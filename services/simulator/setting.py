@@ -131,9 +131,12 @@ def _check(options: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise ScenarioError(f"--policy-option names {max(names, key=names.count)} twice")
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ScenarioError(f"--json {options.json}: {error.strerror}") from error
         if options.json.is_dir():
-            raise ScenarioError(f"--json: {options.json} is a directory")
+            raise ScenarioError(f"--json {options.json}: Is a directory")
 
 
 def _traffic(options: argparse.Namespace) -> RecordedTraffic | DrawnTraffic:
@@ -145,7 +148,10 @@ def _traffic(options: argparse.Namespace) -> RecordedTraffic | DrawnTraffic:
             if getattr(options, name) is not None:
                 instead = "--limit takes its first requests, --speed plays it faster or slower"
                 raise ScenarioError(f"--{name.replace('_', '-')} does not go with --trace; {instead}")
-        return RecordedTraffic(read_trace(options.trace, limit=options.limit), options.speed or 1.0)
+        rows = read_trace(options.trace, limit=options.limit)
+        # From the first row on: times may be those of a clock.
+        recorded = [row._replace(arrival_s=row.arrival_s - rows[0].arrival_s) for row in rows]
+        return RecordedTraffic(recorded, options.speed or 1.0)
     for name in ("limit", "speed"):
         if getattr(options, name) is not None:
             raise ScenarioError(f"--{name} goes with --trace alone")

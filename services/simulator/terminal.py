@@ -46,17 +46,39 @@ def _one(value: float, form: str) -> str:
 
 
 def print_figures(console: Console, title: str, runs: Mapping[str, Sequence[Figures]]) -> None:
-    """One column per policy, every figure over its seeds."""
+    """One column per policy, every figure over its seeds; as many tables below each other as it takes."""
     say(console, title)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-    table.add_column("", no_wrap=True)
-    for name in runs:
-        table.add_column(name, justify="right", overflow="fold")
-    for row_title, figure, form in _ROWS:
-        cells = [shown(spread([figure(f) for f in figures]), form) for figures in runs.values()]
+    columns = {name: _cells(figures) for name, figures in runs.items()}
+    if len(runs) > 1:
         # Side by side there is no room for a median and its range on one line.
-        table.add_row(row_title, *(cell.replace(" ", "\n") if len(cells) > 1 else cell for cell in cells))
-    console.print(table)
+        columns = {name: [cell.replace(" ", "\n") for cell in cells] for name, cells in columns.items()}
+    for names in _beside(columns, console.width):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+        table.add_column("", no_wrap=True)
+        for name in names:
+            table.add_column(name, justify="right", overflow="fold")
+        for index, (row_title, _, _) in enumerate(_ROWS):
+            table.add_row(row_title, *(columns[name][index] for name in names))
+        console.print(table)
+
+
+def _cells(figures: Sequence[Figures]) -> list[str]:
+    return [shown(spread([figure(f) for f in figures]), form) for _, figure, form in _ROWS]
+
+
+def _beside(columns: Mapping[str, Sequence[str]], width: int) -> list[list[str]]:
+    """The names of the columns, in order, by tables that are at most so wide, or have one column."""
+    titles = max(len(title) for title, _, _ in _ROWS) + 2
+    tables: list[list[str]] = []
+    left = 0
+    for name, cells in columns.items():
+        own = 1 + max(len(line) for cell in (name, *cells) for line in cell.splitlines())
+        if not tables or own > left:
+            tables.append([])
+            left = width - titles
+        tables[-1].append(name)
+        left -= own
+    return tables
 
 
 def print_loads(console: Console, title: str, loads: Sequence[NodeLoad], most: int = 16) -> None:

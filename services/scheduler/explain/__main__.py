@@ -69,6 +69,9 @@ def main(arguments: Sequence[str], console: Console | None = None) -> int:
             return _explain_live(console, options.address, options.task_id)
         if options.policy is None and options.option:
             parser.error("--option needs --policy")
+        names = [name for name, _ in options.option]
+        if len(set(names)) < len(names):
+            parser.error(f"--option names {max(names, key=names.count)} twice")
         if options.policy is None:
             return _replay(console, options.log)
         return _what_if(console, options.log, options.policy, options.option)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -59,7 +60,10 @@ def print_newest(console: Console, decisions: Iterable[pb.Decision], now_s: floa
     """One row per decision."""
     table = _table()
     for title in ("#", "age s", "task", "work", "node", "R s", "real s", "error s", "outcome"):
-        table.add_column(title, justify="right" if title.endswith(" s") or title == "#" else "left", no_wrap=True)
+        # Ids may be long; on a narrow terminal they take several lines, and no number is cut.
+        is_id = title in ("task", "node")
+        justify: Literal["left", "right"] = "right" if title.endswith(" s") or title == "#" else "left"
+        table.add_column(title, justify=justify, no_wrap=not is_id, overflow="fold")
     for decision in decisions:
         is_predicted, is_known = decision.HasField("predicted_response_s"), decision.HasField("actual_response_s")
         predicted_s, actual_s = decision.predicted_response_s, decision.actual_response_s
@@ -106,8 +110,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     for title, name, form in _ROWS:
         table.add_row(title, *(_figure(figures, name, form) for figures in columns))
     console.print(table)
-    _say(console, "simulated: virtual time, the recorded profiles, no delay between services. Compare the simulated")
-    _say(console, "columns with each other; the first one tells how far the simulation is from what happened.")
+    _say(console, "simulated: virtual time, the recorded profiles, no delay between services.")
+    _say(console, "Compare the simulated columns with each other; the first one tells how far the")
+    _say(console, "simulation is from what happened.")
     if comparison.num_left_out:
         _say(console, f"left out of all columns: {comparison.num_left_out} tasks cancelled, not ended or not trained")
     if comparison.num_assumed:
@@ -138,8 +143,8 @@ def _placed(decision: pb.Decision) -> str:
 
 def _candidates(decision: pb.Decision) -> Table:
     table = _table()
-    table.add_column("")
-    table.add_column("node", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("node", overflow="fold")
     in_session = bool(decision.request.session_id)
     for title in ("II s", "R s", "IP s", "LC", "KV cache", *(["kept"] if in_session else []), "score"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -186,7 +191,7 @@ def _after(at_s: float, arrived_s: float) -> str:
 
 
 def _table() -> Table:
-    return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 1))
+    return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
 
 
 def _say(console: Console, text: str) -> None:

@@ -107,6 +107,22 @@ def test_a_turn_of_a_session_tells_what_the_nodes_keep(command: Command, explain
     assert "kept" not in command.out, "it is in no session"
 
 
+def test_a_narrow_terminal_cuts_no_number_and_no_name(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "log", CoreConfig(policy="paper_additive"))
+    names = ("a-rather-long-name-of-a-node-agent-0", "a-rather-long-name-of-a-node-agent-1")
+    terms = tuple(NodeTerms(name, 12.3456, 7.8912, -3.4567, 0.1234, -45.6789, 4321) for name in names)
+    for name in names:
+        log.add(0.0, NodeJoined(spec(name, kv_capacity_tokens=1000)), [])
+    log.add(5.0, TaskArrived(InferenceTask("turn", 5.0, 90, 5, session_id="s")), [Assign("turn", names[1], terms)])
+    log.close()
+    console = Console(file=StringIO(), width=80)
+    assert main(["explain", "turn", "--log", str(tmp_path / "log")], console) == 0
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    for number in ("12.3456", "7.8912", "-3.4567", "0.1234", "4321", "-45.6789"):
+        assert text.count(number) >= 2
+
+
 def test_a_refusal_is_explained(command: Command, explained: Path) -> None:
     assert command("explain", "--log", explained, "long") == 0
     assert "refused: OVERLOADED: too many" in command.out
@@ -186,6 +202,7 @@ def test_a_wrong_option_is_2(command: Command, log: Path, option: str, message: 
         (["replay"], "--log"),
         (["replay", "--log", "LOG", "--policy", "magic"], "--policy"),
         (["replay", "--log", "LOG", "--option", "slo_fraction=1"], "--option needs --policy"),
+        (["replay", "--log", "LOG", "--policy", "lemix", "--option", "cut=1", "--option", "cut=2"], "names cut twice"),
         (["newest", "--limit", "0"], "expected a number from 1 to 1000, got '0'"),
         (["explain", "r", "--log", "LOG", "--address", "h:1"], "not allowed with"),
         ([], "COMMAND"),

@@ -131,6 +131,20 @@ def test_training_that_does_not_keep_up_is_told(planner: Planner) -> None:
     assert told.startswith("least_loaded does not keep up with training: 400 tokens/s asked for, 2")
 
 
+def test_a_horizon_before_the_last_arrival_is_told(planner: Planner) -> None:
+    assert planner.warnings("--horizon-s", 0.5) == [
+        "--horizon-s 0.5 ends before 1 of 2 requests arrive; they count as missed"
+    ]
+
+
+def test_times_count_from_the_first_row(planner: Planner) -> None:
+    planner.write("1700000000,10,2", "1700000004,10,2")
+    assert planner.warnings() == []
+    summary = json.loads(planner.summary.read_text())
+    assert summary["traffic"]["rate"] == 0.5
+    assert summary["policies"]["lemix"][0]["ended_s"] < 5.0
+
+
 def test_a_plan_warns_as_well(planner: Planner, capsys: pytest.CaptureFixture[str]) -> None:
     planner.write("0,300,2", "1,250,4")
     output = io.StringIO()

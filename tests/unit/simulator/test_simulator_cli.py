@@ -219,7 +219,10 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("simulate", "--workload", "azure-code", "--speed", "3"), "--speed goes with --trace alone"),
     ((*GOOD, "--policy-option", "x"), "must be NAME=VALUE, got 'x'"),
     ((*GOOD, "--policy-option", "speed=1"), "policy 'lemix' has no option 'speed'"),
-    ((*GOOD, "--kv-tokens", "9"), "no request fits into 9 tokens"),
+    (
+        (*GOOD, "--kv-tokens", "9"),
+        "kv_tokens: no request fits into 9 tokens: line 4 of the trace has prompt_tokens 8 and",
+    ),
     ((*GOOD, "--rate", "3"), "--rate does not go with --trace"),
     ((*GOOD, "--seed", "1", "--seeds", "1,2"), "--seed and --seeds exclude each other"),
     ((*GOOD, "--seeds", "1,1"), "names a seed twice"),
@@ -249,6 +252,26 @@ def test_bad_input_is_one_line(
     assert error.startswith("simulate: ")
     assert paths.get(message, message) in error
     assert error.count("\n") == 1
+
+
+def test_a_profile_beyond_reason_is_refused(profile: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile.write_text(profile.read_text().replace("[1.0]", "[1e300]", 1))
+    assert code_of(["simulate", "--trace", str(trace), "--profile", str(profile)]) == 2
+    told = "profile: prefill of 12 tokens on stage 0 takes 1e+300 s, which is no time of an operation"
+    assert capsys.readouterr().err == f"simulate: {told}\n"
+
+
+def test_many_policies_stand_in_tables_that_fit_the_terminal(profile: Path, trace: Path) -> None:
+    output = io.StringIO()
+    others = ("separate", "round_robin", "least_loaded", "least_utilised", "queue_work", "paper_additive")
+    options = ("--compare", ",".join(others), "--seeds", "0,1", "--noise", "0.1")
+    arguments = ["simulate", "--trace", str(trace), "--profile", str(profile), *options]
+    assert main(arguments, Console(file=output, width=80)) == 0
+    lines = output.getvalue().splitlines()
+    headings = [line.split() for line in lines if line.split() and set(line.split()) <= {"lemix", *others}]
+    assert [name for heading in headings for name in heading] == ["lemix", *others]
+    assert len(headings) > 1
+    assert sum(line.startswith(" SLO attainment") for line in lines) == len(headings)
 
 
 @pytest.mark.parametrize(

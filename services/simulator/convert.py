@@ -1,7 +1,7 @@
 """The simulator's work and nodes in the words of the two cores."""
 
 from services.latency import MOVES, OpKind
-from services.node_agent.core.types import ASYNC, InferenceRequest, Op, TrainingMicrobatch
+from services.node_agent.core.types import InferenceRequest, Op, TrainingMicrobatch
 from services.scheduler.core.types import InferenceTask, NodeSpec, OpFinished, TrainingTask
 from services.simulator.types import Microbatch, Request, VirtualNode
 
@@ -59,9 +59,13 @@ def node_spec(node: VirtualNode) -> NodeSpec:
         max_context_tokens=node.max_context_tokens,
         kv_capacity_tokens=core.kv_capacity_tokens,
         max_training_parts=node.max_training_parts,
-        synchronous_training=core.training_schedule != ASYNC,
+        training_schedule=core.training_schedule,
         prefix_cache_tokens=core.prefix_cache_tokens,
         epoch_steps=core.epoch_steps,
+        max_prefill_tokens=core.max_prefill_tokens,
+        max_inflight_training=core.max_inflight_training,
+        weight_handling=core.weight_handling,
+        gradient_buffers=core.gradient_buffers,
     )
 
 

@@ -3,7 +3,8 @@
 `live_cluster` checks every command; here is what happens, and what must be left at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ class ClusterMachine(RuleBasedStateMachine):
     """What happens to a cluster. Subclasses name the policy."""
 
     policy = "lemix"
+    options: Mapping[str, str] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,6 +55,7 @@ class ClusterMachine(RuleBasedStateMachine):
         promise = SloTarget(ttft_s=ttft_s)
         config = CoreConfig(
             policy=self.policy,
+            policy_options=dict(self.options),
             default_slo=promise,
             max_waiting_inference=6,
             max_waiting_training=8,
@@ -208,8 +211,8 @@ class RefusesInSilence(RoundRobin):
         return TrainingPlacement(None)
 
 
-def play(policy: str, max_examples: int) -> None:
-    machine = type(f"Machine_{policy}", (ClusterMachine,), {"policy": policy})
+def play(policy: str, max_examples: int, options: Mapping[str, str] = MappingProxyType({})) -> None:
+    machine = type(f"Machine_{policy}", (ClusterMachine,), {"policy": policy, "options": options})
     run_state_machine_as_test(
         machine,
         settings=settings(max_examples=max_examples, stateful_step_count=50, deadline=None, derandomize=True),
@@ -219,6 +222,10 @@ def play(policy: str, max_examples: int) -> None:
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_whatever_happens_the_rules_hold(policy: str) -> None:
     play(policy, 60)
+
+
+def test_whatever_happens_the_rules_hold_with_nodes_run_ahead() -> None:
+    play("lemix", 60, {"forecast": "fast_forward"})
 
 
 @pytest.mark.parametrize("stubborn", [Refuses, RefusesInSilence])

@@ -118,6 +118,14 @@ class InferenceBatcher:
         self._blocked = False
         return []
 
+    def resume(self, now_s: float, request: InferenceRequest, generated_tokens: int) -> None:
+        """Take in a request that is past its prefill, with `generated_tokens` so far; no operation holds it."""
+        running = RunningRequest(request, self._tpot_s(request), request.prompt_tokens + generated_tokens, now_s)
+        running.generated_tokens = generated_tokens
+        self.kv.reserve(request.task_id, request.prompt_tokens + request.max_tokens)
+        self._running[request.task_id] = running
+        self._idle[request.task_id] = None
+
     def cancel(self, task_id: str) -> list[Command]:
         """End a request now, or when the op that holds it ends."""
         key = self._waiting_keys.get(task_id)
@@ -298,6 +306,10 @@ class InferenceBatcher:
     def _deadline_s(self, request: InferenceRequest) -> float:
         return request.arrival_s + self._config.default_ttft_s if request.deadline_s is None else request.deadline_s
 
+    def _tpot_s(self, request: InferenceRequest) -> float:
+        tpot_s = self._config.default_tpot_s if request.tpot_s is None else request.tpot_s
+        return max(tpot_s, _SHORTEST_ALLOWANCE_S)
+
     def _admission_order(self, now_s: float) -> Iterable[int]:
         """Indices of waiting requests: far too late ones, those that can keep their deadline, those just too late."""
         count = len(self._waiting)
@@ -316,10 +328,7 @@ class InferenceBatcher:
     def _admit(self, now_s: float, chosen: list[int], epoch: int) -> list[RunningRequest]:
         admitted = []
         for request in [self._waiting[index][3] for index in chosen]:
-            tpot_s = self._config.default_tpot_s if request.tpot_s is None else request.tpot_s
-            running = RunningRequest(
-                request, max(tpot_s, _SHORTEST_ALLOWANCE_S), request.prompt_tokens, now_s, epoch=epoch
-            )
+            running = RunningRequest(request, self._tpot_s(request), request.prompt_tokens, now_s, epoch=epoch)
             prefix = self.prefixes.take(request.session_id)
             if prefix is not None:
                 running.cached_tokens = self._cached_tokens(request, prefix.tokens)

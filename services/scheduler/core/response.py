@@ -17,10 +17,14 @@ _BLOCKING_QUANTILE = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """Prediction for one request on one node, seconds. ttft_s counts from the request's arrival."""
+    """Prediction for one request on one node, seconds. ttft_s counts from the request's arrival.
+
+    demoted_s: prefills that the node puts off until after this one because they come too late anyway.
+    """
 
     ttft_s: float
     tpot_s: float
+    demoted_s: float = 0.0
 
 
 def predict_response(

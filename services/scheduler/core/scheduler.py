@@ -199,6 +199,8 @@ class SchedulerCore:
             node.remove_training(live)
         if node.forecast is not None:
             node.forecast.ended(event.task_id, now_s)
+        if node.mirror is not None:
+            node.mirror.ended(now_s, event.task_id, is_request=isinstance(live, LiveInference), ok=event.ok)
         node.held.ended(now_s, idle=not node.inference and not node.training)
         self._forget(live)
 
@@ -207,6 +209,8 @@ class SchedulerCore:
         if node is None or not 0 <= event.stage < node.costs.num_stages:
             return
         traces.observe(event, node, self._cluster)
+        if node.mirror is not None:
+            node.mirror.ran(now_s, event)
         if event.op is OpKind.OPTIMIZER_STEP and event.stage == node.costs.num_stages - 1:
             self._commands += self._sync.optimizer_step(now_s, event.node_id)
 
@@ -224,6 +228,8 @@ class SchedulerCore:
             return
         live.cancelled = True
         if live.node is not None:
+            if live.node.mirror is not None:
+                live.node.mirror.cancelled(self._now_s, task_id)
             self._commands.append(CancelOnNode(task_id, live.node.node_id))
         else:
             self._drop(live)
@@ -410,6 +416,8 @@ class SchedulerCore:
             node.lengths.observe(live.task.length)
         live.defer_reason = ""
         node.held.assigned(now_s)
+        if node.mirror is not None:
+            node.mirror.given(now_s, live)
 
     def _defer(self, live: LiveTask, reason: str) -> None:
         if live.defer_reason != reason:

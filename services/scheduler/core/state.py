@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from services.latency import OpKind
 from services.scheduler.core.costs import NodeCosts
@@ -10,6 +11,9 @@ from services.scheduler.core.estimator import Arrivals, OutputLengths, RunningMo
 from services.scheduler.core.forecast import NodeForecast
 from services.scheduler.core.sessions import Sessions
 from services.scheduler.core.types import CoreConfig, InferenceTask, NodeRole, NodeSpec, TrainingTask
+
+if TYPE_CHECKING:
+    from services.scheduler.core.node_mirror import NodeMirror
 
 
 @dataclass(slots=True, eq=False)
@@ -119,6 +123,8 @@ class NodeState:
     held: HeldTime
     #: Only under policies that use it.
     forecast: NodeForecast | None
+    #: Follows the node's core, for policies that run it ahead.
+    mirror: "NodeMirror | None" = None
     role: NodeRole = NodeRole.BOTH
     inference: dict[str, LiveInference] = field(default_factory=dict)
     training: dict[str, LiveTraining] = field(default_factory=dict)

@@ -81,12 +81,23 @@ class NodeSpec:
     kv_capacity_tokens: int = 1 << 30
     #: Most pieces its runtime can cut a training operation into; 1: it cannot.
     max_training_parts: int = 1
-    #: It trains one accumulation group of a job at a time (S-PP); the bound on micro-batches in flight is not for it.
-    synchronous_training: bool = False
+    #: "async" (A-PP), or one accumulation group of a job at a time (S-PP): "gpipe", "1f1b".
+    training_schedule: str = "async"
     #: Tokens of KV cache it keeps for sessions between their turns; 0: it keeps none.
     prefix_cache_tokens: int = 0
     #: What it keeps serves within an epoch of its weights: step // epoch_steps.
     epoch_steps: int = 64
+    #: Most new tokens of one prefill; micro-batches between forward and backward; what its weights do at a step, and
+    #: groups whose gradients a stage holds. See `services.node_agent.core.types.NodeCoreConfig`.
+    max_prefill_tokens: int = 2048
+    max_inflight_training: int = 2
+    weight_handling: str = "drain"
+    gradient_buffers: int = 1
+
+    @property
+    def synchronous_training(self) -> bool:
+        """Whether it trains a group at a time: the scheduler's bound on micro-batches in flight is not for it."""
+        return self.training_schedule != "async"
 
 
 # --------------------------------------------------------------------------- events

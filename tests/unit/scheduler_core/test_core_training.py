@@ -60,7 +60,7 @@ def _synchronous(task_id: str, job_id: str = "job", accumulation: int = 2) -> Ta
 
 
 def test_a_synchronous_node_gets_the_next_group_when_the_step_of_the_one_before_has_ended() -> None:
-    core = core_with(node("a", synchronous_training=True), policy="round_robin", max_inflight_training=1)
+    core = core_with(node("a", training_schedule="gpipe"), policy="round_robin", max_inflight_training=1)
     first = [command for index in range(4) for command in core.step(0.0, _synchronous(f"job-{index}"))]
     assert assigned(first) == [("job-0", "a"), ("job-1", "a")], "a whole group, whatever the window of A-PP"
     assert Defer("job-2", "inflight_limit") in first
@@ -71,14 +71,14 @@ def test_a_synchronous_node_gets_the_next_group_when_the_step_of_the_one_before_
 
 
 def test_groups_of_several_jobs_leave_for_a_synchronous_node_side_by_side() -> None:
-    core = core_with(node("a", synchronous_training=True), policy="round_robin")
+    core = core_with(node("a", training_schedule="gpipe"), policy="round_robin")
     arrivals = [_synchronous(f"{job}{index}", job, 2) for index in range(2) for job in "xy"]
     placed = [command for event in arrivals for command in core.step(0.0, event)]
     assert assigned(placed) == [("x0", "a"), ("y0", "a"), ("x1", "a"), ("y1", "a")]
 
 
 def test_an_asynchronous_node_beside_a_synchronous_one_keeps_its_window() -> None:
-    nodes = (node("a", synchronous_training=True), node("b"))
+    nodes = (node("a", training_schedule="gpipe"), node("b"))
     core = core_with(*nodes, policy="round_robin", max_inflight_training=3)
     placed = [command for index in range(8) for command in core.step(0.0, _synchronous(f"job-{index}"))]
     counts = [node_id for _, node_id in assigned(placed)]

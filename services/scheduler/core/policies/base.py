@@ -147,16 +147,28 @@ class InTurn:
         return TrainingPlacement(node, turn_terms(node, candidates))
 
 
-def check_options(policy: str, options: Options, known: Mapping[str, float]) -> dict[str, float]:
+def check_choice(policy: str, options: Options, name: str, choices: Sequence[str]) -> str:
+    """Value of an option that is one of `choices`, by default the first. Raises ValueError for any other."""
+    value = options.get(name, choices[0])
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"option {name!r} of policy {policy!r} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def check_options(
+    policy: str, options: Options, known: Mapping[str, float], others: Sequence[str] = ()
+) -> dict[str, float]:
     """Values of a policy's options: the defaults in `known`, overridden by `options`.
 
-    The default tells the kind: a bool, a whole number >= 0 (int) or a number >= 0 (float). Raises ValueError naming an
-    unknown option or one of another kind.
+    The default tells the kind: a bool, a whole number >= 0 (int) or a number >= 0 (float). others: options that are not
+    checked here. Raises ValueError naming an unknown option or one of another kind.
     """
     values = dict(known)
     for name, value in options.items():
+        if name in others:
+            continue
         if name not in known:
-            choices = ", ".join(sorted(known)) or "none"
+            choices = ", ".join(sorted([*known, *others])) or "none"
             raise ValueError(f"policy {policy!r} has no option {name!r}; known: {choices}")
         if isinstance(value, str) or not _is_of_kind(value, known[name]):
             raise ValueError(f"option {name!r} of policy {policy!r} must be {_kind(known[name])}, got {value!r}")

@@ -5,17 +5,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from services.latency import OpKind
+from services.scheduler.core.fast_forward import predict_ahead
 from services.scheduler.core.hold_back import overrun_s
+from services.scheduler.core.node_mirror import NodeMirror
 from services.scheduler.core.policies.base import (
     Options,
     Placement,
     TrainingPlacement,
+    check_choice,
     check_options,
     every_node,
 )
 from services.scheduler.core.response import predict_response
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
-from services.scheduler.core.types import NodeRole, NodeTerms, QueueOrder, SyncMode
+from services.scheduler.core.types import Event, NodeJoined, NodeRole, NodeTerms, QueueOrder, SyncMode
 
 #: Held-back training is looked at again after this long even if nothing happens.
 _RETRY_S = 0.05
@@ -66,7 +69,10 @@ class LeMix:
     fastest_first = True
 
     def __init__(self, options: Options) -> None:
-        values = check_options("lemix", options, _OPTIONS)
+        values = check_options("lemix", options, _OPTIONS, ("forecast",))
+        forecast = check_choice("lemix", options, "forecast", ("analytic", "fast_forward"))
+        self._mirrors = forecast == "fast_forward"
+        self._predict = predict_ahead if self._mirrors else predict_response
         self._slo_fraction = values["slo_fraction"]
         self._open_at = values["open_at"]
         self._dwell_s = values["dwell_s"]
@@ -83,6 +89,13 @@ class LeMix:
     def roles(self, node_ids: Sequence[str]) -> dict[str, NodeRole]:
         """Every node does both."""
         return every_node(NodeRole.BOTH, node_ids)
+
+    def observe(self, now_s: float, event: Event, cluster: Cluster) -> bool:
+        """Follow the nodes that join, to run them ahead."""
+        if self._mirrors and type(event) is NodeJoined:
+            node = cluster.nodes[event.node.node_id]
+            node.mirror = NodeMirror(now_s, node, self.queue_order)
+        return False
 
     # ----------------------------------------------------------------- requests
 
@@ -134,9 +147,9 @@ class LeMix:
 
     def _look(self, now_s: float, live: LiveInference, node: NodeState, index: int, cluster: Cluster) -> _Look:
         cached_tokens = cluster.sessions.cached_tokens(live, node) if self._sessions else 0
-        response = predict_response(now_s, live, node, cluster, cached_tokens)
+        response = self._predict(now_s, live, node, cluster, cached_tokens)
         ttft_s, tpot_s = self._promise(live, node, cluster)
-        stress = response.ttft_s / ttft_s
+        stress = (response.ttft_s + response.demoted_s) / ttft_s
         if live.task.max_tokens > 1:
             stress = max(stress, response.tpot_s / tpot_s)
         # Above 0 for nodes with room to spare, the earlier the higher; below 0 for the others.

@@ -1,0 +1,301 @@
+"""A node core that follows a node: it takes what the node is given, and its operations end when traces say so.
+
+While nothing contradicts it, it is in the node's own state: running operations since when they began, batches, queues,
+accumulation groups. A trace of an operation that it does not run (a task reached the node later than thought, a weight
+synchronisation, an operation that failed) shows that it is not; then it starts again from what the scheduler knows.
+"""
+
+import math
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from services.latency import MOVES, OpKind
+from services.node_agent.core.node import NodeCore
+from services.node_agent.core.types import (
+    Cancelled,
+    Command,
+    Event,
+    InferenceRequest,
+    MicrobatchArrived,
+    NodeCoreConfig,
+    Op,
+    OpDone,
+    QueueOrder,
+    RequestArrived,
+    RunOp,
+    Tick,
+    TrainingMicrobatch,
+)
+from services.scheduler.core import types
+from services.scheduler.core.types import InferenceTask, NodeSpec, OpFinished, TrainingTask
+
+if TYPE_CHECKING:
+    from services.scheduler.core.state import LiveTask, NodeState
+
+#: So many inputs are taken in although nobody asks: who asks is in a hurry. Not at once, for the ends of requests come
+#: after the traces of their last operations.
+_MOST_INPUTS = 8
+
+
+@dataclass(slots=True)
+class _Input:
+    """What happened on the node at a time: an event, or an operation that ended."""
+
+    at_s: float
+    event: Event | None = None
+    trace: OpFinished | None = None
+    #: Requests that ended with the operation.
+    stopped: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Running:
+    """An operation on a stage and when it began, seconds."""
+
+    op: Op
+    begin_s: float
+
+
+_at_s = attrgetter("at_s")
+
+
+class NodeMirror:
+    """Follows one node. Inputs are taken in when somebody asks, in the order of their times."""
+
+    __slots__ = (
+        "_core",
+        "_delay_s",
+        "_given_s",
+        "_inputs",
+        "_is_lost",
+        "_lag_s",
+        "_node",
+        "_now_s",
+        "_num_tasks",
+        "_order",
+        "_running",
+        "_top",
+        "num_restarts",
+    )
+
+    def __init__(self, now_s: float, node: "NodeState", order: types.QueueOrder) -> None:
+        self._node = node
+        self._order = QueueOrder(order.value)
+        self._top = node.spec.num_stages - 1
+        self._core = NodeCore(core_config(node.spec, self._order))
+        self._running: list[Running | None] = [None] * node.spec.num_stages
+        self._inputs: list[_Input] = []
+        self._now_s = now_s
+        #: Longest time from the end of an operation until its trace came.
+        self._lag_s = 0.0
+        #: Shortest time from a decision until the node ran the task, and when tasks were given that have not run.
+        self._delay_s = math.inf
+        self._given_s: dict[str, float] = {}
+        self._num_tasks = 0
+        #: How often it had to start again.
+        self.num_restarts = 0
+        #: It starts from what the scheduler knows, if that is something.
+        self._is_lost = bool(node.inference or node.training)
+
+    # ------------------------------------------------------------- what happens
+
+    def given(self, now_s: float, live: "LiveTask") -> None:
+        """The node gets a task."""
+        self._given_s[live.task.task_id] = now_s
+        self._add(_Input(now_s + self.delay_s, self._arrival(now_s, live)))
+
+    def cancelled(self, now_s: float, task_id: str) -> None:
+        """The node is told to drop a task."""
+        self._add(_Input(now_s + self.delay_s, Cancelled(task_id)))
+
+    def ended(self, now_s: float, task_id: str, *, is_request: bool, ok: bool) -> None:
+        """The node reported the end of a task; the traces of its operations came before."""
+        self._given_s.pop(task_id, None)
+        if not ok:
+            self._is_lost = True
+        if not is_request or not ok:
+            return
+        for item in reversed(self._inputs):
+            trace = item.trace
+            if trace is not None and trace.stage == self._top and task_id in trace.task_ids:
+                item.stopped.append(task_id)
+                return
+        # Its last operation has been taken in: the mirror may think that it goes on, or even runs alone.
+        self._is_lost |= any(running is not None and running.op.task_ids == (task_id,) for running in self._running)
+        self._add(_Input(now_s, Cancelled(task_id)))
+
+    def ran(self, now_s: float, trace: OpFinished) -> None:
+        """An operation ended on a stage."""
+        self._lag_s = max(self._lag_s, now_s - trace.end_s)
+        for task_id in trace.task_ids:
+            given_s = self._given_s.pop(task_id, None)
+            if given_s is not None:
+                self._delay_s = max(0.0, min(self._delay_s, trace.begin_s - given_s))
+        if trace.op not in MOVES:
+            self._add(_Input(trace.end_s, trace=trace))
+
+    def _add(self, item: _Input) -> None:
+        inputs = self._inputs
+        if inputs and inputs[-1].at_s > item.at_s:
+            insort(inputs, item, key=_at_s)
+            return
+        if len(inputs) >= _MOST_INPUTS and inputs[-1].at_s < item.at_s:
+            self._take_in(item.at_s)
+        inputs.append(item)
+
+    # ------------------------------------------------------------- what it knows
+
+    def fork(self, now_s: float) -> tuple[NodeCore, list[Running | None], list[tuple[float, Event]]]:
+        """A copy of the node as last known, what runs on its stages, and what it has been given since, by time.
+
+        What it was given counts as known when no trace of an earlier time can be on its way.
+        """
+        self._take_in(now_s)
+        pending = [(item.at_s, item.event) for item in self._inputs if item.event is not None]
+        return self._core.fork(), self._running.copy(), pending
+
+    @property
+    def lag_s(self) -> float:
+        """Longest time that a trace took."""
+        return self._lag_s
+
+    @property
+    def delay_s(self) -> float:
+        """Time that a task takes to the node: the shortest seen, 0 before any was."""
+        return self._delay_s if self._delay_s < math.inf else 0.0
+
+    @property
+    def known_s(self) -> float:
+        """Time of the copy that `fork` makes."""
+        return self._now_s
+
+    def _take_in(self, now_s: float) -> None:
+        inputs = self._inputs
+        known_s = now_s - self._lag_s
+        count = len(inputs)
+        while count and inputs[count - 1].trace is None and inputs[count - 1].at_s > known_s:
+            count -= 1
+        for item in inputs[:count]:
+            if not self._is_lost:
+                self._take(item)
+            elif item.trace is not None:
+                self._now_s = max(self._now_s, item.at_s)
+        del inputs[:count]
+        if self._is_lost:
+            self._restart(now_s)
+
+    def _take(self, item: _Input) -> None:
+        at_s = self._tick(item.at_s)
+        trace = item.trace
+        if trace is None:
+            if item.event is not None:
+                self._began(at_s, self._core.step(at_s, item.event))
+            return
+        running = self._running[trace.stage]
+        if running is None or not _is_same(running.op, trace):
+            self._is_lost = True
+            return
+        if running.op.kind is OpKind.DECODE and len(trace.task_ids) < len(running.op.task_ids):
+            # The others ended before, and the report of that is on its way.
+            for task_id in running.op.task_ids:
+                if task_id not in trace.task_ids:
+                    self._began(at_s, self._core.step(at_s, Cancelled(task_id)))
+        self._running[trace.stage] = None
+        self._began(at_s, self._core.step(at_s, OpDone(trace.stage, running.op.op_id, tuple(item.stopped))))
+
+    def _tick(self, until_s: float) -> float:
+        """Wake the core up when it wants to; returns the time it has arrived at."""
+        wakeup_s = self._core.next_wakeup_s
+        if wakeup_s is not None and wakeup_s < until_s:
+            self._now_s = max(self._now_s, wakeup_s)
+            self._began(self._now_s, self._core.step(self._now_s, Tick()))
+        self._now_s = max(self._now_s, until_s)
+        return self._now_s
+
+    def _began(self, at_s: float, commands: Sequence[Command]) -> None:
+        for command in commands:
+            if type(command) is RunOp:
+                self._running[command.stage] = Running(command.op, at_s)
+
+    # ------------------------------------------------------------- starting again
+
+    def _restart(self, now_s: float) -> None:
+        """Start again from what the scheduler knows: who decodes, who waits for a prefill, what is to be trained.
+        Prefills and micro-batches that are half done count as not begun."""
+        node = self._node
+        self._is_lost = False
+        self.num_restarts += 1
+        self._inputs.clear()
+        # What runs now began when the last operation that is known of ended, if its tasks were there.
+        at_s = min(self._now_s, now_s)
+        core = NodeCore(core_config(node.spec, self._order))
+        decoding, others = [], []
+        for request in node.inference.values():
+            arrival = self._arrival(at_s, request)
+            if request.has_first_token and isinstance(arrival, RequestArrived):
+                produced = 1 + request.context_tokens - request.task.prompt_tokens
+                decoding.append((arrival.request, produced))
+            else:
+                others.append(arrival)
+        others += [self._arrival(at_s, live) for live in node.training.values() if not live.backward_done]
+        self._core = core
+        self._running = [None] * node.spec.num_stages
+        self._now_s = at_s
+        self._began(at_s, core.restore(at_s, node.weight_step, decoding, others))
+
+    def _arrival(self, now_s: float, live: "LiveTask") -> Event:
+        task = live.task
+        if isinstance(task, InferenceTask):
+            return RequestArrived(node_request(task))
+        self._num_tasks += 1
+        parts = getattr(live, "parts", 1)
+        return MicrobatchArrived(_node_microbatch(now_s, task, self._num_tasks, parts))
+
+
+def _is_same(op: Op, trace: OpFinished) -> bool:
+    """Whether a trace tells the end of this operation, or of a decode iteration with some of its requests."""
+    if op.kind is not trace.op or op.part != trace.part:
+        return False
+    if op.kind is OpKind.OPTIMIZER_STEP or op.task_ids == trace.task_ids:
+        return True
+    return op.kind is OpKind.DECODE and set(trace.task_ids) < set(op.task_ids)
+
+
+def core_config(spec: NodeSpec, order: QueueOrder) -> NodeCoreConfig:
+    """How the node's core works, as far as the node told."""
+    return NodeCoreConfig(
+        num_stages=spec.num_stages,
+        queue_order=order,
+        max_batch=spec.max_batch,
+        max_prefill_tokens=spec.max_prefill_tokens,
+        kv_capacity_tokens=spec.kv_capacity_tokens,
+        training_schedule=spec.training_schedule,
+        prefix_cache_tokens=spec.prefix_cache_tokens,
+        epoch_steps=spec.epoch_steps,
+        max_inflight_training=spec.max_inflight_training,
+        weight_handling=spec.weight_handling,
+        gradient_buffers=spec.gradient_buffers,
+    )
+
+
+def node_request(task: InferenceTask) -> InferenceRequest:
+    """The request as the node's core gets it."""
+    slo = task.slo
+    return InferenceRequest(
+        task.task_id,
+        task.arrival_s,
+        task.prompt_tokens,
+        task.max_tokens,
+        None if slo.ttft_s is None else task.arrival_s + slo.ttft_s,
+        tpot_s=slo.tpot_s,
+        session_id=task.session_id,
+    )
+
+
+def _node_microbatch(now_s: float, task: TrainingTask, sequence: int, parts: int) -> TrainingMicrobatch:
+    return TrainingMicrobatch(
+        task.task_id, now_s, task.job_id, sequence, task.batch, task.length, task.accumulation, parts=parts
+    )

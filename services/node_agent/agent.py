@@ -247,6 +247,10 @@ class NodeAgent:
             max_batch=settings.max_batch,
             prefix_cache_tokens=settings.prefix_cache_tokens,
             epoch_steps=settings.epoch_steps,
+            max_prefill_tokens=settings.max_prefill_tokens,
+            max_inflight_training=settings.max_inflight_training,
+            weight_handling=settings.weight_handling,
+            gradient_buffers=settings.gradient_buffers,
         )
 
     def _vitals(self) -> Vitals:

@@ -66,8 +66,12 @@ def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency
         "kv_capacity_tokens": hello.kv_capacity_tokens,
         "prefix_cache_tokens": hello.prefix_cache_tokens,
         "epoch_steps": hello.epoch_steps,
+        "max_prefill_tokens": hello.max_prefill_tokens,
+        "max_inflight_training": hello.max_inflight_training,
+        "weight_handling": hello.weight_handling,
+        "gradient_buffers": hello.gradient_buffers,
     }
-    told: dict[str, Any] = {name: value for name, value in bounds.items() if value > 0}
+    told: dict[str, Any] = {name: value for name, value in bounds.items() if value}
     return NodeSpec(hello.node_id, hello.num_stages, latency, **told)
 
 

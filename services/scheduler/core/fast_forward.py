@@ -1,4 +1,4 @@
-"""Predicted time to first token by running the node ahead: a copy of its core, with its latency models, in virtual time.
+"""Predicted time to first token by running a copy of the node's core ahead in virtual time, with its latency models.
 
 What the node will do is then what the same code does here: batch composition, order of the queues, the rest of what
 runs, pieces of training, pending optimizer steps. What nobody can know is left out: work that comes later and real

@@ -307,3 +307,5 @@ async def test_the_next_turn_of_a_session_continues_the_kept_kv_cache(tmp_path: 
         assert set(node.held_by_stages()) == {"t1"}
         (hello,) = made.scheduler.hellos
         assert (hello.prefix_cache_tokens, hello.epoch_steps) == (100, 7)
+        assert (hello.max_prefill_tokens, hello.max_inflight_training) == (2048, 2)
+        assert (hello.weight_handling, hello.gradient_buffers) == ("drain", 1)

@@ -49,9 +49,7 @@ def simulate(
     """All work on nodes that can cut training, under a policy that runs them ahead."""
     core = NodeCoreConfig(num_stages=stages, **node_values)
     cluster = [
-        VirtualNode(
-            node_id=f"n{index}", latency=NodeLatency((_FORMS,) * stages), core=core, max_training_parts=3
-        )
+        VirtualNode(node_id=f"n{index}", latency=NodeLatency((_FORMS,) * stages), core=core, max_training_parts=3)
         for index in range(nodes)
     ]
     scheduler = CoreConfig(
@@ -77,9 +75,7 @@ def errors(result: SimulationResult) -> list[float]:
     return found
 
 
-requests = st.tuples(
-    st.integers(0, 3000), st.integers(1, 700), st.integers(1, 12), st.sampled_from([None, 0.05, 2.0])
-)
+requests = st.tuples(st.integers(0, 3000), st.integers(1, 700), st.integers(1, 12), st.sampled_from([None, 0.05, 2.0]))
 microbatches = st.tuples(st.integers(0, 3000), st.integers(1, 700), st.sampled_from(["j", "k"]))
 
 
@@ -124,9 +120,7 @@ def test_the_last_request_gets_its_first_token_when_predicted(
     ]
     last_s = max(item.arrival_s for item in work) + 0.01
     last = Request("last", last_s, 211, 3, 3)
-    result = simulate(
-        [first, *work, last], node_values, stages=stages, dispatch_s=dispatch_s, report_s=report_s
-    )
+    result = simulate([first, *work, last], node_values, stages=stages, dispatch_s=dispatch_s, report_s=report_s)
     assert errors(result)[-1] == pytest.approx(0.0, abs=1e-9)
 
 

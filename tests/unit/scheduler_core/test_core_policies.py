@@ -96,7 +96,11 @@ def test_registry_is_complete() -> None:
         ("paper_additive", {"hold_back": 0}, "'hold_back'.*true or false"),
         ("paper_ratio", {"lambda_1": 0.0}, "'lambda_1' of policy 'paper_ratio'.*number > 0"),
         ("paper_released", {"lambda_1": 0.0}, "'lambda_1' of policy 'paper_released'.*number > 0"),
-        ("lemix", {"forecast": "oracle"}, "'forecast' of policy 'lemix' must be one of analytic, fast_forward, got 'oracle'"),
+        (
+            "lemix",
+            {"forecast": "oracle"},
+            "'forecast' of policy 'lemix' must be one of analytic, fast_forward, got 'oracle'",
+        ),
         ("lemix", {"foo": 1}, "no option 'foo'; known: backlog_s, .*forecast"),
         ("lemix", {"slo_fraction": -1}, "'slo_fraction'.*number >= 0"),
     ],

@@ -69,6 +69,19 @@ def test_a_node_keeps_defaults_for_what_it_does_not_tell() -> None:
     hello = pb.NodeHello(node_id="n", num_stages=1, prefix_cache_tokens=4096, epoch_steps=8)
     spec = spec_from_hello(hello, latency)
     assert (spec.prefix_cache_tokens, spec.epoch_steps) == (4096, 8)
+    assert (spec.max_prefill_tokens, spec.max_inflight_training) == (2048, 2)
+    assert (spec.weight_handling, spec.gradient_buffers) == ("drain", 1)
+    hello = pb.NodeHello(
+        node_id="n",
+        num_stages=1,
+        max_prefill_tokens=512,
+        max_inflight_training=4,
+        weight_handling="stash",
+        gradient_buffers=2,
+    )
+    spec = spec_from_hello(hello, latency)
+    assert (spec.max_prefill_tokens, spec.max_inflight_training) == (512, 4)
+    assert (spec.weight_handling, spec.gradient_buffers) == ("stash", 2)
     with pytest.raises(ValueError, match="2 stages"):
         spec_from_hello(pb.NodeHello(node_id="n", num_stages=2), latency)
 

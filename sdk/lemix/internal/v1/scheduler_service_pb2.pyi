@@ -127,7 +127,7 @@ class NodeSessionRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
-    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps")
+    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps", "max_prefill_tokens", "max_inflight_training", "weight_handling", "gradient_buffers")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,10 @@ class NodeHello(_message.Message):
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_STEPS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_INFLIGHT_TRAINING_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_HANDLING_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_BUFFERS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     address: str
     num_stages: int
@@ -154,7 +158,11 @@ class NodeHello(_message.Message):
     max_batch: int
     prefix_cache_tokens: int
     epoch_steps: int
-    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., epoch_steps: _Optional[int] = ...) -> None: ...
+    max_prefill_tokens: int
+    max_inflight_training: int
+    weight_handling: str
+    gradient_buffers: int
+    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., epoch_steps: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ..., max_inflight_training: _Optional[int] = ..., weight_handling: _Optional[str] = ..., gradient_buffers: _Optional[int] = ...) -> None: ...
 
 class NodeHeartbeat(_message.Message):
     __slots__ = ("sent_monotonic_s", "weight_step", "kv_used_tokens", "draining")

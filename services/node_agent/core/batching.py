@@ -119,7 +119,10 @@ class InferenceBatcher:
         return []
 
     def resume(self, now_s: float, request: InferenceRequest, generated_tokens: int) -> None:
-        """Take in a request that is past its prefill, with `generated_tokens` so far; no operation holds it."""
+        """Take in a request that is past its prefill, with `generated_tokens` so far; no operation holds it. Without
+        room for it nothing happens: then it cannot have been running."""
+        if not self.kv.fits(request.prompt_tokens + request.max_tokens):
+            return
         running = RunningRequest(request, self._tpot_s(request), request.prompt_tokens + generated_tokens, now_s)
         running.generated_tokens = generated_tokens
         self.kv.reserve(request.task_id, request.prompt_tokens + request.max_tokens)

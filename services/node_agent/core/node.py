@@ -7,7 +7,6 @@ Prefill, decode, training forwards, optimizer steps and weight synchronisations 
 micro-batch's backward starts on the last stage when its forward left it and travels down.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -158,26 +157,13 @@ class NodeCore:
             queue.version = mine.version
         return other
 
-    def restore(
-        self, now_s: float, version: int, decoding: Iterable[tuple[InferenceRequest, int]], others: Iterable[Event]
-    ) -> list[Command]:
-        """Fill a new core with the work of a node of which only this is known, and return what to do.
-
-        version: its weights. decoding: requests past their prefill and their tokens so far. others: arrivals.
-        """
+    def restore(self, now_s: float, version: int, decoding: list[tuple[InferenceRequest, int]]) -> None:
+        """Give a new core the weights version of a node and its requests past their prefill, with their tokens so far;
+        what else the node has then arrives."""
         for queue in self._stages:
             queue.version = version
         for request, generated_tokens in decoding:
-            if self._inference.kv.fits(request.prompt_tokens + request.max_tokens):
-                self._inference.resume(now_s, request, generated_tokens)
-        for event in others:
-            if isinstance(event, RequestArrived):
-                self._inference.add(now_s, event.request)
-            elif isinstance(event, MicrobatchArrived):
-                self._training.add(now_s, event.microbatch)
-        commands: list[Command] = []
-        self._start_ops(now_s, commands)
-        return commands
+            self._inference.resume(now_s, request, generated_tokens)
 
     # ------------------------------------------------------------- events
 

@@ -229,22 +229,21 @@ class NodeMirror:
         self._is_lost = False
         self.num_restarts += 1
         self._inputs.clear()
-        # What runs now began when the last operation that is known of ended, if its tasks were there.
-        at_s = min(self._now_s, now_s)
-        core = NodeCore(core_config(node.spec, self._order))
-        decoding, others = [], []
-        for request in node.inference.values():
-            arrival = self._arrival(at_s, request)
-            if request.has_first_token and isinstance(arrival, RequestArrived):
-                produced = 1 + request.context_tokens - request.task.prompt_tokens
-                decoding.append((arrival.request, produced))
+        # What runs now began when the last operation that is known of ended.
+        self._now_s = at_s = min(self._now_s, now_s)
+        decoding, arrived = [], []
+        for live in node.inference.values():
+            if live.has_first_token:
+                produced = 1 + live.context_tokens - live.task.prompt_tokens
+                decoding.append((node_request(live.task), produced))
             else:
-                others.append(arrival)
-        others += [self._arrival(at_s, live) for live in node.training.values() if not live.backward_done]
-        self._core = core
+                arrived.append(self._arrival(at_s, live))
+        arrived += [self._arrival(at_s, live) for live in node.training.values() if not live.backward_done]
+        self._core = NodeCore(core_config(node.spec, self._order))
+        self._core.restore(at_s, node.weight_step, decoding)
         self._running = [None] * node.spec.num_stages
-        self._now_s = at_s
-        self._began(at_s, core.restore(at_s, node.weight_step, decoding, others))
+        for event in arrived or [Tick()]:
+            self._began(at_s, self._core.step(at_s, event))
 
     def _arrival(self, now_s: float, live: "LiveTask") -> Event:
         task = live.task

@@ -150,7 +150,7 @@ class InTurn:
 def check_choice(policy: str, options: Options, name: str, choices: Sequence[str]) -> str:
     """Value of an option that is one of `choices`, by default the first. Raises ValueError for any other."""
     value = options.get(name, choices[0])
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"option {name!r} of policy {policy!r} must be one of {', '.join(choices)}, got {value!r}")
     return value
 

@@ -40,7 +40,7 @@ from services.scheduler.core.types import (
     Tick,
 )
 from services.scheduler.event_log import EventLog
-from services.scheduler.explain.decisions import Decisions
+from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Change, Signature, Signatures
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
@@ -125,7 +125,7 @@ class Driver:
         jobs: TrainingJobs,
         clock: Clock,
         event_log: EventLog | None = None,
-        decisions: Decisions | None = None,
+        live: LiveTasks | None = None,
         signatures: Signatures | None = None,
     ) -> None:
         self._core = core
@@ -138,7 +138,7 @@ class Driver:
         self._clock = clock
         self._token = 0
         self._event_log = event_log
-        self._decisions = decisions
+        self._live = live
         self._signatures = signatures
         for signature in Signature:
             metrics.FAILURE_SIGNATURE.labels(signature.value).set(0)
@@ -209,11 +209,11 @@ class Driver:
             metrics.events(type(current).__name__).inc()
             if self._event_log is not None:
                 self._event_log.add(now_s, current, commands)
-            if self._decisions is not None:
-                self._decisions.add(now_s, current, commands)
             if self._signatures is not None:
-                for change in self._signatures.add(now_s, current, commands):
+                for change in self._signatures.advance(now_s):
                     _announce(change)
+            if self._live is not None:
+                self._live.add(now_s, current, commands)
             for command in commands:
                 metrics.commands(type(command).__name__).inc()
                 await self._perform(command)

@@ -22,6 +22,7 @@ from services.scheduler.core.types import CoreConfig
 from services.scheduler.driver import Driver
 from services.scheduler.event_log import EventLog
 from services.scheduler.explain.decisions import Decisions
+from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Signatures
 from services.scheduler.feeder import Feeder
 from services.scheduler.gateways import GatewayRegistry
@@ -92,7 +93,8 @@ class SchedulerService:
         self.feeder = Feeder(
             jobs=self.jobs, guard=self.guard, inbox=self.inbox, look_ahead=settings.core.max_waiting_training
         )
-        decisions = Decisions(settings.core.policy)
+        live = LiveTasks()
+        decisions = Decisions(live, settings.core.policy)
         self.driver = Driver(
             core=core,
             inbox=self.inbox,
@@ -102,8 +104,8 @@ class SchedulerService:
             jobs=self.jobs,
             clock=clock,
             event_log=event_log,
-            decisions=decisions,
-            signatures=Signatures(settings.core.to_core().default_slo),
+            live=live,
+            signatures=Signatures(live, settings.core.to_core().default_slo),
         )
         self._server = self._make_server(decisions)
 

@@ -4,6 +4,7 @@ good health."""
 import pytest
 
 from services.scheduler.core.types import CoreConfig, InferenceTask, NodeJoined, SloTarget, Tick, TrainingTask
+from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Change, Signature, Signatures
 from tests.simulation.harness import Simulation, requests, spec
 
@@ -26,13 +27,15 @@ def watch(policy: str, tasks: list[InferenceTask], training: list[TrainingTask],
     """What begins and ends on one node."""
     core = CoreConfig(policy=policy, default_slo=SLO, max_waiting_training=4096, **config)  # type: ignore[arg-type]
     simulation = Simulation(core, {task.task_id: 4 for task in tasks})
-    signatures = Signatures(SLO)
+    live = LiveTasks()
+    signatures = Signatures(live, SLO)
     step = simulation.core.step
     changes: list[Change] = []
 
     def watched(now_s: float, event: object) -> object:
         commands = step(now_s, event)  # type: ignore[arg-type]
-        changes.extend(signatures.add(now_s, event, commands))  # type: ignore[arg-type]
+        changes.extend(signatures.advance(now_s))
+        live.add(now_s, event, commands)  # type: ignore[arg-type]
         return commands
 
     simulation.core.step = watched  # type: ignore[method-assign,assignment]

@@ -21,6 +21,7 @@ from services.scheduler.core.types import (
     TrainingTask,
 )
 from services.scheduler.explain.decisions import Decisions
+from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.log_file import Entry, RunBegan, Step
 from services.scheduler.explain.types import Decision, Fate
 
@@ -81,14 +82,15 @@ def recordings(entries: Iterable[Entry]) -> list[Recording]:
 class _Reader:
     def __init__(self, config: CoreConfig) -> None:
         self._recording = Recording(config, sync_every_steps=config.sync_every_steps)
-        self._decisions = Decisions(config.policy, sys.maxsize)
+        self._tasks = LiveTasks()
+        self._decisions = Decisions(self._tasks, config.policy, sys.maxsize)
         self._present: dict[str, NodeLife] = {}
         self._last_request_s = -math.inf
 
     def take(self, step: Step) -> None:
         """One step of the run."""
         run = self._recording
-        self._decisions.add(step.now_s, step.event, step.commands)
+        self._tasks.add(step.now_s, step.event, step.commands)
         run.began_s, run.ended_s = min(run.began_s, step.now_s), max(run.ended_s, step.now_s)
         run.cancelled.update(command.task_id for command in step.commands if isinstance(command, Drop | CancelOnNode))
         match step.event:

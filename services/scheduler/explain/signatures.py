@@ -1,34 +1,21 @@
 """Three ways in which serving and training at once goes wrong, named while it does (docs/operations.md).
 
-Pure like the core: fed with every step's (time, event, commands), and with the memory failures that nodes report. It
-counts per second over a window, so its memory is bounded by the window plus live work.
+It watches a core's live tasks and hears of the memory failures that nodes report. It counts per second over a window,
+so its memory is bounded by the window plus live work.
 """
 
+import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from services.latency import MOVES, OpKind
 from services.scheduler.core.scheduler import HELD_BACK
-from services.scheduler.core.types import (
-    Assign,
-    CancelOnNode,
-    Command,
-    Defer,
-    Drop,
-    Event,
-    InferenceTask,
-    NodeLost,
-    OpFinished,
-    Reject,
-    SloTarget,
-    Task,
-    TaskArrived,
-    TaskEnded,
-    TaskRecovered,
-)
+from services.scheduler.core.types import Assign, InferenceTask, OpFinished, Reject, SloTarget, TaskEnded
+from services.scheduler.explain.live import Live, LiveTasks
+from services.scheduler.explain.types import Promise
 
 _TRAINING_OPS: Final = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD, OpKind.OPTIMIZER_STEP)
 _MAX_MEMORY_FAILURES: Final = 1024
@@ -102,166 +89,123 @@ class _Second:
     moves_s: float = 0.0
 
 
-@dataclass(slots=True, eq=False)
-class _Request:
-    """A request whose promise is open. Times in seconds, infinite: not promised, or not yet."""
-
-    due_s: float
-    tpot_s: float
-    first_token_s: float = float("inf")
-
-
 class Signatures:
-    """Watches one core. `default_slo`: the promise of requests that carry none."""
+    """Watches one core's `tasks`. `default_slo`: the promise of requests that carry none."""
 
-    def __init__(self, default_slo: SloTarget, thresholds: Thresholds | None = None) -> None:
+    def __init__(self, tasks: LiveTasks, default_slo: SloTarget, thresholds: Thresholds | None = None) -> None:
+        self._tasks = tasks
         self._default_slo = default_slo
         self._limits = Thresholds() if thresholds is None else thresholds
         self._seconds: deque[_Second] = deque([_Second(0)], maxlen=self._limits.window_s)
-        self._requests: dict[str, _Request] = {}
         #: Micro-batches on a node that are not through their backward.
-        self._training: dict[str, str] = {}
-        self._microbatches: set[str] = set()
-        #: Node of every task that has one: reports of other nodes are late, and the core ignores them too.
-        self._node_of: dict[str, str] = {}
+        self._training: set[str] = set()
         self._held_id = ""
         self._last_s = 0.0
         self._memory_failures: deque[tuple[float, str]] = deque(maxlen=_MAX_MEMORY_FAILURES)
         self._active: dict[Signature, Finding] = {}
+        tasks.watch(self)
 
     @property
     def active(self) -> tuple[Finding, ...]:
         """What is wrong now, as it was concluded when it began."""
         return tuple(self._active.values())
 
-    @property
-    def num_live(self) -> int:
-        """Tasks remembered."""
-        return len(self._requests) + len(self._microbatches)
-
     def memory_failed(self, now_s: float, node_id: str) -> None:
         """An operation on a node failed with RESOURCE_EXHAUSTED."""
         self._memory_failures.append((now_s, node_id))
 
-    def add(self, now_s: float, event: Event, commands: Iterable[Command]) -> Sequence[Change]:
-        """Take in one step of the core, in order. Returns what began or ended; it looks once a second."""
+    def advance(self, now_s: float) -> Sequence[Change]:
+        """The time of the step that the tasks take in next. Returns what began or ended; it looks once a second."""
         now_s = max(now_s, self._last_s)
         changes: Sequence[Change] = ()
-        second = self._seconds[-1]
         if self._held_id and not self._training:
-            second.held_s += now_s - self._last_s
+            self._seconds[-1].held_s += now_s - self._last_s
         self._last_s = now_s
-        if int(now_s) != second.second:
+        if int(now_s) != self._seconds[-1].second:
             changes = self._look(now_s)
-            second = _Second(int(now_s))
-            self._seconds.append(second)
-        if type(event) is OpFinished:
-            self._op_finished(event, second)
-        else:
-            self._happened(now_s, event, second)
-        for command in commands:
-            self._commanded(command, second)
+            self._seconds.append(_Second(int(now_s)))
         return changes
 
-    # ------------------------------------------------------------- what happened
+    # ------------------------------------------------------------- what the tasks tell
 
-    def _happened(self, now_s: float, event: Event, second: _Second) -> None:
-        match event:
-            case TaskArrived(task) | TaskRecovered(task):
-                self._came(task, second)
-                if isinstance(event, TaskRecovered):
-                    self._placed(task.task_id, event.node_id)
-            case TaskEnded():
-                self._ended(now_s, event, second)
-            case NodeLost(node_id):
-                self._training = {task_id: node for task_id, node in self._training.items() if node != node_id}
-            case _:
-                pass
-
-    def _came(self, task: Task, second: _Second) -> None:
+    def arrived(self, live: Live) -> None:
+        """A request, and what it was promised."""
+        task = live.task
         if not isinstance(task, InferenceTask):
-            self._microbatches.add(task.task_id)
             return
-        if task.task_id in self._requests:
-            return
-        second.arrived += 1
+        self._seconds[-1].arrived += 1
         ttft_s, tpot_s = task.slo.ttft_s, task.slo.tpot_s
         ttft_s = self._default_slo.ttft_s if ttft_s is None else ttft_s
         tpot_s = self._default_slo.tpot_s if tpot_s is None else tpot_s
         if ttft_s is not None or tpot_s is not None:
-            due_s = float("inf") if ttft_s is None else task.arrival_s + ttft_s
-            self._requests[task.task_id] = _Request(due_s, float("inf") if tpot_s is None else tpot_s)
+            due_s = math.inf if ttft_s is None else task.arrival_s + ttft_s
+            live.promise = Promise(due_s, math.inf if tpot_s is None else tpot_s)
 
-    def _op_finished(self, op: OpFinished, second: _Second) -> None:
+    def placed(self, now_s: float, live: Live, command: Assign | None) -> None:
+        """A micro-batch is no longer held back."""
+        del now_s
+        if isinstance(live.task, InferenceTask):
+            return
+        self._training.add(live.task.task_id)
+        if command is not None:
+            self._held_id = ""
+
+    def deferred(self, now_s: float, live: Live, reason: str) -> None:
+        """Training waits; is it held back?"""
+        del now_s
+        if not isinstance(live.task, InferenceTask):
+            self._held_id = live.task.task_id if reason == HELD_BACK else ""
+
+    def op_finished(self, op: OpFinished, lives: Sequence[Live]) -> None:
+        """What stages were busy with, and first tokens."""
+        second, seconds = self._seconds[-1], op.end_s - op.begin_s
         if op.op in _TRAINING_OPS:
-            second.training_s += op.end_s - op.begin_s
+            second.training_s += seconds
             if op.op is OpKind.TRAIN_BACKWARD and op.stage == 0 and op.part + 1 == op.parts:
-                for task_id in op.task_ids:
-                    self._training.pop(task_id, None)
-            return
-        if op.op in MOVES:
-            second.moves_s += op.end_s - op.begin_s
+                self._training.difference_update(op.task_ids)
+        elif op.op in MOVES:
+            second.moves_s += seconds
             second.offloads += op.op is OpKind.OFFLOAD
-            return
-        second.inference_s += op.end_s - op.begin_s
-        if op.first_token:
-            for task_id in op.task_ids:
-                request = self._requests.get(task_id)
-                if request is not None:
-                    request.first_token_s = min(request.first_token_s, op.end_s)
+        else:
+            second.inference_s += seconds
+            if op.first_token:
+                for live in lives:
+                    if live.promise is not None:
+                        live.promise.first_token_s = min(live.promise.first_token_s, op.end_s)
 
-    def _ended(self, now_s: float, event: TaskEnded, second: _Second) -> None:
-        if self._node_of.get(event.task_id) != event.node_id:
+    def left(self, now_s: float, live: Live, ended: TaskEnded | None) -> None:
+        """Was the promise kept; what did training learn."""
+        self._training.discard(live.task.task_id)
+        if ended is None:
             return
-        del self._node_of[event.task_id]
-        self._training.pop(event.task_id, None)
-        if event.task_id in self._microbatches:
-            self._microbatches.discard(event.task_id)
-            second.trained += event.ok
-            if event.loss is not None:
+        second, promise = self._seconds[-1], live.promise
+        if not isinstance(live.task, InferenceTask):
+            second.trained += ended.ok
+            if ended.loss is not None:
                 second.num_losses += 1
-                second.sum_losses += event.loss
-            return
-        request = self._requests.pop(event.task_id, None)
-        if request is None:
-            return
-        # A first token whose trace was dropped came at the end at the latest.
-        first_s = min(request.first_token_s, now_s)
-        kept = event.ok and first_s <= request.due_s
-        kept &= event.output_tokens < 2 or now_s - first_s <= request.tpot_s * (event.output_tokens - 1)
-        second.kept += kept
-        second.missed += not kept
+                second.sum_losses += ended.loss
+        elif promise is not None:
+            # A first token whose trace was dropped came at the end at the latest.
+            first_s = min(promise.first_token_s, now_s)
+            kept = ended.ok and first_s <= promise.due_s
+            kept &= ended.output_tokens < 2 or now_s - first_s <= promise.tpot_s * (ended.output_tokens - 1)
+            second.kept += kept
+            second.missed += not kept
 
-    def _commanded(self, command: Command, second: _Second) -> None:
-        match command:
-            case Assign(task_id, node_id):
-                self._placed(task_id, node_id)
-                if task_id in self._microbatches:
-                    self._held_id = ""
-            case Defer(task_id, reason):
-                if task_id in self._microbatches:
-                    self._held_id = task_id if reason == HELD_BACK else ""
-            case Reject(task_id, retry_after_s=retry_after_s):
-                self._forget(task_id)
-                # A request that no node could ever run says nothing about the cluster.
-                second.missed += self._requests.pop(task_id, None) is not None and retry_after_s is not None
-            case Drop(task_id) | CancelOnNode(task_id):
-                self._requests.pop(task_id, None)
-                if isinstance(command, Drop):
-                    self._forget(task_id)
-            case _:
-                pass
+    def refused(self, now_s: float, live: Live, command: Reject) -> None:
+        """A promise broken, if it was refused for now."""
+        del now_s
+        self._release(live)
+        # A request that no node could ever run says nothing about the cluster.
+        self._seconds[-1].missed += live.promise is not None and command.retry_after_s is not None
 
-    def _placed(self, task_id: str, node_id: str) -> None:
-        self._node_of[task_id] = node_id
-        if task_id in self._microbatches:
-            self._training[task_id] = node_id
+    def cancelled(self, live: Live) -> None:
+        """Its promise no longer counts."""
+        live.promise = None
+        self._release(live)
 
-    def _forget(self, task_id: str) -> None:
-        self._node_of.pop(task_id, None)
-        self._microbatches.discard(task_id)
-        self._training.pop(task_id, None)
-        if self._held_id == task_id:
+    def _release(self, live: Live) -> None:
+        if self._held_id == live.task.task_id:
             self._held_id = ""
 
     # ------------------------------------------------------------- what it means
@@ -294,7 +238,8 @@ class Signatures:
     def _numbers(self, now_s: float) -> dict[str, float]:
         window = list(self._seconds)
         kept = sum(second.kept for second in window)
-        overdue = sum(r.due_s < min(now_s, r.first_token_s) for r in self._requests.values())
+        promises = [live.promise for live in self._tasks if live.promise is not None]
+        overdue = sum(promise.due_s < min(now_s, promise.first_token_s) for promise in promises)
         promised = kept + sum(second.missed for second in window) + overdue
         training_s = sum(second.training_s for second in window)
         moves_s = sum(second.moves_s for second in window)

@@ -1,5 +1,6 @@
 """What is kept about a decision, and what its prediction means."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -41,6 +42,15 @@ def meaning(policy: str, task: Task) -> Meaning:
     if policy in _BY_FORECAST:
         return Meaning.FORWARD_END
     return Meaning.FIRST_TOKEN if policy == "lemix" and isinstance(task, InferenceTask) else Meaning.NOTHING
+
+
+@dataclass(slots=True, eq=False)
+class Promise:
+    """What a request was promised, until it is known to be kept. Seconds, infinite: not promised, or not yet."""
+
+    due_s: float
+    tpot_s: float
+    first_token_s: float = math.inf
 
 
 @dataclass(slots=True)

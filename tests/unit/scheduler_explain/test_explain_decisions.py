@@ -1,5 +1,7 @@
 """What is kept of decisions, how it is joined with what happened, and that it stays bounded."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +11,11 @@ from services.scheduler.core.policies import POLICIES
 from services.scheduler.core.types import (
     Assign,
     CancelOnNode,
+    Command,
     CoreConfig,
     Defer,
     Drop,
+    Event,
     InferenceTask,
     NodeJoined,
     NodeLost,
@@ -28,10 +32,28 @@ from services.scheduler.core.types import (
     TrainingTask,
 )
 from services.scheduler.explain.decisions import Decisions
+from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.types import Decision, Fate, Meaning, meaning
 from tests.simulation.harness import SYNC_PHASE_S, Simulation, microbatches, output_lengths, requests, spec
 
 STAGES = 2
+
+
+class Store(Decisions):
+    """Decisions with the tasks that feed them."""
+
+    def __init__(self, policy: str, capacity: int = 4096) -> None:
+        self.tasks = LiveTasks()
+        super().__init__(self.tasks, policy, capacity)
+
+    def add(self, now_s: float, event: Event, commands: Sequence[Command]) -> None:
+        self.tasks.add(now_s, event, commands)
+
+    @property
+    def num_live(self) -> int:
+        return len(self.tasks)
+
+
 LATENCY = NodeLatency(({OpKind.PREFILL: LatencyModel("constant", (0.1,))},) * STAGES)
 REQUEST = InferenceTask("r", 1.0, 30, 20)
 MICROBATCH = TrainingTask("m", 1.0, "job", 1, 64)
@@ -50,16 +72,16 @@ def op(kind: OpKind, stage: int, begin_s: float, end_s: float, *task_ids: str, *
     return OpFinished("n0", stage, kind, begin_s, end_s, task_ids, **fields)  # type: ignore[arg-type]
 
 
-def placed(policy: str, task: Task = REQUEST, response_s: float = 0.4) -> Decisions:
+def placed(policy: str, task: Task = REQUEST, response_s: float = 0.4) -> Store:
     """A store that saw a task arrive and go to n0, of two nodes, at 1.25 s."""
-    decisions = Decisions(policy)
+    decisions = Store(policy)
     decisions.add(0.0, node("n0"), [])
     decisions.add(0.0, node("n1"), [])
     decisions.add(1.25, TaskArrived(task), [Assign(task.task_id, "n0", terms(response_s, "n0", "n1"))])
     return decisions
 
 
-def only(decisions: Decisions, task_id: str = "r") -> Decision:
+def only(decisions: Store, task_id: str = "r") -> Decision:
     (decision,) = decisions.of_task(task_id)
     return decision
 
@@ -153,7 +175,7 @@ def test_a_node_that_returns_with_other_stages_was_lost() -> None:
 
 
 def test_a_refusal_is_a_decision() -> None:
-    decisions = Decisions("lemix")
+    decisions = Store("lemix")
     decisions.add(1.0, TaskArrived(REQUEST), [Defer("r", "no_node")])
     decisions.add(2.0, node("n0", 10), [Reject("r", "RESOURCE_EXHAUSTED", "too long")])
     decision = only(decisions)
@@ -163,7 +185,7 @@ def test_a_refusal_is_a_decision() -> None:
 
 
 def test_the_newest_reason_to_wait_is_told_with_the_time_it_was_first_given() -> None:
-    decisions = Decisions("lemix")
+    decisions = Store("lemix")
     decisions.add(1.0, TaskArrived(MICROBATCH), [Defer("m", "held_back")])
     for now_s, reason in ((2.0, "inflight_limit"), (3.0, "held_back"), (4.0, "inflight_limit")):
         decisions.add(now_s, Tick(), [Defer("m", reason)])
@@ -179,7 +201,7 @@ def test_a_cancelled_task_is_not_a_failed_one(ok: bool, fate: Fate) -> None:
 
 
 def test_nothing_is_kept_of_a_task_dropped_while_it_waits() -> None:
-    decisions = Decisions("lemix")
+    decisions = Store("lemix")
     decisions.add(1.0, TaskArrived(REQUEST), [Defer("r", "no_node")])
     decisions.add(1.1, TaskCancelled("r"), [Drop("r")])
     assert (decisions.of_task("r"), decisions.num_live, decisions.is_live("r")) == ([], 0, False)
@@ -202,7 +224,7 @@ def test_the_kv_cache_promised_to_requests_is_remembered_and_given_back() -> Non
 
 def test_the_store_wants_room_for_one() -> None:
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
-        Decisions("lemix", 0)
+        Store("lemix", 0)
 
 
 # --------------------------------------------------------------------------- over whole runs
@@ -225,7 +247,7 @@ def simulation(policy: str, *, seed: int = 0, lost_s: float = 9.0, num_stages: i
 class Watched:
     """A simulation whose core tells stores of every step, and what the core itself holds afterwards."""
 
-    def __init__(self, made: Simulation, *stores: Decisions) -> None:
+    def __init__(self, made: Simulation, *stores: Store) -> None:
         core_step = made.core.step
         self.num_live: list[tuple[int, int]] = []
 
@@ -248,7 +270,7 @@ class Watched:
     lost_s=st.floats(0.0, 2.0),
 )
 def test_the_store_is_bounded_and_keeps_the_newest(policy: str, capacity: int, seed: int, lost_s: float) -> None:
-    bounded, unbounded = Decisions(policy, capacity), Decisions(policy, 10_000)
+    bounded, unbounded = Store(policy, capacity), Store(policy, 10_000)
     watched = Watched(simulation(policy, seed=seed, lost_s=lost_s), bounded, unbounded)
     assert len(bounded) == min(capacity, len(unbounded))
     kept = bounded.newest(capacity)
@@ -262,7 +284,7 @@ def test_the_store_is_bounded_and_keeps_the_newest(policy: str, capacity: int, s
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_what_r_means_is_known_for_every_policy(policy: str) -> None:
-    store = Decisions(policy)
+    store = Store(policy)
     Watched(simulation(policy, num_stages=2), store)
     kinds: dict[type, set[bool]] = {}
     for decision in store.newest(1000):
@@ -279,7 +301,7 @@ def test_predictions_that_came_true_are_found(policy: str) -> None:
     made = Simulation(CoreConfig(policy=policy, initial_output_tokens=1), {"r": 1})
     made.at(0.0, NodeJoined(spec("n0", 1)))
     made.offer([InferenceTask("r", 1.0, 100, 1)])
-    store = Decisions(policy)
+    store = Store(policy)
     Watched(made, store)
     decision = only(store)
     assert decision.predicted_s == pytest.approx(0.012)

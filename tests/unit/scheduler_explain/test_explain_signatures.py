@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.latency import OpKind
+from services.latency import NodeLatency, OpKind
 from services.scheduler.core.types import (
     Assign,
     CancelOnNode,
@@ -11,7 +11,9 @@ from services.scheduler.core.types import (
     Drop,
     Event,
     InferenceTask,
+    NodeJoined,
     NodeLost,
+    NodeSpec,
     OpFinished,
     Reject,
     SloTarget,
@@ -21,6 +23,7 @@ from services.scheduler.core.types import (
     Tick,
     TrainingTask,
 )
+from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Change, Finding, Signature, Signatures
 
 SLO = SloTarget(ttft_s=1.0, tpot_s=0.1)
@@ -30,12 +33,14 @@ class Watch:
     """Signatures and what they said."""
 
     def __init__(self) -> None:
-        self.signatures = Signatures(SLO)
+        self.tasks = LiveTasks()
+        self.signatures = Signatures(self.tasks, SLO)
         self.changes: list[Change] = []
         self.num_tasks = 0
 
     def step(self, now_s: float, event: Event, *commands: Command) -> None:
-        self.changes += self.signatures.add(now_s, event, commands)
+        self.changes += self.signatures.advance(now_s)
+        self.tasks.add(now_s, event, commands)
 
     def look(self, now_s: float) -> list[Signature]:
         """What is wrong at a time."""
@@ -138,7 +143,7 @@ def test_refusals_for_now_are_misses_and_impossible_requests_are_not(
         refusal = Reject(f"r{index}", "OVERLOADED", "", retry_after_s)
         watch.step(10.0, TaskArrived(InferenceTask(f"r{index}", 10.0, 10, 64)), refusal)
     assert (watch.look(12.0) == [Signature.SLO_COLLAPSE]) is collapsed
-    assert watch.signatures.num_live == 0
+    assert len(watch.tasks) == 0
 
 
 @pytest.mark.parametrize("command", [Drop("r"), CancelOnNode("r", "n")])
@@ -152,7 +157,8 @@ def test_what_its_client_cancelled_is_no_miss(command: Command, watch: Watch) ->
 
 def test_requests_without_any_promise_break_none() -> None:
     watch = Watch()
-    watch.signatures = Signatures(SloTarget())
+    watch.tasks = LiveTasks()
+    watch.signatures = Signatures(watch.tasks, SloTarget())
     for index in range(30):
         watch.request(10.0 + index, first_s=10.9 + index, end_s=10.9 + index, slo=SloTarget())
     assert watch.look(41.0) == []
@@ -231,6 +237,7 @@ def test_hold_back_while_training_runs_is_not_starving(watch: Watch) -> None:
 
 
 def test_training_of_a_lost_node_does_not_run(watch: Watch) -> None:
+    watch.step(98.0, NodeJoined(NodeSpec("n", 1, NodeLatency(()))))
     watch.step(99.0, TaskRecovered(TrainingTask("m", 99.0, "j", 1, 8), "n"))
     watch.microbatch(100.0, Defer("next", "held_back"), task_id="next")
     assert watch.look(150.0) == []
@@ -253,13 +260,26 @@ def test_a_falling_loss_is_not_starving(fall: float, starved: bool, watch: Watch
 # ----------------------------------------------------------------------------- bounds
 
 
+def test_the_report_of_a_lost_node_keeps_no_promise(watch: Watch) -> None:
+    """The core ignores it as well: the request waits again."""
+    watch.step(9.0, NodeJoined(NodeSpec("n", 1, NodeLatency(()))))
+    for index in range(20):
+        watch.step(10.0, TaskArrived(InferenceTask(f"r{index}", 10.0, 10, 64)), Assign(f"r{index}", "n"))
+    watch.step(10.1, NodeLost("n"))
+    for index in range(20):
+        watch.step(10.2, TaskEnded(f"r{index}", "n", ok=True, output_tokens=1))
+    assert watch.look(10.5) == []
+    assert watch.look(12.0) == [Signature.SLO_COLLAPSE]
+    assert watch.changes[-1].finding.numbers["overdue"] == 20
+
+
 def test_memory_is_bounded_by_the_window_and_live_work(watch: Watch) -> None:
     for index in range(5000):
         watch.request(float(index), first_s=index + 0.1, end_s=index + 0.2)
         watch.trained(index + 0.3, 1.0)
         watch.signatures.memory_failed(index + 0.4, "n")
     signatures = watch.signatures
-    assert signatures.num_live == 0
+    assert len(watch.tasks) == 0
     assert len(signatures._seconds) <= 30
     assert len(signatures._memory_failures) <= 31
     assert not signatures._training

@@ -15,6 +15,7 @@ from services.ledger import open_ledger
 from services.scheduler import driver as driver_module
 from services.scheduler.core.types import SloTarget, Tick
 from services.scheduler.driver import Driver
+from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Signature, Signatures
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Ended, Told
@@ -30,6 +31,7 @@ def log() -> Iterator[list[Any]]:
 @pytest.fixture
 async def rig() -> Rig:
     rig = Rig(await open_ledger(f"memory://{uuid.uuid4().hex}"))
+    live = LiveTasks()
     rig.driver = Driver(
         core=rig.core,
         inbox=rig.inbox,
@@ -38,7 +40,8 @@ async def rig() -> Rig:
         gateways=rig.peers,  # type: ignore[arg-type]
         jobs=rig.peers,
         clock=rig.clock,
-        signatures=Signatures(SloTarget()),
+        live=live,
+        signatures=Signatures(live, SloTarget()),
     )
     return await rig.lead()
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from services.runtime.config import ServiceSettings, Settings
 
@@ -46,8 +46,9 @@ class NodeAgentSettings(ServiceSettings):
     seed: int = 0
 
     kv_capacity_tokens: int = Field(65536, ge=1)
-    #: Tokens of it kept for sessions between their turns, as far as requests leave room. 0: none. The torch engine
-    #: cannot continue a kept KV cache yet and refuses anything else.
+    #: Tokens of a block, the unit in which the KV cache is given out; small ones waste less, large ones are faster.
+    kv_block_tokens: int = Field(64, ge=1)
+    #: Tokens of it kept for sessions between their turns, as far as requests leave room. 0: none.
     prefix_cache_tokens: int = Field(0, ge=0)
     #: A kept KV cache serves until the weights have changed this often, counted in epochs: weights step // epoch_steps.
     epoch_steps: int = Field(64, ge=1)
@@ -92,6 +93,12 @@ class NodeAgentSettings(ServiceSettings):
     drain_s: float = Field(8.0, ge=0.0, le=3600.0)
     #: Longest wait for the scheduler's welcome (it may profile the node first), seconds.
     welcome_timeout_s: float = Field(900.0, gt=0.0)
+
+    @model_validator(mode="after")
+    def _holds_a_block(self) -> "NodeAgentSettings":
+        if self.kv_block_tokens > self.kv_capacity_tokens:
+            raise ValueError(f"kv_block_tokens ({self.kv_block_tokens}) exceeds kv_capacity_tokens")
+        return self
 
     @field_validator("training_schedule")
     @classmethod

@@ -20,8 +20,6 @@ async def load(settings: NodeAgentSettings) -> tuple[Engine, str]:
         if settings.engine == "emulated":
             timing = _timing(settings)
             return load_emulated_engine(config, timing), emulated_fingerprint(config, timing)
-        if settings.prefix_cache_tokens:
-            raise StartupError("prefix_cache_tokens must be 0: the torch engine cannot continue a kept KV cache yet")
         # Imported here so that emulated nodes run without torch.
         from services.node_agent.engine.torch.engine import load_engine, profile_fingerprint
 
@@ -42,6 +40,7 @@ def _engine_config(settings: NodeAgentSettings) -> EngineConfig:
         nice=settings.nice,
         cpus=settings.cpus,
         kv_capacity_tokens=settings.kv_capacity_tokens,
+        kv_block_tokens=settings.kv_block_tokens,
         max_context_tokens=settings.max_context_tokens,
         seed=settings.seed,
     )

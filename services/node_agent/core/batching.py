@@ -67,8 +67,8 @@ class InferenceBatcher:
     def __init__(self, config: NodeCoreConfig) -> None:
         self._config = config
         self._by_deadline = config.queue_order is QueueOrder.INFERENCE_FIRST
-        self.kv = KvLedger(config.kv_capacity_tokens)
-        self.prefixes = PrefixCache(config.prefix_cache_tokens)
+        self.kv = KvLedger(config.kv_capacity_tokens, config.kv_block_tokens)
+        self.prefixes = PrefixCache(config.prefix_cache_tokens, config.kv_block_tokens)
         # Requests whose kept KV cache had to make room for the op that is composed.
         self._made_room: list[str] = []
         # Sorted by (deadline, arrival order); fifo: (0, arrival order). The entry time is kept for fifo ranks.
@@ -107,7 +107,7 @@ class InferenceBatcher:
         """Queue a request; one that can never fit the KV cache ends at once. A live id is ignored (redelivery)."""
         if self.holds(request.task_id):
             return []
-        need = request.prompt_tokens + request.max_tokens
+        need = self.kv.need(request.prompt_tokens + request.max_tokens)
         if need > self.kv.capacity_tokens:
             detail = f"needs {need} KV tokens, the node holds {self.kv.capacity_tokens}"
             return [TaskDone(request.task_id, "error", detail)]
@@ -173,7 +173,7 @@ class InferenceBatcher:
         free_tokens = self.kv.capacity_tokens - self.kv.used_tokens
         for index in self._admission_order(now_s):
             request = self._waiting[index][3]
-            need = request.prompt_tokens + request.max_tokens
+            need = self.kv.need(request.prompt_tokens + request.max_tokens)
             if need > free_tokens:
                 passed.append(request.task_id)
                 if len(passed) > config.max_bypass or self._must_be_next(passed):

@@ -285,6 +285,8 @@ class NodeCoreConfig:
     max_prefill_tokens: int = 2048
     #: Tokens the KV cache holds; a request is admitted when prompt + max_tokens fit.
     kv_capacity_tokens: int = 1 << 30
+    #: Tokens of a block of the KV cache; what a request or a session holds is rounded up to whole blocks.
+    kv_block_tokens: int = 1
     #: "async": A-PP. "gpipe", "1f1b": S-PP, an accumulation group is a mini-batch and none of the next one's forwards
     #: runs on a stage before this one's step. gpipe: no backward before all forwards of the group left the last stage.
     #: 1f1b: a stage has run at most (num_stages - stage) forwards more than backwards, and then takes turns.
@@ -322,6 +324,7 @@ class NodeCoreConfig:
             "max_batch",
             "max_prefill_tokens",
             "kv_capacity_tokens",
+            "kv_block_tokens",
             "epoch_steps",
             "max_inflight_training",
             "gradient_buffers",
@@ -340,6 +343,11 @@ class NodeCoreConfig:
         for name in ("default_ttft_s", "default_tpot_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.kv_block_tokens > self.kv_capacity_tokens:
+            raise ValueError(
+                f"kv_block_tokens must be at most kv_capacity_tokens, got {self.kv_block_tokens} and "
+                f"{self.kv_capacity_tokens}"
+            )
         if self.prefix_cache_tokens and self.memory is not None:
             raise ValueError(
                 "prefix_cache_tokens must be 0 where memory is limited: kept prefixes are not counted there"

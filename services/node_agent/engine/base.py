@@ -36,8 +36,9 @@ class Sampling:
 class PrefillSequence:
     """A prompt to run. `reference_ids`: continuation whose loss is measured; it leaves no trace in the KV cache.
 
-    The KV cache of the request `continues` ("": none), which has ended, becomes its own; it holds the first
-    `cached_tokens` of the prompt, which need not be run.
+    The KV cache of the request `continues` ("": none), which has ended, becomes its own; as far as it holds the first
+    `cached_tokens` of the prompt, they are not run. Without `continues` they were run by earlier ops (chunks).
+    end_token: run the prompt up to here; 0: to its end, which yields the first new token.
     """
 
     request_id: str
@@ -47,6 +48,7 @@ class PrefillSequence:
     reference_ids: tuple[int, ...] = ()
     cached_tokens: int = 0
     continues: str = ""
+    end_token: int = 0
 
 
 class DecodeSequence(NamedTuple):
@@ -288,6 +290,8 @@ class EngineConfig:
     #: CPU cores to pin the workers to, one per stage; empty: not pinned.
     cpus: tuple[int, ...] = ()
     kv_capacity_tokens: int = 65536
+    #: Tokens of a block, the unit in which the KV cache is given out.
+    kv_block_tokens: int = 64
     max_context_tokens: int = 0
     seed: int = 0
 

@@ -49,10 +49,15 @@ class StageExecutor:
         context = spec.info(config.max_context_tokens).max_context_tokens
         self.stage = Stage(spec, stage, config.num_stages, device=device, dtype=config.dtype)
         self._transport = transport
-        self.inference = Inference(self.stage, kv_capacity_tokens=config.kv_capacity_tokens, max_context_tokens=context)
+        self.inference = Inference(
+            self.stage,
+            kv_capacity_tokens=config.kv_capacity_tokens,
+            max_context_tokens=context,
+            kv_block_tokens=config.kv_block_tokens,
+        )
         self.training = Training(self.stage, max_context_tokens=context)
         self._snapshots = Snapshots(snapshot_folder)
-        self._timer = StageTimer(self.stage, snapshot_folder, context)
+        self._timer = StageTimer(self.stage, snapshot_folder, context, config.kv_block_tokens)
         self._handlers: dict[type, Callable[[Any], StageResult]] = {
             Prefill: self._prefill,
             Decode: self._decode,

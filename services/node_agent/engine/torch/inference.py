@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.node_agent.engine.base import Decode, DecodeSequence, Prefill, PrefillSequence, SampledToken, Sampling
-from services.node_agent.engine.torch.attention import PackedRuns
-from services.node_agent.engine.torch.kv_cache import KvCache, KvEntry, KvShape, KvWrite, Slab, plan_writes
+from services.node_agent.engine.torch.cached_attention import CachedAttention, DecodeAttention, PromptAttention
+from services.node_agent.engine.torch.kv_cache import KvCache, KvEntry, KvShape, plan_write
 from services.node_agent.engine.torch.sampling import Draw, pick_tokens
 from services.node_agent.engine.torch.stage import Stage
 
@@ -24,70 +24,69 @@ class InferenceOutput:
     reference_losses: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """The part of a prompt that an op computes: tokens start..end, then the reference if this ends the prompt."""
+
+    sequence: PrefillSequence
+    entry: KvEntry
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends the prompt, so that a token can be sampled."""
+        return self.end == len(self.sequence.token_ids)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What is computed."""
+        tokens = self.sequence.token_ids[self.start : self.end]
+        return tokens + self.sequence.reference_ids if self.is_last else tokens
+
+
 class Inference:
     """Serving state of a stage: its KV cache and, on the last stage, how each request is sampled."""
 
-    def __init__(self, stage: Stage, *, kv_capacity_tokens: int, max_context_tokens: int) -> None:
+    def __init__(self, stage: Stage, *, kv_capacity_tokens: int, max_context_tokens: int, kv_block_tokens: int) -> None:
         spec = stage.spec
-        shape = KvShape(stage.num_layers, spec.num_kv_heads, spec.head_dim, stage.dtype, stage.device)
+        shape = KvShape(stage.num_layers, spec.num_kv_heads, spec.head_dim, stage.dtype, stage.device, kv_block_tokens)
         self._stage = stage
         self._eos = frozenset(spec.eos_token_ids)
         self._max_context_tokens = max_context_tokens
         self._samplings: dict[str, Sampling] = {}
-        self.cache = KvCache(shape, kv_capacity_tokens)
+        self.cache = KvCache(shape, kv_capacity_tokens // kv_block_tokens)
 
     @torch.inference_mode()
     def prefill(self, op: Prefill, hidden: Tensor | None) -> InferenceOutput:
-        """Run prompts and cache them; a request that was cached before starts anew. Raises ValueError, KvCacheFull."""
-        self._check(op.sequences)
+        """Run prompts, or pieces of them, and cache them. Raises ValueError, KeyError, KvCacheFull; the op's prompts
+        are dropped then."""
         try:
-            entries = [self.cache.reserve(s.request_id, len(s.token_ids) + s.max_tokens) for s in op.sequences]
-            return self._prefill(op.sequences, entries, hidden)
+            self._check(op.sequences)
+            pieces = [self._open(sequence) for sequence in op.sequences]
+            return self._run(pieces, (), hidden)
         except BaseException:
             self.forget(sequence.request_id for sequence in op.sequences)
             raise
 
     @torch.inference_mode()
     def decode(self, op: Decode, hidden: Tensor | None) -> InferenceOutput:
-        """Run the newest token of each request. Raises KeyError for an unknown one, ValueError for a wrong position."""
-        entries = [self._decode_entry(sequence) for sequence in op.sequences]
-        if len({sequence.request_id for sequence in op.sequences}) != len(entries):
-            raise ValueError("a request appears twice in one decode")
-        # Rows in cache order make a batch of all requests of a slab one slice of it.
-        order = sorted(range(len(entries)), key=lambda row: (entries[row].slab.length, entries[row].slot))
-        in_order = order == list(range(len(order)))
-        sequences = [op.sequences[row] for row in order]
-        attention = _DecodeAttention.plan([entries[row] for row in order], sequences, self._stage)
-        positions = self._stage.tensor([sequence.position for sequence in sequences])
-        if self._stage.is_first:
-            inputs = self._stage.tensor([sequence.token_id for sequence in sequences])
-        else:
-            assert hidden is not None
-            inputs = hidden if in_order else hidden[order]
-        rows = self._stage.forward(inputs, positions, attention)
-        for sequence, row in zip(sequences, order, strict=True):
-            entries[row].used = sequence.position + 1
-        if not in_order:
-            restored = torch.empty_like(rows)
-            restored[order] = rows
-            rows = restored
-        if self._stage.is_last:
-            return InferenceOutput(tokens=self._sample(self._stage.logits(rows), op.sequences))
-        return InferenceOutput(hidden=rows)
+        """Run the newest token of each request. Raises KeyError for an unknown one, ValueError for a wrong position,
+        KvCacheFull."""
+        return self._run((), op.sequences, hidden)
 
     @torch.inference_mode()
     def occupy(self, request_ids: Sequence[str], tokens: int) -> None:
-        """Give requests caches of `tokens` zero positions and room for one more, to time decoding behind them."""
+        """Give requests caches of `tokens` zero positions, to time decoding behind them."""
         for request_id in request_ids:
-            self.cache.reserve(request_id, tokens + 1).used = tokens
+            entry = self.cache.open(request_id)
+            self.cache.grow(entry, tokens)
+            entry.token_ids = [0] * tokens
             self._samplings[request_id] = Sampling()
 
-    @torch.inference_mode()
     def forget(self, request_ids: Iterable[str]) -> None:
         """Free requests' caches; unknown ids are ignored."""
-        known = [request_id for request_id in request_ids if request_id in self.cache]
-        # The last slot of a slab first: then nothing has to move into a hole.
-        for request_id in sorted(known, key=lambda known_id: self.cache.entry(known_id).slot, reverse=True):
+        for request_id in request_ids:
             self.cache.free(request_id)
             self._samplings.pop(request_id, None)
 
@@ -105,45 +104,104 @@ class Inference:
                 )
             _check_tokens(sequence.request_id, (*sequence.token_ids, *sequence.reference_ids), self._stage)
 
-    def _prefill(
-        self, sequences: Sequence[PrefillSequence], entries: Sequence[KvEntry], hidden: Tensor | None
+    def _open(self, sequence: PrefillSequence) -> _Piece:
+        """The piece of a prompt to compute, with its blocks."""
+        start = sequence.cached_tokens
+        end = sequence.end_token or len(sequence.token_ids)
+        if not 0 <= start < end <= len(sequence.token_ids):
+            raise ValueError(
+                f"request {sequence.request_id} cannot run tokens {start} to {end} of {len(sequence.token_ids)}"
+            )
+        if sequence.continues:
+            entry = self.cache.take_over(sequence.request_id, sequence.continues)
+            self._samplings.pop(sequence.continues, None)
+            # Its client may have sent another history: what differs is computed.
+            start = _common_length(entry.token_ids, sequence.token_ids[:start])
+        elif start:
+            entry = self.cache.entry(sequence.request_id)
+            if entry.used != start:
+                raise ValueError(f"request {sequence.request_id} goes on at {start}, its cache holds {entry.used}")
+        else:
+            entry = self.cache.open(sequence.request_id)
+        self.cache.trim(entry, start)
+        self.cache.grow(entry, end)
+        return _Piece(sequence, entry, start, end)
+
+    def _run(
+        self, pieces: Sequence[_Piece], decodes: Sequence[DecodeSequence], hidden: Tensor | None
     ) -> InferenceOutput:
+        """Pieces of prompts and single new tokens in one forward."""
         stage = self._stage
-        prompts = [len(sequence.token_ids) for sequence in sequences]
-        lengths = [len(s.token_ids) + len(s.reference_ids) for s in sequences]
-        starts = [0, *accumulate(lengths)][:-1]
-        spans = [(start, 0, prompt) for start, prompt in zip(starts, prompts, strict=True)]
-        writes = plan_writes(entries, spans, sum(lengths), stage.device)
-        positions = stage.tensor(list(chain.from_iterable(range(length) for length in lengths)))
-        inputs = hidden
-        if stage.is_first:
-            inputs = stage.tensor(list(chain.from_iterable((*s.token_ids, *s.reference_ids) for s in sequences)))
+        decode_entries = self._decode_entries(decodes)
+        computed = [piece.token_ids for piece in pieces]
+        lengths = [len(tokens) for tokens in computed]
+        starts = [0, *accumulate(lengths)]
+        token_ids = [*chain.from_iterable(computed), *(sequence.token_id for sequence in decodes)]
+        positions = [
+            *chain.from_iterable(range(p.start, p.start + n) for p, n in zip(pieces, lengths, strict=True)),
+            *(sequence.position for sequence in decodes),
+        ]
+        spans = [(row, piece.start, piece.end - piece.start) for row, piece in zip(starts, pieces, strict=False)]
+        spans += [(starts[-1] + row, sequence.position, 1) for row, sequence in enumerate(decodes)]
+        entries = [*(piece.entry for piece in pieces), *decode_entries]
+        attention = CachedAttention(
+            plan_write(self.cache, entries, spans, len(positions)),
+            PromptAttention(self.cache, entries, lengths, [piece.start for piece in pieces]) if pieces else None,
+            DecodeAttention.plan(self.cache, decode_entries, [s.position for s in decodes]) if decodes else None,
+        )
+        inputs = stage.tensor(token_ids) if stage.is_first else hidden
         assert inputs is not None
-        rows = stage.forward(inputs, positions, _PrefillAttention(PackedRuns.of(lengths), writes))
-        for entry, prompt in zip(entries, prompts, strict=True):
-            entry.used = prompt
+        rows = stage.forward(inputs, stage.tensor(positions), attention)
+        for piece in pieces:
+            piece.entry.token_ids[piece.start :] = piece.sequence.token_ids[piece.start : piece.end]
+        for entry, sequence in zip(decode_entries, decodes, strict=True):
+            entry.token_ids[sequence.position :] = [sequence.token_id]
         if not stage.is_last:
             return InferenceOutput(hidden=rows)
-        for sequence in sequences:
-            self._samplings[sequence.request_id] = sequence.sampling
-        # The projection runs only on rows whose logits are used: each prompt's last one and those before a reference.
-        wanted = [range(s + p - 1, s + max(n - 1, p)) for s, p, n in zip(starts, prompts, lengths, strict=True)]
-        used = list(chain.from_iterable(wanted))
-        logits = stage.logits(rows if len(used) == len(rows) else rows[used])
-        firsts = [0, *accumulate(len(span) for span in wanted)][:-1]
-        tokens = self._sample(logits if len(firsts) == len(used) else logits[firsts], sequences)
-        losses = _reference_losses(logits, firsts, sequences, stage)
-        return InferenceOutput(tokens=tokens, reference_losses=losses)
+        return self._results(rows, pieces, starts, decodes)
 
-    def _decode_entry(self, sequence: DecodeSequence) -> KvEntry:
-        entry = self.cache.entry(sequence.request_id)
-        if sequence.position > entry.used or sequence.position >= entry.reserved:
-            raise ValueError(
-                f"request {sequence.request_id} decodes position {sequence.position}, but its cache holds "
-                f"{entry.used} of {entry.reserved} reserved"
-            )
-        _check_tokens(sequence.request_id, (sequence.token_id,), self._stage)
-        return entry
+    def _results(
+        self, rows: Tensor, pieces: Sequence[_Piece], starts: Sequence[int], decodes: Sequence[DecodeSequence]
+    ) -> InferenceOutput:
+        """Tokens and losses from the last stage's rows. starts: each piece's first row, and behind them the first of
+        the decoding requests."""
+        ends = [(piece, start) for piece, start in zip(pieces, starts, strict=False) if piece.is_last]
+        for piece, _ in ends:
+            self._samplings[piece.sequence.request_id] = piece.sequence.sampling
+        # The projection runs only on rows whose logits are used: each prompt's last one and those before a reference.
+        wanted = []
+        for piece, start in ends:
+            last = start + piece.end - piece.start - 1
+            wanted.append(range(last, last + max(1, len(piece.sequence.reference_ids))))
+        used = [*chain.from_iterable(wanted), *range(starts[-1], len(rows))]
+        if not used:
+            return InferenceOutput()
+        logits = self._stage.logits(rows if len(used) == len(rows) else rows[used])
+        firsts = [0, *accumulate(len(span) for span in wanted)]
+        sampled = [*firsts[:-1], *range(firsts[-1], len(used))]
+        finished = [piece.sequence for piece, _ in ends]
+        tokens = self._sample(logits if len(sampled) == len(used) else logits[sampled], [*finished, *decodes])
+        return InferenceOutput(
+            tokens=tokens, reference_losses=_reference_losses(logits, firsts[:-1], finished, self._stage)
+        )
+
+    def _decode_entries(self, sequences: Sequence[DecodeSequence]) -> list[KvEntry]:
+        """The caches of decoding requests, with a block for the new token."""
+        entries = []
+        for sequence in sequences:
+            entry = self.cache.entry(sequence.request_id)
+            if sequence.position > entry.used:
+                raise ValueError(
+                    f"request {sequence.request_id} decodes position {sequence.position}, but its cache holds "
+                    f"{entry.used}"
+                )
+            _check_tokens(sequence.request_id, (sequence.token_id,), self._stage)
+            entries.append(entry)
+        if len({sequence.request_id for sequence in sequences}) != len(entries):
+            raise ValueError("a request appears twice in one decode")
+        for entry, sequence in zip(entries, sequences, strict=True):
+            self.cache.grow(entry, sequence.position + 1)
+        return entries
 
     def _sample(
         self, logits: Tensor, sequences: Sequence[PrefillSequence | DecodeSequence]
@@ -156,90 +214,6 @@ class Inference:
             SampledToken(sequence.request_id, token, token in self._eos and not draw.sampling.ignore_eos)
             for sequence, draw, token in zip(sequences, draws, pick_tokens(logits, draws), strict=True)
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _PrefillAttention:
-    packed: PackedRuns
-    writes: list[KvWrite]
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        for write in self.writes:
-            write(layer, key, value)
-        return self.packed.attend(query, key, value, scale)
-
-
-@dataclass(frozen=True, slots=True)
-class _DecodeGroup:
-    """Neighbouring rows whose caches lie in one slab; `slots` None: exactly the slots first..first + rows."""
-
-    slab: Slab
-    rows: int
-    first: int
-    slots: Tensor | None
-    length: int
-    mask: Tensor
-
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
-        """query (rows, heads, head_dim) -> the same shape."""
-        heads, head_dim = query.shape[1:]
-        keys, values = self._select(self.slab.keys[layer]), self._select(self.slab.values[layer])
-        # Query heads that share a key head are laid out as query positions, which needs no copy of keys per head.
-        grouped = query.view(self.rows, keys.shape[1], -1, head_dim)
-        output = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask, scale=scale)
-        return output.reshape(self.rows, heads, head_dim)
-
-    def _select(self, tensor: Tensor) -> Tensor:
-        filled = tensor[:, : self.length]
-        chosen = filled[self.first : self.first + self.rows] if self.slots is None else filled[self.slots]
-        return chosen.transpose(1, 2)
-
-
-@dataclass(frozen=True, slots=True)
-class _DecodeAttention:
-    groups: list[_DecodeGroup]
-    writes: list[KvWrite]
-
-    @classmethod
-    def plan(cls, entries: list[KvEntry], sequences: list[DecodeSequence], stage: Stage) -> "_DecodeAttention":
-        """entries sorted by slab and slot."""
-        spans = [(row, sequence.position, 1) for row, sequence in enumerate(sequences)]
-        writes = plan_writes(entries, spans, len(entries), stage.device)
-        groups = []
-        start = 0
-        while start < len(entries):
-            slab = entries[start].slab
-            end = start
-            while end < len(entries) and entries[end].slab is slab:
-                end += 1
-            groups.append(_plan_group(slab, entries[start:end], sequences[start:end], stage))
-            start = end
-        return cls(groups, writes)
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        for write in self.writes:
-            write(layer, key, value)
-        if len(self.groups) == 1:
-            return self.groups[0].attend(layer, query, scale)
-        pieces = torch.split(query, [group.rows for group in self.groups])
-        return torch.cat([group.attend(layer, piece, scale) for group, piece in zip(self.groups, pieces, strict=True)])
-
-
-def _plan_group(slab: Slab, entries: list[KvEntry], sequences: list[DecodeSequence], stage: Stage) -> _DecodeGroup:
-    slots = [entry.slot for entry in entries]
-    contiguous = slots[-1] - slots[0] == len(slots) - 1
-    positions = stage.tensor([sequence.position for sequence in sequences])
-    length = max(sequence.position for sequence in sequences) + 1
-    hidden = torch.arange(length, device=stage.device) > positions.unsqueeze(1)
-    mask = torch.zeros(hidden.shape, dtype=stage.dtype, device=stage.device).masked_fill_(hidden, float("-inf"))
-    return _DecodeGroup(
-        slab=slab,
-        rows=len(slots),
-        first=slots[0],
-        slots=None if contiguous else stage.tensor(slots),
-        length=length,
-        mask=mask[:, None, None, :],
-    )
 
 
 def _reference_losses(
@@ -258,3 +232,10 @@ def _reference_losses(
 def _check_tokens(request_id: str, token_ids: Sequence[int], stage: Stage) -> None:
     if min(token_ids) < 0 or max(token_ids) >= stage.spec.vocab_size:
         raise ValueError(f"{request_id} has a token id outside the vocabulary of {stage.spec.vocab_size}")
+
+
+def _common_length(held: Sequence[int], wanted: Sequence[int]) -> int:
+    """Leading tokens that are the same."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), min(len(held), len(wanted))
+    )

@@ -1,25 +1,23 @@
-"""Key/value cache of one stage for requests of ragged lengths that join and leave between iterations.
+"""Paged key/value cache of one stage: a pool of blocks per layer, and a table of blocks per request.
 
-A request reserves prompt + max_tokens positions in a slab of its length class (powers of two). A slab is one tensor
-whose used slots stay a prefix, so a batch of all its requests is a slice of it, not a gathered copy; short requests
-never pay for the longest one. Every slab in a decode batch costs one attention call per layer, so the smallest class is
-large enough for most chat turns: splitting those further costs more in calls than it saves in masked positions.
-Reserved memory is at most twice the reserved tokens (or the smallest class), times the slot growth (two); on Linux
-pages of unused positions are not even touched.
+A request takes a block when its tokens reach it, so that what it holds is what it uses, rounded up to a block. Who may
+hold how much is decided by the node core, which counts in the same blocks; a full pool is its mistake, and an error.
+Blocks are handed out lowest first: those in use stay close together, and a decode batch can run on a slice of the pool
+instead of a copy. On the CPU memory is taken when a block is first written.
 """
 
+import heapq
+import math
+import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-_SMALLEST_CLASS = 512
-_FIRST_SLOTS = 4
-
 
 class KvCacheFull(RuntimeError):
-    """The reservation does not fit; the message holds the numbers."""
+    """No block is left; the message holds the numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,73 +29,45 @@ class KvShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    #: Positions of a block.
+    block_tokens: int = 64
 
+    @property
+    def block_bytes(self) -> int:
+        """One block in every layer, keys and values."""
+        return 2 * self.num_layers * self.kv_heads * self.head_dim * self.block_tokens * self.dtype.itemsize
 
-class Slab:
-    """Slots of one length class. keys[layer], values[layer]: (slots, length, kv_heads, head_dim)."""
-
-    def __init__(self, shape: KvShape, length: int) -> None:
-        self.length = length
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.owners: list[str] = []
-        self._shape = shape
-        self._capacity = 0
-
-    def add(self, request_id: str) -> int:
-        """Take the next slot; doubles the slab when it is full."""
-        if len(self.owners) == self._capacity:
-            self._grow(max(_FIRST_SLOTS, 2 * self._capacity))
-        self.owners.append(request_id)
-        return len(self.owners) - 1
-
-    def remove(self, slot: int, used: int) -> str | None:
-        """Free a slot. The last slot moves into the hole; returns whose it was. `used`: positions it holds."""
-        last = len(self.owners) - 1
-        moved = self.owners.pop()
-        if slot == last:
-            return None
-        self.owners[slot] = moved
-        for tensor in (*self.keys, *self.values):
-            tensor[slot, :used] = tensor[last, :used]
-        return moved
-
-    def flat(self, tensor: Tensor) -> Tensor:
-        """One layer's keys or values as (slots * length, kv_heads, head_dim): row = slot * length + position."""
-        return tensor.view(-1, self._shape.kv_heads, self._shape.head_dim)
-
-    def _grow(self, capacity: int) -> None:
-        shape = self._shape
-        size = (shape.num_layers, 2, capacity, self.length, shape.kv_heads, shape.head_dim)
-        grown = torch.zeros(size, dtype=shape.dtype, device=shape.device)
-        used = len(self.owners)
-        for layer in range(len(self.keys)):
-            grown[layer, 0, :used] = self.keys[layer][:used]
-            grown[layer, 1, :used] = self.values[layer][:used]
-        self.keys = [grown[layer, 0] for layer in range(shape.num_layers)]
-        self.values = [grown[layer, 1] for layer in range(shape.num_layers)]
-        self._capacity = capacity
+    def num_blocks(self, tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-tokens // self.block_tokens)
 
 
 @dataclass(slots=True)
 class KvEntry:
-    """Where a request's cache is. `used`: positions filled; `reserved`: positions it may fill."""
+    """A request's cache: its blocks in the order of positions, and the tokens whose keys and values they hold."""
 
-    slab: Slab
-    slot: int
-    reserved: int
-    used: int = 0
+    blocks: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def used(self) -> int:
+        """Positions filled."""
+        return len(self.token_ids)
 
 
 class KvCache:
-    """Reservations by request id, within `capacity_tokens` reserved positions."""
+    """Blocks by request id. keys[layer], values[layer]: (num_blocks, kv_heads, block_tokens, head_dim)."""
 
-    def __init__(self, shape: KvShape, capacity_tokens: int) -> None:
-        self._shape = shape
-        self._capacity_tokens = capacity_tokens
-        self._slabs: dict[int, Slab] = {}
+    def __init__(self, shape: KvShape, num_blocks: int) -> None:
+        self.shape = shape
+        self.num_blocks = num_blocks
+        size = (num_blocks, shape.kv_heads, shape.block_tokens, shape.head_dim)
+        self.keys = [_zeros(size, shape) for _ in range(shape.num_layers)]
+        self.values = [_zeros(size, shape) for _ in range(shape.num_layers)]
+        # A heap; blocks from `_fresh` on have never been used.
+        self._free: list[int] = []
+        self._fresh = 0
         self._entries: dict[str, KvEntry] = {}
-        self.reserved_tokens = 0
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
@@ -105,34 +75,53 @@ class KvCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def reserve(self, request_id: str, tokens: int) -> KvEntry:
-        """Give a request `tokens` positions; what it held before is dropped. Raises KvCacheFull."""
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that requests hold."""
+        return self._fresh - len(self._free)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the blocks that requests hold."""
+        return self.used_blocks * self.shape.block_bytes
+
+    def open(self, request_id: str) -> KvEntry:
+        """An empty cache for a request; what it held before is dropped."""
         self.free(request_id)
-        if self.reserved_tokens + tokens > self._capacity_tokens:
-            raise KvCacheFull(
-                f"request {request_id} needs {tokens} tokens of KV cache; "
-                f"{self.reserved_tokens} of {self._capacity_tokens} are reserved"
-            )
-        length = max(_SMALLEST_CLASS, 1 << (tokens - 1).bit_length())
-        slab = self._slabs.setdefault(length, Slab(self._shape, length))
-        entry = KvEntry(slab, slab.add(request_id), tokens)
-        self._entries[request_id] = entry
-        self.reserved_tokens += tokens
+        entry = self._entries[request_id] = KvEntry()
         return entry
+
+    def take_over(self, request_id: str, earlier_id: str) -> KvEntry:
+        """The cache of an ended request becomes this one's; an empty one when it has none."""
+        entry = self._entries.pop(earlier_id, None) or KvEntry()
+        self.free(request_id)
+        self._entries[request_id] = entry
+        return entry
+
+    def grow(self, entry: KvEntry, tokens: int) -> None:
+        """Give an entry the blocks of `tokens` positions in all. Raises KvCacheFull; nothing has changed then."""
+        missing = self.shape.num_blocks(tokens) - len(entry.blocks)
+        if missing > len(self._free) + self.num_blocks - self._fresh:
+            raise KvCacheFull(
+                f"{missing} blocks of {self.shape.block_tokens} tokens are needed; "
+                f"{self.used_blocks} of {self.num_blocks} are in use"
+            )
+        for _ in range(missing):
+            entry.blocks.append(self._take_block())
+
+    def trim(self, entry: KvEntry, tokens: int) -> None:
+        """Keep the first `tokens` positions."""
+        del entry.token_ids[tokens:]
+        kept = self.shape.num_blocks(tokens)
+        for block in entry.blocks[kept:]:
+            heapq.heappush(self._free, block)
+        del entry.blocks[kept:]
 
     def free(self, request_id: str) -> None:
         """Drop a request's cache; unknown ids are ignored."""
         entry = self._entries.pop(request_id, None)
-        if entry is None:
-            return
-        slab = entry.slab
-        last = self._entries.get(slab.owners[-1], entry)
-        moved = slab.remove(entry.slot, last.used)
-        if moved is not None:
-            self._entries[moved].slot = entry.slot
-        if not slab.owners and slab.length > _SMALLEST_CLASS:
-            del self._slabs[slab.length]
-        self.reserved_tokens -= entry.reserved
+        if entry is not None:
+            self.trim(entry, 0)
 
     def entry(self, request_id: str) -> KvEntry:
         """Raises KeyError for a request without a cache."""
@@ -141,39 +130,67 @@ class KvCache:
             raise KeyError(f"request {request_id} has no KV cache on this stage")
         return entry
 
+    def read(self, layer: int, entry: KvEntry, tokens: int) -> tuple[Tensor, Tensor]:
+        """Copies of the first `tokens` keys and values of a layer, each (kv_heads, tokens, head_dim)."""
+        shape = self.shape
+        blocks = torch.tensor(entry.blocks[: shape.num_blocks(tokens)], device=shape.device)
+
+        def gathered(pool: Tensor) -> Tensor:
+            return pool[blocks].transpose(0, 1).reshape(shape.kv_heads, -1, shape.head_dim)[:, :tokens]
+
+        return gathered(self.keys[layer]), gathered(self.values[layer])
+
+    def _take_block(self) -> int:
+        if self._free:
+            return heapq.heappop(self._free)
+        self._fresh += 1
+        return self._fresh - 1
+
 
 @dataclass(frozen=True, slots=True)
 class KvWrite:
-    """Copies rows of new keys and values into one slab. `source`: which rows, None for all; `target`: flat rows."""
+    """Puts new keys and values into the pool. `source`: which rows, None for all; `target`: (row, head) -> pool row."""
 
-    slab: Slab
+    cache: KvCache
     source: Tensor | None
     target: Tensor
 
     def __call__(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Write one layer's new keys and values, (T, kv_heads, head_dim)."""
-        slab = self.slab
+        cache = self.cache
         if self.source is not None:
             key, value = key.index_select(0, self.source), value.index_select(0, self.source)
-        slab.flat(slab.keys[layer]).index_copy_(0, self.target, key)
-        slab.flat(slab.values[layer]).index_copy_(0, self.target, value)
+        head_dim = cache.shape.head_dim
+        for pool, rows in ((cache.keys[layer], key), (cache.values[layer], value)):
+            pool.view(-1, head_dim).index_copy_(0, self.target, rows.reshape(-1, head_dim))
 
 
-def plan_writes(
-    entries: Sequence[KvEntry], spans: Sequence[tuple[int, int, int]], num_rows: int, device: torch.device
-) -> list[KvWrite]:
+def plan_write(
+    cache: KvCache, entries: Sequence[KvEntry], spans: Sequence[tuple[int, int, int]], num_rows: int
+) -> KvWrite:
     """How to cache a packed batch of `num_rows` rows.
 
-    spans: for each entry (first packed row, first position, number of positions).
+    spans: for each entry (first packed row, first position, number of positions); its blocks are there.
     """
-    by_slab: dict[int, tuple[Slab, list[int], list[int]]] = {}
+    shape = cache.shape
+    size = shape.block_tokens
+    sources: list[int] = []
+    rows: list[int] = []
     for entry, (row, position, count) in zip(entries, spans, strict=True):
-        _, sources, targets = by_slab.setdefault(id(entry.slab), (entry.slab, [], []))
-        first = entry.slot * entry.slab.length + position
         sources.extend(range(row, row + count))
-        targets.extend(range(first, first + count))
-    writes = []
-    for slab, sources, targets in by_slab.values():
-        source = None if sources == list(range(num_rows)) else torch.tensor(sources, device=device)
-        writes.append(KvWrite(slab, source, torch.tensor(targets, device=device)))
-    return writes
+        blocks = entry.blocks
+        rows.extend(blocks[p // size] * shape.kv_heads * size + p % size for p in range(position, position + count))
+    heads = torch.arange(0, shape.kv_heads * size, size, device=shape.device)
+    target = torch.tensor(rows, device=shape.device).unsqueeze(1) + heads
+    whole = len(sources) == num_rows and sources == list(range(num_rows))
+    return KvWrite(cache, None if whole else torch.tensor(sources, device=shape.device), target.view(-1))
+
+
+def _zeros(size: tuple[int, ...], shape: KvShape) -> Tensor:
+    """Zeros, so that positions never written cannot bring NaN into a product with weight zero."""
+    num_bytes = math.prod(size) * shape.dtype.itemsize
+    if shape.device.type != "cpu" or not num_bytes:
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+    # torch would touch every page.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    return torch.frombuffer(pages, dtype=shape.dtype).view(size)

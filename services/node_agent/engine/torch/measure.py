@@ -35,8 +35,9 @@ _WARM_UP_TOKENS = 16
 class StageTimer:
     """Runs `Measure` ops on a stage. `folder` takes the file a weight synchronisation writes."""
 
-    def __init__(self, stage: Stage, folder: Path, max_context_tokens: int) -> None:
+    def __init__(self, stage: Stage, folder: Path, max_context_tokens: int, kv_block_tokens: int) -> None:
         self._stage = stage
+        self._kv_block_tokens = kv_block_tokens
         self._folder = folder
         self._max_context_tokens = max_context_tokens
 
@@ -98,9 +99,14 @@ class StageTimer:
     def _inference(self, op: Measure) -> tuple[Inference, int]:
         """A KV cache of its own for the measurement, and the context length that leaves room for one new token."""
         length = max(1, min(op.length, self._max_context_tokens - 1))
-        capacity = op.batch * (length + 1)
-        context = self._max_context_tokens
-        return Inference(self._stage, kv_capacity_tokens=capacity, max_context_tokens=context), length
+        block = self._kv_block_tokens
+        inference = Inference(
+            self._stage,
+            kv_capacity_tokens=op.batch * (length + block),
+            max_context_tokens=self._max_context_tokens,
+            kv_block_tokens=block,
+        )
+        return inference, length
 
     def _train(self, op: Measure) -> Callable[[], Durations]:
         examples = (Example(self._tokens(max(2, op.length))),) * op.batch

@@ -114,17 +114,19 @@ async def test_reference_loss_equals_teacher_forcing(models: dict[str, Path], na
 
 
 async def test_reference_leaves_only_the_prompt_in_the_cache(models: dict[str, Path]) -> None:
-    """Also when it is longer than what the request may generate, so that it would reach into the next one's slot."""
+    """Also when it is longer than what the request may generate."""
     pipeline = Pipeline.load(models["llama"], 2)
     await pipeline.prefill(
         PrefillSequence("a", tokens(5, 1), GREEDY, 2, tokens(90, 2)), PrefillSequence("b", tokens(7, 3), GREEDY, 2)
     )
     for executor in pipeline.executors:
         for name, prompt in (("a", 5), ("b", 7)):
-            entry = executor.inference.cache.entry(name)
-            for cached in (*entry.slab.keys, *entry.slab.values):
-                filled = cached[entry.slot].abs().amax(dim=(1, 2)) > 0.0
-                assert filled.tolist() == [True] * prompt + [False] * (entry.slab.length - prompt)
+            cache = executor.inference.cache
+            (block,) = cache.entry(name).blocks
+            for pool in (*cache.keys, *cache.values):
+                filled = pool[block].abs().amax(dim=(0, 2)) > 0.0
+                assert filled.tolist() == [True] * prompt + [False] * (cache.shape.block_tokens - prompt)
+        assert cache.used_blocks == 2
 
 
 async def test_seeded_request_is_independent_of_its_batch(models: dict[str, Path]) -> None:

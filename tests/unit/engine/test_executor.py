@@ -89,7 +89,7 @@ def test_op_of_another_version_is_refused(model: Path, op: StageOp) -> None:
         (Prefill(0, 0, (PrefillSequence("x", (1,) * 10, Sampling(), 1, (2,) * 247),)), "10 \\+ 247"),
         (Prefill(0, 0, (PrefillSequence("x", (300,), Sampling(), 4),)), "outside the vocabulary of 259"),
         (Prefill(0, 0, (PROMPT, PROMPT)), "appears twice"),
-        (Prefill(0, 0, (PrefillSequence("x", (1,), Sampling(), 100),)), "KvCacheFull.*101 tokens.*of 90"),
+        (Prefill(0, 0, (PrefillSequence("x", (1,) * 100, Sampling(), 1),)), "KvCacheFull: 100 blocks.*3 of 90"),
         (Decode(0, 0, (DecodeSequence("nobody", 1, 3),)), "KeyError: request nobody has no KV cache"),
         (Decode(0, 0, (DecodeSequence("r", 1, 5),)), "position 5, but its cache holds 3"),
         (Decode(0, 0, (DecodeSequence("r", 259, 3),)), "outside the vocabulary"),
@@ -109,7 +109,7 @@ def test_op_of_another_version_is_refused(model: Path, op: StageOp) -> None:
 )
 def test_bad_op_is_an_error_result(model: Path, op: StageOp, message: str) -> None:
     """What ran before stays: the running request decodes on and the micro-batch in flight goes back."""
-    (stage,) = stages(model, kv_capacity_tokens=90)
+    (stage,) = stages(model, kv_capacity_tokens=90, kv_block_tokens=1)
     ok(stage, Prefill(0, 0, (PROMPT,)))
     ok(stage, TrainForward(0, 0, "held", (EXAMPLE,)))
     result = stage.run(op)
@@ -130,18 +130,18 @@ def test_later_stage_needs_hidden_states(model: Path) -> None:
 
 
 def test_failed_prefill_leaves_nothing_reserved(model: Path) -> None:
-    (stage,) = stages(model, kv_capacity_tokens=100)
+    (stage,) = stages(model, kv_capacity_tokens=40, kv_block_tokens=8)
     wide = PrefillSequence("b", (1,) * 40, Sampling(), 50)
     assert "KvCacheFull" in stage.run(Prefill(0, 0, (PrefillSequence("a", (1, 2), Sampling(), 20), wide))).error
-    assert stage.inference.cache.reserved_tokens == 0
+    assert stage.inference.cache.used_blocks == 0
 
 
 def test_prefill_again_starts_the_request_anew(model: Path) -> None:
-    (stage,) = stages(model, kv_capacity_tokens=8)
+    (stage,) = stages(model, kv_capacity_tokens=8, kv_block_tokens=4)
     first = ok(stage, Prefill(0, 0, (PROMPT,))).tokens
     ok(stage, Decode(0, 0, (DecodeSequence("r", 9, 3),)))
     assert ok(stage, Prefill(0, 0, (PROMPT,))).tokens == first
-    assert stage.inference.cache.reserved_tokens == 7
+    assert stage.inference.cache.used_blocks == 1
 
 
 def test_forget_frees_everything(model: Path) -> None:
@@ -245,7 +245,7 @@ def test_optimizer_of_a_job_is_fixed_until_it_is_forgotten(model: Path) -> None:
 def test_measure_times_every_stage_alone_and_changes_nothing(tmp_path: Path, family: str, kind: OpKind) -> None:
     write = write_tiny_llama if family == "llama" else write_tiny_gpt2
     path = write(tmp_path, layers=2)
-    for stage in stages(path, 2, kv_capacity_tokens=16):
+    for stage in stages(path, 2, kv_capacity_tokens=16, kv_block_tokens=16):
         before = {name: part.clone() for name, part in stage.stage.weights.named(with_borrowed=True).items()}
         # The whole context at once, and more than the KV cache holds.
         result = ok(stage, Measure(0, kind.value, 2, 256, 3, 1))

@@ -23,3 +23,8 @@ def test_what_only_the_simulator_can_do_is_refused_at_start(engine: str, key: st
 def test_the_defaults_are_what_engines_do() -> None:
     settings = validate(NodeAgentSettings, {"training_schedule": "async", "stage_memory_bytes": 0})
     assert settings == NodeAgentSettings()
+
+
+def test_the_kv_cache_holds_at_least_a_block() -> None:
+    with pytest.raises(ConfigError, match=r"kv_block_tokens \(64\) exceeds kv_capacity_tokens"):
+        validate(NodeAgentSettings, {"kv_capacity_tokens": 63})

@@ -4,6 +4,7 @@ The checker knows the rules only from the outside: from the events it is shown a
 """
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -190,10 +191,9 @@ class Checker:
                 ]:
                     del self._travelling[op_id]
 
-        kept = [tokens for _, tokens in self.kept.values()]
-        assert sum(kept) <= self.config.prefix_cache_tokens
-        assert sum(kept) + sum(self._holding.values()) <= self.config.kv_capacity_tokens
-        assert len({session_id for session_id, _ in self.kept.values()}) == len(kept)
+        assert self.kept_tokens <= self.config.prefix_cache_tokens
+        assert self.kept_tokens + sum(self._holding.values()) <= self.config.kv_capacity_tokens
+        assert len({session_id for session_id, _ in self.kept.values()}) == len(self.kept)
 
     def _keep(self, done: TaskDone) -> None:
         """A request ended and its KV cache was not freed."""
@@ -204,12 +204,20 @@ class Checker:
         tokens = request.prompt_tokens + self._generated[done.task_id] - 1
         self.kept[done.task_id] = (request.session_id, tokens)
 
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of whole blocks kept for sessions."""
+        return sum(self._whole_blocks(tokens) for _, tokens in self.kept.values())
+
+    def _whole_blocks(self, tokens: int) -> int:
+        return math.ceil(tokens / self.config.kv_block_tokens) * self.config.kv_block_tokens
+
     def _prefilled(self, op: Op) -> None:
         """A prefill enters stage 0: it computes what no kept KV cache holds."""
         num_tokens = 0
         for index, task_id in enumerate(op.task_ids):
             request = self._requests[task_id]
-            self._holding[task_id] = request.prompt_tokens + request.max_tokens
+            self._holding[task_id] = self._whole_blocks(request.prompt_tokens + request.max_tokens)
             num_tokens += request.prompt_tokens + request.reference_tokens
             if op.continued and op.continued[index]:
                 session_id, tokens = self.kept.pop(op.continued[index])

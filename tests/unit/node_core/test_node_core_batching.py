@@ -62,6 +62,19 @@ def test_a_request_that_can_never_fit_ends_at_once_with_the_numbers() -> None:
     assert core.tasks() == ()
 
 
+def test_what_a_request_holds_is_whole_blocks() -> None:
+    """Of 40 tokens 32 are whole blocks; 17 tokens take two of them."""
+    config = NodeCoreConfig(num_stages=1, kv_capacity_tokens=40, kv_block_tokens=16)
+    core = NodeCore(config)
+    assert core.step(0.0, request("a", prompt=30, max_tokens=3)) == [
+        TaskDone("a", "error", "needs 48 KV tokens, the node holds 32")
+    ]
+    core.step(0.0, request("b", prompt=10, max_tokens=7))
+    core.step(0.0, request("c", prompt=1, max_tokens=1))
+    state = core.snapshot()
+    assert (state.kv_used_tokens, state.kv_capacity_tokens, state.waiting_requests) == (32, 32, 1)
+
+
 def test_requests_are_admitted_until_the_cache_is_exactly_full() -> None:
     driver = Driver(num_stages=2, kv_capacity_tokens=40).at(0.0, request("a", prompt=10, max_tokens=10))
     driver.at(0.01, request("b", prompt=9, max_tokens=10), request("c", prompt=1, max_tokens=1)).run(until_s=0.15)

@@ -136,7 +136,10 @@ def test_another_queue_order_keeps_what_is_kept() -> None:
     assert _prefills(driver)[1] == (10, (10,), ("t0",))
 
 
-@pytest.mark.parametrize(("field", "value"), [("prefix_cache_tokens", -1), ("epoch_steps", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("prefix_cache_tokens", -1), ("epoch_steps", 0), ("kv_block_tokens", 0), ("kv_block_tokens", 1 << 31)],
+)
 def test_bounds_are_checked(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
         NodeCoreConfig(num_stages=1, **{field: value})
@@ -181,6 +184,7 @@ def test_no_request_ever_waits_for_a_kept_cache(
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 60),
+    st.sampled_from([1, 8]),
     st.lists(
         st.one_of(
             st.tuples(st.just("put"), st.sampled_from("abc"), st.integers(1, 40), st.integers(0, 80)),
@@ -192,9 +196,9 @@ def test_no_request_ever_waits_for_a_kept_cache(
     ),
 )
 def test_the_cache_stays_in_its_bounds_and_every_prefix_leaves_once(
-    most: int, steps: list[tuple[str, str | int, int, int]]
+    most: int, block: int, steps: list[tuple[str, str | int, int, int]]
 ) -> None:
-    cache = PrefixCache(most)
+    cache = PrefixCache(most, block)
     inside: dict[str, Prefix] = {}
     for number, (action, argument, *more) in enumerate(steps):
         freed: list[str] = []
@@ -214,7 +218,7 @@ def test_the_cache_stays_in_its_bounds_and_every_prefix_leaves_once(
             freed = cache.enter(int(argument))
         for task_id in freed:
             del inside[task_id]
-        assert cache.used_tokens == sum(prefix.tokens for prefix in inside.values()) <= most
+        assert cache.used_tokens == sum(-(-prefix.tokens // block) * block for prefix in inside.values()) <= most
 
 
 def test_a_fork_of_the_cache_is_independent() -> None:

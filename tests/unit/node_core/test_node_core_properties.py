@@ -38,6 +38,7 @@ plain_configs = st.builds(
     max_batch=st.integers(1, 4),
     max_prefill_tokens=st.sampled_from([8, 32, 256]),
     kv_capacity_tokens=st.integers(20, 120),
+    kv_block_tokens=st.sampled_from([1, 1, 7, 16]),
     max_inflight_training=st.integers(1, 4),
     weight_handling=st.sampled_from(["drain", "stash"]),
     training_schedule=st.sampled_from(SCHEDULES),
@@ -133,7 +134,7 @@ def test_every_task_ends_once_and_nothing_is_left(
     assert driver.core.tasks() == ()
     snapshot = driver.core.snapshot()
     assert snapshot.kv_used_tokens == 0
-    assert snapshot.kv_kept_tokens == sum(tokens for _, tokens in driver.checker.kept.values())
+    assert snapshot.kv_kept_tokens == driver.checker.kept_tokens
     assert snapshot.pending_syncs == 0
     assert set(snapshot.queue_lengths) == {0}
     assert len(set(snapshot.versions)) == 1

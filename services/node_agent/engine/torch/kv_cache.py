@@ -133,7 +133,7 @@ class KvCache:
     def read(self, layer: int, entry: KvEntry, tokens: int) -> tuple[Tensor, Tensor]:
         """Copies of the first `tokens` keys and values of a layer, each (kv_heads, tokens, head_dim)."""
         shape = self.shape
-        blocks = torch.tensor(entry.blocks[: shape.num_blocks(tokens)], device=shape.device)
+        blocks = torch.tensor(entry.blocks[: shape.num_blocks(tokens)], dtype=torch.long, device=shape.device)
 
         def gathered(pool: Tensor) -> Tensor:
             return pool[blocks].transpose(0, 1).reshape(shape.kv_heads, -1, shape.head_dim)[:, :tokens]

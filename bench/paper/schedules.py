@@ -12,7 +12,7 @@ ACCUMULATION = 4
 
 def runs(config: PaperConfig) -> list[Labelled]:
     """Every policy under every schedule; a plain name is A-PP."""
-    points, seeds, num_tasks = config.axis_points(), config.seeds, config.num_tasks
+    points, seeds, num_tasks = config.axis_points(), config.first_seed, config.num_tasks
     return [
         labelled
         for policy in POLICIES

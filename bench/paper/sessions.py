@@ -1,8 +1,8 @@
 """Dependent requests: conversations and chains of agent steps whose nodes keep KV caches between the turns."""
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
 from typing import Any, NamedTuple
 
 from bench.paper.charts import Panel, Series, panels
@@ -11,7 +11,7 @@ from bench.paper.config import SUBJECT, PaperConfig
 from bench.paper.family import Family, Labelled, Row, Shown
 from bench.paper.scenario import DECODE, DECODE_BATCH, MAX_TRAINING_PARTS, NODE, Point, Run, configuration
 from bench.paper.series import grouped, over_seeds
-from bench.paper.variants import captioned, everywhere, policy_of
+from bench.paper.variants import captioned, count, everywhere, policy_of
 from bench.report.colors import policy_color
 from bench.report.svg import legend
 from bench.report.table import percent
@@ -65,7 +65,7 @@ _COLUMNS = (
 
 def runs(config: PaperConfig) -> list[Labelled]:
     """Every variant at every rate of both kinds (at the highest when other axes have one place only); few sessions, for
-    each is several requests."""
+    each is several requests, and with one seed of the policies that nothing is claimed of."""
     num_sessions = max(1, config.num_tasks // 5)
     first = 0 if len(config.axis_rates) > 1 else -1
     return [
@@ -75,7 +75,7 @@ def runs(config: PaperConfig) -> list[Labelled]:
         for labelled in everywhere(
             label,
             [Point(rate, TRAINING_SHARE, MEAN_FORWARD_S) for rate in RATES[kind][first:]],
-            config.seeds,
+            config.seeds if policy == SUBJECT else config.first_seed,
             num_sessions,
             policy,
             options=options,
@@ -110,7 +110,7 @@ def _simulate(run: Run, kind: str) -> SimulationResult:
 
 
 def _training(per_s: float) -> Iterator[Microbatch]:
-    for index in count():
+    for index in itertools.count():
         yield Microbatch(f"m{index}", index / per_s, "job", 1, _TRAINING_TOKENS, _ACCUMULATION)
 
 
@@ -187,8 +187,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         | {column.key: over_seeds(row[column.key] for row in group) for column in _COLUMNS}
         for (kind, rate, label), group in grouped(rows, lambda row: (row["kind"], row["rate"], row["label"])).items()
     ]
+    by_label = grouped(rows, lambda row: row["label"])
     found = {
-        "seeds": len({row["seed"] for row in rows}),
+        "seeds": {label: len({row["seed"] for row in group}) for label, group in by_label.items()},
         "sessions_per_run": max(row["num_sessions"] for row in rows),
         "kv_tokens": KV_TOKENS,
         "kept_tokens": KEPT_TOKENS,
@@ -256,9 +257,16 @@ def tables(summary: Mapping[str, Any]) -> list[Shown]:
             for row in found["rows"]
             if row["kind"] == kind
         ]
-        title = f"Sessions, {kind} · {found['sessions_per_run']:,} sessions per run, seeds: {found['seeds']}"
+        title = f"Sessions, {kind} · {found['sessions_per_run']:,} sessions per run, {_seeds(found['seeds'])}"
         shown.append(Shown(title, ("per s", "", *(column.title for column in _COLUMNS)), rows))
     return shown
+
+
+def _seeds(of: Mapping[str, int]) -> str:
+    """How many, in words; fewer for the policies that no claim is about."""
+    most = max(of.values())
+    fewer = [label for label, number in of.items() if number < most]
+    return count(most, "seed") + (f" (first only: {', '.join(fewer)})" if fewer else "")
 
 
 def _cell(figure: Mapping[str, float] | None, form: Callable[[float], str]) -> str:

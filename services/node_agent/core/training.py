@@ -237,7 +237,7 @@ class TrainingQueue:
         group = self._groups[-1]
         group.started += 1
         group.inflight += 1
-        group.closed = self._may_be_complete = group.started >= group.size or microbatch.last
+        group.closed = group.started >= group.size or microbatch.last
         self._inflight[microbatch.task_id] = _InFlight(microbatch, group.group_id)
         return microbatch
 

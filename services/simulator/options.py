@@ -19,7 +19,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=_PROG, description="Plan a cluster: the production scheduler and nodes on a virtual clock.")
     commands = parser.add_subparsers(dest="command", required=True)
     shared = _shared()
-    simulate = commands.add_parser("simulate", parents=[shared], help="what a cluster would do with this traffic")
+    simulate = commands.add_parser(
+        "simulate", parents=[shared], help="what a cluster would do with this traffic", usage=_usage("simulate")
+    )
     _add_nodes(simulate, default=2)
     _add_training(simulate)
     simulate.add_argument(
@@ -27,12 +29,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plan = commands.add_parser("plan", help="search: how many nodes, how much training")
     questions = plan.add_subparsers(dest="question", required=True)
-    nodes = questions.add_parser("fewest-nodes", parents=[shared], help="the fewest nodes that keep the promise")
+    nodes = questions.add_parser(
+        "fewest-nodes",
+        parents=[shared],
+        help="the fewest nodes that keep the promise",
+        usage=_usage("plan fewest-nodes"),
+    )
     nodes.add_argument("--max-nodes", type=_whole(1, 1024), default=64, help="look no further (default 64)")
     nodes.add_argument("--slo-attainment", type=_share, default=0.99, help="to reach with every seed (default 0.99)")
     _add_training(nodes)
     _add_search(nodes)
-    training = questions.add_parser("most-training", parents=[shared], help="how much training fits before p99 breaks")
+    training = questions.add_parser(
+        "most-training",
+        parents=[shared],
+        help="how much training fits before p99 breaks",
+        usage=_usage("plan most-training", "--p99-ttft-ms MS "),
+    )
     _add_nodes(training, default=2)
     training.add_argument("--p99-ttft-ms", type=_positive, required=True, help="p99 to keep with every seed")
     training.add_argument(
@@ -41,9 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--tolerance", type=_share, default=0.05, help="precision of the rate, a share (default 0.05)"
     )
-    _add_batch(training)
+    _add_batch(training.add_argument_group("training"))
     _add_search(training)
     return parser
+
+
+def _usage(command: str, needed: str = "") -> str:
+    """What is needed; all options in their groups follow it."""
+    traffic = "(--trace FILE | --workload NAME | --prompt-tokens M,S --output-tokens M,S)"
+    return f"{_PROG} {command}\n  --profile FILE {needed}[options]\n  {traffic}"
 
 
 def _shared() -> argparse.ArgumentParser:
@@ -73,7 +91,12 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--trace", type=Path, help="CSV: arrival_s,prompt_tokens,output_tokens[,session_id]")
     group.add_argument("--limit", type=_whole(1), help="the trace's first so many requests")
     group.add_argument("--speed", type=_positive, help="play the trace so many times as fast (default 1)")
-    group.add_argument("--workload", choices=sorted(WORKLOADS), help="lengths and gaps of published traffic")
+    group.add_argument(
+        "--workload",
+        choices=sorted(WORKLOADS),
+        metavar="NAME",
+        help=f"lengths and gaps of published traffic: {', '.join(sorted(WORKLOADS))}",
+    )
     group.add_argument("--rate", type=_positive, help="requests per second (default: the workload's, if published)")
     group.add_argument("--duration-s", type=_positive, help="drawn requests arrive this long (default 300)")
     group.add_argument("--burstiness", type=_positive, help="coefficient of variation of the gaps; 1: Poisson")
@@ -88,7 +111,13 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--profile", type=Path, help="latency profile of a node, as the profiler stores it")
     group.add_argument("--model", default="", help="the profile must be of this model")
     group.add_argument("--stages", type=_whole(1, 64), default=0, help="the profile must have so many stages")
-    group.add_argument("--policy", choices=sorted(POLICIES), default="lemix", help="scheduling policy (default lemix)")
+    group.add_argument(
+        "--policy",
+        choices=sorted(POLICIES),
+        default="lemix",
+        metavar="NAME",
+        help=f"scheduling policy (default lemix): {', '.join(sorted(POLICIES))}",
+    )
     group.add_argument(
         "--policy-option",
         type=_option,
@@ -111,18 +140,19 @@ def _add_nodes(parser: argparse.ArgumentParser, *, default: int) -> None:
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training").add_mutually_exclusive_group()
-    group.add_argument(
+    group = parser.add_argument_group("training")
+    amount = group.add_mutually_exclusive_group()
+    amount.add_argument(
         "--training-tokens-per-s", type=_not_negative, default=0.0, help="tokens to train (default none)"
     )
-    group.add_argument("--training-backlog", action="store_true", help="training never runs out")
-    _add_batch(parser)
+    amount.add_argument("--training-backlog", action="store_true", help="training never runs out")
+    _add_batch(group)
 
 
-def _add_batch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--train-batch", type=_whole(1), default=1, help="examples per micro-batch (default 1)")
-    parser.add_argument("--train-length", type=_whole(1), default=128, help="tokens per example (default 128)")
-    parser.add_argument("--train-accumulation", type=_whole(1), default=1, help="micro-batches per step (default 1)")
+def _add_batch(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--train-batch", type=_whole(1), default=1, help="examples per micro-batch (default 1)")
+    group.add_argument("--train-length", type=_whole(1), default=128, help="tokens per example (default 128)")
+    group.add_argument("--train-accumulation", type=_whole(1), default=1, help="micro-batches per step (default 1)")
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,15 @@ _TRAINING_KINDS = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD)
 
 
 class ScenarioError(ValueError):
-    """A cluster that cannot do what it is asked to; the message is one line that names the field."""
+    """A cluster that cannot do what it is asked to; the message is one line that names the field.
+
+    about: "profile" or "trace" when what is wrong stands there, so that who read it can name the file.
+    """
+
+    def __init__(self, reason: str, about: str = "") -> None:
+        super().__init__(f"{about}: {reason}" if about else reason)
+        self.reason = reason
+        self.about = about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,9 +189,9 @@ def _check_sizes(node: Node, rows: Sequence[TraceRow], work: Sequence[Request]) 
     name = min(limits, key=lambda name: limits[name])
     row, least = min(zip(rows, work, strict=True), key=lambda pair: pair[1].prompt_tokens + pair[1].max_tokens)
     if least.prompt_tokens + least.max_tokens > limits[name]:
-        place = f"line {row.line} of the trace" if row.line else "the smallest"
-        tokens = f"prompt_tokens {least.prompt_tokens} and an output of at most {least.max_tokens}"
-        raise ScenarioError(f"{name}: no request fits into {limits[name]} tokens: {place} has {tokens}")
+        tokens = f"a prompt of {least.prompt_tokens} and an output of at most {least.max_tokens}"
+        reason = f"no request fits into {name} {limits[name]}, not even {tokens}"
+        raise ScenarioError(f"line {row.line}: {reason}", "trace") if row.line else ScenarioError(reason)
 
 
 def _check_serving(latency: NodeLatency, rows: Sequence[TraceRow]) -> None:
@@ -193,10 +201,10 @@ def _check_serving(latency: NodeLatency, rows: Sequence[TraceRow]) -> None:
         for kind in kinds:
             seconds = latency.op_s(stage, kind, 1, longest)
             if seconds <= 0.0:
-                raise ScenarioError(f"profile: has no time for {kind.value} on stage {stage}")
+                raise ScenarioError(f"no time for {kind.value} on stage {stage}", "profile")
             if seconds > _LONGEST_OP_S:
                 what = f"{kind.value} of {longest} tokens on stage {stage}"
-                raise ScenarioError(f"profile: {what} takes {seconds:g} s, which is no time of an operation")
+                raise ScenarioError(f"{what} takes {seconds:g} s, which is no time of an operation", "profile")
 
 
 def _check_training(training: Training, node: Node) -> None:
@@ -211,4 +219,4 @@ def _check_training(training: Training, node: Node) -> None:
     for stage in range(node.latency.num_stages):
         for kind in _TRAINING_KINDS:
             if node.latency.op_s(stage, kind, training.batch, training.length) <= 0.0:
-                raise ScenarioError(f"profile: has no time for {kind.value} on stage {stage}; it cannot train")
+                raise ScenarioError(f"no time for {kind.value} on stage {stage}; it cannot train", "profile")

@@ -115,7 +115,13 @@ def build(options: argparse.Namespace) -> Setting:
         max_tokens=options.max_tokens,
         horizon_s=options.horizon_s,
     )
-    scenario.check(rows)
+    try:
+        scenario.check(rows)
+    except ScenarioError as error:
+        file = {"profile": options.profile, "trace": options.trace}.get(error.about)
+        if file is None:
+            raise
+        raise ScenarioError(error.reason, str(file)) from error
     cautions = tuple(of_input(options, scenario, profile, asked))
     return Setting(scenario, seeds, profile, demand(scenario, rows), _sample(options, rows), cautions)
 

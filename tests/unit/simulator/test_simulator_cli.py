@@ -221,7 +221,7 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     ((*GOOD, "--policy-option", "speed=1"), "policy 'lemix' has no option 'speed'"),
     (
         (*GOOD, "--kv-tokens", "9"),
-        "kv_tokens: no request fits into 9 tokens: line 4 of the trace has prompt_tokens 8 and",
+        "trace.csv: line 4: no request fits into kv_tokens 9, not even a prompt of 8 ",
     ),
     ((*GOOD, "--rate", "3"), "--rate does not go with --trace"),
     ((*GOOD, "--seed", "1", "--seeds", "1,2"), "--seed and --seeds exclude each other"),
@@ -257,8 +257,17 @@ def test_bad_input_is_one_line(
 def test_a_profile_beyond_reason_is_refused(profile: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile.write_text(profile.read_text().replace("[1.0]", "[1e300]", 1))
     assert code_of(["simulate", "--trace", str(trace), "--profile", str(profile)]) == 2
-    told = "profile: prefill of 12 tokens on stage 0 takes 1e+300 s, which is no time of an operation"
-    assert capsys.readouterr().err == f"simulate: {told}\n"
+    told = "prefill of 12 tokens on stage 0 takes 1e+300 s, which is no time of an operation"
+    assert capsys.readouterr().err == f"simulate: {profile}: {told}\n"
+
+
+@pytest.mark.parametrize("command", [["simulate"], ["plan", "fewest-nodes"], ["plan", "most-training"]])
+def test_the_help_begins_with_what_is_needed(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of([*command, "--help"]) == 0
+    usage = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert usage[0] == f"usage: python -m services.simulator {' '.join(command)}"
+    assert usage[1].startswith("  --profile FILE ")
+    assert max(map(len, usage)) <= 80
 
 
 def test_many_policies_stand_in_tables_that_fit_the_terminal(profile: Path, trace: Path) -> None:

@@ -109,9 +109,12 @@ def test_a_promise_in_units_is_that_of_the_mean_request() -> None:
         ({"nodes": 5000}, "nodes: must be 1 to 1024"),
         ({"policy": "best"}, "unknown policy 'best'"),
         ({"policy_options": {"speed": 1}}, "no option 'speed'"),
-        ({"node": Node(latency=_LATENCY, kv_capacity_tokens=10)}, "no request fits into 10 tokens"),
+        (
+            {"node": Node(latency=_LATENCY, kv_capacity_tokens=10)},
+            "no request fits into kv_tokens 10, not even a prompt of 10 ",
+        ),
         ({"node": Node(latency=_LATENCY, max_batch=0)}, "max_batch must be at least 1"),
-        ({"node": Node(latency=NodeLatency(({},)))}, "profile: has no time for prefill on stage 0"),
+        ({"node": Node(latency=NodeLatency(({},)))}, "profile: no time for prefill on stage 0"),
         ({"training": Training(-1.0)}, "training_tokens_per_s: must not be negative"),
         ({"training": Training(1.0, 0)}, "train_batch: must be at least 1"),
         (

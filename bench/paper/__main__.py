@@ -19,8 +19,8 @@ from bench.paper import report, terminal
 from bench.paper.config import ALL_POLICIES, DEFAULT_POLICIES, FULL_SEEDS, PaperConfig, PaperError
 from bench.paper.families import FAMILIES
 from bench.paper.family import Family, Labelled, Row
+from bench.paper.limits import Job, Limit
 from bench.paper.pool import rows
-from bench.paper.scenario import Run
 from bench.report.progress import Terminal
 from services.arguments import parser_class
 
@@ -124,7 +124,7 @@ def _problems(measured: Iterable[Sequence[Row]]) -> list[str]:
         row["label"]: sum(other["label"] == row["label"] and other["n_ok"] < other["n_tasks"] for other in several)
         for several in measured
         for row in several
-        if row["n_ok"] < row["n_tasks"] and not row.get("may_fail")
+        if "n_ok" in row and row["n_ok"] < row["n_tasks"] and not row.get("may_fail")
     }
     return [f"{label}: {count} runs in which not every task ended well" for label, count in unfinished.items()]
 
@@ -132,7 +132,7 @@ def _problems(measured: Iterable[Sequence[Row]]) -> list[str]:
 def _simulate(config: PaperConfig, console: Console) -> dict[str, list[Row]]:
     """Rows of every family: a run that several of them name is simulated once."""
     families = chosen(config)
-    known: dict[Run, dict[str, Any]] = {}
+    known: dict[Job, dict[str, Any]] = {}
     planned = {family.name: family.runs(config) for family in families}
     _run_new(known, planned.values(), config, console)
     found = {name: _labelled(runs, known) for name, runs in planned.items()}
@@ -141,26 +141,30 @@ def _simulate(config: PaperConfig, console: Console) -> dict[str, list[Row]]:
     return {name: rows + _labelled(more[name], known) for name, rows in found.items()}
 
 
-def _labelled(runs: Iterable[Labelled], known: Mapping[Run, dict[str, Any]]) -> list[Row]:
+def _labelled(runs: Iterable[Labelled], known: Mapping[Job, dict[str, Any]]) -> list[Row]:
     return [{**known[run], "label": label} for label, run in runs]
 
 
 def _run_new(
-    known: dict[Run, dict[str, Any]],
+    known: dict[Job, dict[str, Any]],
     planned: Iterable[Sequence[Labelled]],
     config: PaperConfig,
     console: Console,
 ) -> None:
-    """Simulate what is not known yet."""
+    """Simulate, or work out, what is not known yet."""
     new = [run for run in dict.fromkeys(run for runs in planned for _, run in runs) if run not in known]
     if not new:
         return
     screen = Terminal(console, len(new))
 
-    def on_done(num_done: int, last: Run) -> None:
-        screen.advance(num_done, f"{num_done} of {len(new)} simulations, {last.policy}")
+    def on_done(num_done: int, last: Job) -> None:
+        screen.advance(num_done, f"{num_done} of {len(new)}, {last.policy}")
 
-    with screen.running(), screen.step(f"{len(new)} simulations on {config.num_processes} cores", len(new)):
+    num_limits = sum(isinstance(job, Limit) for job in new)
+    words = [
+        f"{count} {noun}" for count, noun in ((len(new) - num_limits, "simulations"), (num_limits, "bounds")) if count
+    ]
+    with screen.running(), screen.step(f"{' and '.join(words)} on {config.num_processes} cores", len(new)):
         known |= zip(new, rows(new, config.num_processes, on_done), strict=True)
 
 

@@ -87,6 +87,11 @@ CLAIMS = (
 )
 
 
+def threshold(name: str) -> float:
+    """What the claim of that name is held against."""
+    return next(claim.threshold for claim in CLAIMS if claim.name == name)
+
+
 def verdicts(repetitions: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Every claim with its value per seed, the median, and whether it is held; none when LeMix did not run."""
     if SUBJECT not in repetitions or len(repetitions) < 2:

@@ -80,7 +80,7 @@ def _compare(points: Points, policy: str) -> dict[str, Any]:
     mine = [point[policy] for point in everywhere]
     return {
         "throughput_ratio": {
-            "geomean": _geomean(ratios),
+            "geomean": geomean(ratios),
             "max": max(ratios),
             "min": _least(_throughput_ratio(point, policy) for point in judged),
         },
@@ -90,8 +90,8 @@ def _compare(points: Points, policy: str) -> dict[str, Any]:
         },
         "attainment_points": {"worst": min(gains)},
         "attainment_mean": sum(row["slo_attainment"] for row in mine) / len(mine),
-        "attainment_weighted": _geomean([_weighted(row) for row in mine]),
-        "efficiency": _geomean([row["efficiency"] for row in mine]),
+        "attainment_weighted": geomean([_weighted(row) for row in mine]),
+        "efficiency": geomean([row["efficiency"] for row in mine]),
         "makespan_ratio": {"max": max(p[policy]["makespan_s"] / p[BASELINE]["makespan_s"] for p in everywhere)},
         "worst_response_slos": _worst([point[policy]["worst_response_slos"] for point in calm]),
         "points": len(everywhere),
@@ -114,8 +114,8 @@ def _weighted(row: Row) -> float:
     return float(row["tasks_per_held_node_s"] * max(least, row["slo_attainment"]))
 
 
-def _geomean(values: Sequence[float | None]) -> float | None:
-    """None when a value is missing or not positive."""
+def geomean(values: Sequence[float | None]) -> float | None:
+    """The geometric mean; None when a value is missing or not positive."""
     known = [value for value in values if value is not None and value > 0.0]
     if not known or len(known) < len(values):
         return None

@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bench.paper.config import PaperConfig
-from bench.paper.scenario import Run
+from bench.paper.limits import Job
 
 Row = Mapping[str, Any]
 
 
 class Labelled(NamedTuple):
-    """A run under the name that it has in the tables of its family; its row gets it as `label`."""
+    """A run, or a limit, under the name that it has in the tables of its family; its row gets it as `label`."""
 
     label: str
-    run: Run
+    run: Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ def nothing_more(config: PaperConfig, rows: Sequence[Row]) -> list[Labelled]:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """runs: what is simulated; a run that several families name is simulated once. then: runs that depend on the rows
-    of the first. summarise: rows of all of them, in order, to keys of `summary.json`; `claims` and `problems` (why
-    figures may mislead) are joined with those of the other families. tables: for the terminal, from the summary.
+    """runs: what is simulated; a run that several families name is simulated once. then: runs and limits that depend on
+    the rows of the first. summarise: rows of all of them, in order, to keys of `summary.json`; `claims` and `problems`
+    (why figures may mislead) are joined with those of the other families. tables: for the terminal, from the summary.
     sections: HTML from the summary.
     """
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bench.paper import figures
+from bench.paper import figures, limits_report
 from bench.paper.config import BASELINE, SUBJECT, PaperConfig
 from bench.paper.family import Shown
 from bench.paper.outcome import details
@@ -29,7 +29,7 @@ def tables(summary: Mapping[str, Any]) -> list[Shown]:
         "tasks_per_point": summary["config"]["num_tasks"],
     }
     title = f"Grid, {len(summary['grid'])} simulations, overloading every policy: {baseline['excluded']}"
-    return [comparison(title, found)]
+    return [comparison(title, found), *limits_report.tables(summary)]
 
 
 def sections(config: PaperConfig, summary: Mapping[str, Any]) -> list[str]:
@@ -41,6 +41,7 @@ def sections(config: PaperConfig, summary: Mapping[str, Any]) -> list[str]:
         _over_rate(grid, keys),
         _heat_maps(grid),
         _efficiency(grid, keys),
+        limits_report.section(summary),
         _one_point(config, keys),
         _overloaded(summary),
     ]

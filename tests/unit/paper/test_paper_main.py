@@ -41,6 +41,7 @@ def test_the_summary_has_the_published_keys(summary):
         summary
     )
     assert len(summary["grid"]) == 3 * 4
+    assert len(summary["promises"]["points"]) == 4
     figures = summary["vs_separate"]["lemix"]
     assert set(figures) >= {
         "throughput_ratio", "attainment_ratio", "attainment_points", "efficiency", "makespan_ratio",
@@ -57,7 +58,7 @@ def test_the_page_needs_nothing_from_outside(page):
 
 def test_every_chart_is_well_formed_and_named(page):
     found = charts(page)
-    assert len(found) == 7
+    assert len(found) == 8
     assert not any("nan" in chart for chart in found)
 
 
@@ -69,7 +70,8 @@ def test_every_claim_is_on_the_page(page, summary):
 
 def test_the_same_run_gives_the_same_figures(summary, tmp_path, capsys):
     assert main([*_GRID, "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "summary.json").read_text())["grid"] == summary["grid"]
+    again = json.loads((tmp_path / "summary.json").read_text())
+    assert (again["grid"], again["promises"]) == (summary["grid"], summary["promises"])
     printed = capsys.readouterr().out
     for claim in summary["claims"]:
         assert f"{claim['verdict']}  {claim['claim']}" in printed

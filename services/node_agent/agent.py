@@ -85,6 +85,7 @@ class NodeAgent:
             info=engine.info,
             clock=clock,
             max_tasks=settings.max_inflight_inference + settings.max_queued_training,
+            max_training_parts=settings.max_training_parts,
             report=self._session.report_outcome,
         )
         self._weights = WeightSync(
@@ -251,6 +252,8 @@ class NodeAgent:
             max_inflight_training=settings.max_inflight_training,
             weight_handling=settings.weight_handling,
             gradient_buffers=settings.gradient_buffers,
+            training_schedule=settings.training_schedule,
+            max_training_parts=settings.max_training_parts,
         )
 
     def _vitals(self) -> Vitals:
@@ -283,4 +286,5 @@ def _core_config(settings: NodeAgentSettings) -> NodeCoreConfig:
         max_inflight_training=settings.max_inflight_training,
         weight_handling=settings.weight_handling,
         gradient_buffers=settings.gradient_buffers,
+        training_schedule=settings.training_schedule,
     )

@@ -44,6 +44,7 @@ class Intake:
         info: ModelInfo,
         clock: Clock,
         max_tasks: int,
+        max_training_parts: int,
         report: Report,
     ) -> None:
         self._node_id = node_id
@@ -53,6 +54,7 @@ class Intake:
         self._info = info
         self._clock = clock
         self._max_tasks = max_tasks
+        self._max_training_parts = max_training_parts
         self._report = report
         #: Newest fencing token seen.
         self.newest_token = 0
@@ -165,7 +167,15 @@ class Intake:
                 self._hub.begin(item.task_id)
                 self._loop.add_request(task, request)
             case "training":
-                self._loop.add_microbatch(*microbatch_from_proto(item.task_id, item.training, self._info, now_s=now_s))
+                task_and_core = microbatch_from_proto(
+                    item.task_id,
+                    item.training,
+                    self._info,
+                    now_s=now_s,
+                    num_stages=self._loop.num_stages,
+                    most_parts=self._max_training_parts,
+                )
+                self._loop.add_microbatch(*task_and_core)
             case _:
                 raise LemixError(ErrorCode.UNSUPPORTED, "the node does not know this kind of work")
 

@@ -7,6 +7,7 @@
 from lemix.client import Client
 from lemix.errors import ErrorCode, LemixError
 from lemix.types import (
+    Choice,
     ClusterStatus,
     FeedbackReceipt,
     FinishReason,
@@ -19,8 +20,10 @@ from lemix.types import (
     Message,
     Model,
     NodeStatus,
+    OutputLogprob,
     ServingReport,
     Slo,
+    TokenLogprob,
     TrainingFile,
     TrainingJob,
     Usage,
@@ -28,6 +31,7 @@ from lemix.types import (
 )
 
 __all__ = [
+    "Choice",
     "Client",
     "ClusterStatus",
     "ErrorCode",
@@ -43,8 +47,10 @@ __all__ = [
     "Message",
     "Model",
     "NodeStatus",
+    "OutputLogprob",
     "ServingReport",
     "Slo",
+    "TokenLogprob",
     "TrainingFile",
     "TrainingJob",
     "Usage",

@@ -72,6 +72,7 @@ def spec(
         session_id=options.get("session_id", ""),
         request_id=options.get("request_id", "") or uuid.uuid4().hex,
         reference=options.get("reference"),
+        max_staleness_s=options.get("max_staleness_s"),
     )
     if messages is not None:
         made.chat.CopyFrom(_convert.chat_prompt(messages))

@@ -24,7 +24,14 @@ def sampling(options: types.GenerationOptions) -> types_pb2.SamplingParams:
             top_k=options.get("top_k"),
             seed=options.get("seed"),
             stop=[stop] if isinstance(stop, str) else stop,
+            include_stop_str_in_output=options.get("include_stop_str_in_output", False),
             ignore_eos=options.get("ignore_eos", False),
+            min_tokens=options.get("min_tokens", 0),
+            presence_penalty=options.get("presence_penalty", 0.0),
+            frequency_penalty=options.get("frequency_penalty", 0.0),
+            logit_bias=options.get("logit_bias", {}),
+            logprobs=options.get("logprobs"),
+            n=options.get("n", 1),
         )
     except (ValueError, TypeError) as error:
         raise LemixError(ErrorCode.INVALID_REQUEST, f"unusable sampling parameter: {error}") from error
@@ -76,7 +83,27 @@ def generation(message: inference_pb.GenerateResponse) -> types.Generation:
         finish_reason=_finish_reason(message.finish_reason) or types.FinishReason.ERROR,
         usage=_usage(message.usage),
         report=_report(message.report),
+        logprobs=_logprobs(message.logprobs),
+        more_choices=tuple(map(_choice, message.more_choices)),
     )
+
+
+def _choice(message: inference_pb.Choice) -> types.Choice:
+    return types.Choice(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        finish_reason=_finish_reason(message.finish_reason) or types.FinishReason.ERROR,
+        report=_report(message.report),
+        logprobs=_logprobs(message.logprobs),
+    )
+
+
+def _logprobs(messages: Iterable[types_pb2.OutputLogprob]) -> tuple[types.OutputLogprob, ...]:
+    return tuple(types.OutputLogprob(_token(item.chosen), tuple(map(_token, item.top))) for item in messages)
+
+
+def _token(message: types_pb2.TokenLogprob) -> types.TokenLogprob:
+    return types.TokenLogprob(message.token_id, message.token, message.logprob)
 
 
 def generation_chunk(message: inference_pb.GenerateStreamResponse) -> types.GenerationChunk:
@@ -86,6 +113,8 @@ def generation_chunk(message: inference_pb.GenerateStreamResponse) -> types.Gene
         model=message.model,
         text=message.text_delta,
         token_ids=tuple(message.token_ids),
+        choice_index=message.choice_index,
+        logprobs=_logprobs(message.logprobs),
         finish_reason=_finish_reason(message.finish_reason),
         usage=_usage(message.usage) if message.HasField("usage") else None,
         report=_report(message.report) if message.HasField("report") else None,
@@ -200,7 +229,7 @@ def _report(message: types_pb2.ServingReport) -> types.ServingReport:
     return types.ServingReport(
         node_id=message.node_id,
         weight_versions=tuple(
-            types.WeightVersion(node_id=v.node_id, incarnation=v.incarnation, step=v.step)
+            types.WeightVersion(node_id=v.node_id, incarnation=v.incarnation, step=v.step, job_id=v.job_id)
             for v in message.weight_versions
         ),
         staleness_s=message.staleness_s if message.HasField("staleness_s") else None,

@@ -33,6 +33,7 @@ class ErrorCode(Enum):
     CONFLICT = "conflict"
     INTERNAL = "internal"
     UNSUPPORTED = "unsupported"
+    STALE_WEIGHTS = "stale_weights"
 
 
 _STATUS = {
@@ -51,6 +52,7 @@ _STATUS = {
     ErrorCode.CONFLICT: grpc.StatusCode.FAILED_PRECONDITION,
     ErrorCode.INTERNAL: grpc.StatusCode.INTERNAL,
     ErrorCode.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
+    ErrorCode.STALE_WEIGHTS: grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 _FROM_STATUS = {

@@ -64,7 +64,8 @@ class FakeLemix:
         found: list[Any] = getattr(self, f"_{name}")(call.request)
         return found
 
-    def _reply(self, spec: inference_pb.GenerationSpec) -> str:
+    def _replies_to(self, spec: inference_pb.GenerationSpec) -> list[str]:
+        """One per output wanted."""
         if spec.model not in ("", self._model):
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"model {spec.model!r} is not served", param="model")
         form = spec.WhichOneof("prompt")
@@ -74,37 +75,45 @@ class FakeLemix:
             self.prompts.append(list(spec.tokens.token_ids))
         else:
             self.prompts.append([(turn.role, turn.content) for turn in spec.chat.messages])
-        return self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
+        wanted = range(spec.sampling.n or 1)
+        return [self._replies.pop(0) if len(self._replies) > 1 else self._replies[0] for _ in wanted]
 
     def _Generate(self, request: inference_pb.GenerateRequest) -> list[Any]:  # noqa: N802
-        text = self._reply(request.spec)
+        texts = self._replies_to(request.spec)
+        others = [
+            inference_pb.Choice(text=text, finish_reason=types_pb2.FINISH_REASON_STOP, report=_report())
+            for text in texts[1:]
+        ]
         return [
             inference_pb.GenerateResponse(
                 request_id=request.spec.request_id,
                 model=self._model,
-                text=text,
+                text=texts[0],
                 finish_reason=types_pb2.FINISH_REASON_STOP,
-                usage=types_pb2.Usage(prompt_tokens=1, completion_tokens=len(text.split())),
+                usage=_usage(texts),
                 report=_report(),
+                more_choices=others,
             )
         ]
 
     def _GenerateStream(self, request: inference_pb.GenerateStreamRequest) -> list[Any]:  # noqa: N802
-        words = self._reply(request.spec).split(" ")
-        pieces = [
-            inference_pb.GenerateStreamResponse(
-                request_id=request.spec.request_id, model=self._model, text_delta=word if index == 0 else f" {word}"
-            )
-            for index, word in enumerate(words)
-        ]
-        last = inference_pb.GenerateStreamResponse(
-            request_id=request.spec.request_id,
-            model=self._model,
-            finish_reason=types_pb2.FINISH_REASON_STOP,
-            usage=types_pb2.Usage(prompt_tokens=1, completion_tokens=len(words)),
-            report=_report(),
+        texts = self._replies_to(request.spec)
+        pieces = []
+        for choice_index, text in enumerate(texts):
+            for index, word in enumerate(text.split(" ")):
+                delta = word if index == 0 else f" {word}"
+                pieces.append(self._piece(request.spec, choice_index, text_delta=delta))
+            ending = {"finish_reason": types_pb2.FINISH_REASON_STOP, "report": _report()}
+            pieces.append(self._piece(request.spec, choice_index, **ending))
+        pieces[-1].usage.CopyFrom(_usage(texts))
+        return pieces
+
+    def _piece(
+        self, spec: inference_pb.GenerationSpec, choice_index: int, **fields: Any
+    ) -> inference_pb.GenerateStreamResponse:
+        return inference_pb.GenerateStreamResponse(
+            request_id=spec.request_id, model=self._model, choice_index=choice_index, **fields
         )
-        return [*pieces, last]
 
     def _CreateFile(self, request: training_pb.CreateFileRequest) -> list[Any]:  # noqa: N802
         lines = [line for line in request.content.splitlines() if line.strip()]
@@ -205,6 +214,10 @@ class _FakeAioTransport:
 
 async def _no_sleep(_: float) -> None:
     return None
+
+
+def _usage(texts: list[str]) -> types_pb2.Usage:
+    return types_pb2.Usage(prompt_tokens=1, completion_tokens=sum(len(text.split(" ")) for text in texts))
 
 
 def _report() -> types_pb2.ServingReport:

@@ -8,6 +8,7 @@ from typing import TypedDict
 from lemix.errors import LemixError
 
 __all__ = [
+    "Choice",
     "ClusterStatus",
     "FeedbackReceipt",
     "FinishReason",
@@ -20,8 +21,10 @@ __all__ = [
     "Message",
     "Model",
     "NodeStatus",
+    "OutputLogprob",
     "ServingReport",
     "Slo",
+    "TokenLogprob",
     "TrainingFile",
     "TrainingJob",
     "Usage",
@@ -74,9 +77,12 @@ class GenerationOptions(TypedDict, total=False):
 
     model: empty, the only one served. max_tokens: default 16, for a conversation what fits. temperature: in [0, 2],
     0 is greedy; default 1. top_p: in (0, 1]; default 1. top_k: default no limit. seed: default drawn by the server.
-    stop: strings that end the output, at most 4. ignore_eos: generate past the end of sequence. slo: default the
-    cluster's. session_id: the conversation. request_id: repeating one returns the stored result; default a new one.
-    reference: the true continuation, whose loss is measured and reported.
+    stop: strings that end the output, at most 4. include_stop_str_in_output: show the one that did. ignore_eos:
+    generate past the end of sequence. min_tokens: the output does not end before. presence_penalty, frequency_penalty:
+    in [-2, 2]. logit_bias: added to the logit of a token id. logprobs: report log-probabilities, with so many likeliest
+    tokens per place, 0 to 20. n: outputs wanted, 1 to 128. slo: default the cluster's. session_id: the conversation.
+    request_id: repeating one returns the stored result; default a new one. reference: the true continuation, whose loss
+    is measured and reported. max_staleness_s: most seconds since the newest optimizer step in the serving weights.
     """
 
     model: str
@@ -86,20 +92,46 @@ class GenerationOptions(TypedDict, total=False):
     top_k: int | None
     seed: int | None
     stop: str | Sequence[str]
+    include_stop_str_in_output: bool
     ignore_eos: bool
+    min_tokens: int
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    logprobs: int | None
+    n: int
     slo: Slo | None
     session_id: str
     request_id: str
     reference: str | None
+    max_staleness_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightVersion:
-    """Identity of weights: the node's replica, its loading, the changes since."""
+    """Identity of weights: the node's replica, its loading, the changes since, the job of the newest step."""
 
     node_id: str
     incarnation: int
     step: int
+    job_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its text and its log-probability, nats, before temperature, penalties and bias."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLogprob:
+    """What is reported of one output token. top: the likeliest tokens in its place, likeliest first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,26 +153,45 @@ class ServingReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """A whole output."""
+class Choice:
+    """One whole output. logprobs: one per token, if asked for."""
 
-    request_id: str
-    model: str
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    usage: Usage
     report: ServingReport
+    logprobs: tuple[OutputLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation(Choice):
+    """A whole output. usage: of all choices, the prompt counted once. more_choices: those after the first, which is
+    this object itself."""
+
+    request_id: str
+    model: str
+    usage: Usage
+    more_choices: tuple[Choice, ...] = ()
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """All outputs."""
+        return (self, *self.more_choices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationChunk:
-    """New output. finish_reason, usage and report come with the last chunk."""
+    """New output of one choice. finish_reason and report come with the choice's last chunk, usage with the very last.
+
+    logprobs: one per token, if asked for.
+    """
 
     request_id: str
     model: str
     text: str
     token_ids: tuple[int, ...]
+    choice_index: int = 0
+    logprobs: tuple[OutputLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     report: ServingReport | None = None

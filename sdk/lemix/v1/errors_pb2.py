@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lemix/v1/errors.proto\x12\x08lemix.v1\"\x8d\x01\n\x0b\x45rrorDetail\x12!\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x13.lemix.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05param\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_paramB\x10\n\x0e_retry_after_s*\xea\x03\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_CODE_INVALID_REQUEST\x10\x01\x12\x1b\n\x17\x45RROR_CODE_INVALID_JSON\x10\x02\x12\x1e\n\x1a\x45RROR_CODE_MODEL_NOT_FOUND\x10\x03\x12&\n\"ERROR_CODE_CONTEXT_LENGTH_EXCEEDED\x10\x04\x12$\n ERROR_CODE_INVALID_TRAINING_FILE\x10\x05\x12\x18\n\x14\x45RROR_CODE_NOT_FOUND\x10\x06\x12\x19\n\x15\x45RROR_CODE_OVERLOADED\x10\x07\x12 \n\x1c\x45RROR_CODE_DEADLINE_EXCEEDED\x10\x08\x12\x18\n\x14\x45RROR_CODE_CANCELLED\x10\t\x12\x18\n\x14\x45RROR_CODE_NODE_LOST\x10\n\x12\x1a\n\x16\x45RROR_CODE_UNAVAILABLE\x10\x0b\x12!\n\x1d\x45RROR_CODE_RESOURCE_EXHAUSTED\x10\x0c\x12\x17\n\x13\x45RROR_CODE_CONFLICT\x10\r\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\x0e\x12\x1a\n\x16\x45RROR_CODE_UNSUPPORTED\x10\x0f\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lemix/v1/errors.proto\x12\x08lemix.v1\"\x8d\x01\n\x0b\x45rrorDetail\x12!\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x13.lemix.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05param\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_paramB\x10\n\x0e_retry_after_s*\x88\x04\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_CODE_INVALID_REQUEST\x10\x01\x12\x1b\n\x17\x45RROR_CODE_INVALID_JSON\x10\x02\x12\x1e\n\x1a\x45RROR_CODE_MODEL_NOT_FOUND\x10\x03\x12&\n\"ERROR_CODE_CONTEXT_LENGTH_EXCEEDED\x10\x04\x12$\n ERROR_CODE_INVALID_TRAINING_FILE\x10\x05\x12\x18\n\x14\x45RROR_CODE_NOT_FOUND\x10\x06\x12\x19\n\x15\x45RROR_CODE_OVERLOADED\x10\x07\x12 \n\x1c\x45RROR_CODE_DEADLINE_EXCEEDED\x10\x08\x12\x18\n\x14\x45RROR_CODE_CANCELLED\x10\t\x12\x18\n\x14\x45RROR_CODE_NODE_LOST\x10\n\x12\x1a\n\x16\x45RROR_CODE_UNAVAILABLE\x10\x0b\x12!\n\x1d\x45RROR_CODE_RESOURCE_EXHAUSTED\x10\x0c\x12\x17\n\x13\x45RROR_CODE_CONFLICT\x10\r\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\x0e\x12\x1a\n\x16\x45RROR_CODE_UNSUPPORTED\x10\x0f\x12\x1c\n\x18\x45RROR_CODE_STALE_WEIGHTS\x10\x10\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lemix.v1.errors_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORCODE']._serialized_start=180
-  _globals['_ERRORCODE']._serialized_end=670
+  _globals['_ERRORCODE']._serialized_end=700
   _globals['_ERRORDETAIL']._serialized_start=36
   _globals['_ERRORDETAIL']._serialized_end=177
 # @@protoc_insertion_point(module_scope)

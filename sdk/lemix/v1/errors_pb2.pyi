@@ -23,6 +23,7 @@ class ErrorCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_CODE_CONFLICT: _ClassVar[ErrorCode]
     ERROR_CODE_INTERNAL: _ClassVar[ErrorCode]
     ERROR_CODE_UNSUPPORTED: _ClassVar[ErrorCode]
+    ERROR_CODE_STALE_WEIGHTS: _ClassVar[ErrorCode]
 ERROR_CODE_UNSPECIFIED: ErrorCode
 ERROR_CODE_INVALID_REQUEST: ErrorCode
 ERROR_CODE_INVALID_JSON: ErrorCode
@@ -39,6 +40,7 @@ ERROR_CODE_RESOURCE_EXHAUSTED: ErrorCode
 ERROR_CODE_CONFLICT: ErrorCode
 ERROR_CODE_INTERNAL: ErrorCode
 ERROR_CODE_UNSUPPORTED: ErrorCode
+ERROR_CODE_STALE_WEIGHTS: ErrorCode
 
 class ErrorDetail(_message.Message):
     __slots__ = ("code", "message", "param", "retry_after_s")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from lemix.v1 import types_pb2 as lemix_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n lemix/v1/inference_service.proto\x12\x08lemix.v1\x1a\x14lemix/v1/types.proto\"\x9e\x02\n\x0eGenerationSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.lemix.v1.TokenPromptH\x00\x12$\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x14.lemix.v1.ChatPromptH\x00\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.lemix.v1.SamplingParams\x12\x1a\n\x03slo\x18\x06 \x01(\x0b\x32\r.lemix.v1.Slo\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x12\n\nsession_id\x18\x08 \x01(\t\x12\x16\n\treference\x18\t \x01(\tH\x01\x88\x01\x01\x42\x08\n\x06promptB\x0c\n\n_reference\"9\n\x0fGenerateRequest\x12&\n\x04spec\x18\x01 \x01(\x0b\x32\x18.lemix.v1.GenerationSpec\"\xce\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.lemix.v1.FinishReason\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.lemix.v1.Usage\x12\'\n\x06report\x18\x06 \x01(\x0b\x32\x17.lemix.v1.ServingReport\x12\r\n\x05model\x18\x07 \x01(\t\"?\n\x15GenerateStreamRequest\x12&\n\x04spec\x18\x01 \x01(\x0b\x32\x18.lemix.v1.GenerationSpec\"\xf9\x01\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ntext_delta\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.lemix.v1.FinishReason\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.lemix.v1.UsageH\x00\x88\x01\x01\x12,\n\x06report\x18\x06 \x01(\x0b\x32\x17.lemix.v1.ServingReportH\x01\x88\x01\x01\x12\r\n\x05model\x18\x07 \x01(\tB\x08\n\x06_usageB\t\n\x07_report2\xac\x01\n\x10InferenceService\x12\x41\n\x08Generate\x12\x19.lemix.v1.GenerateRequest\x1a\x1a.lemix.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1f.lemix.v1.GenerateStreamRequest\x1a .lemix.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n lemix/v1/inference_service.proto\x12\x08lemix.v1\x1a\x14lemix/v1/types.proto\"\xd0\x02\n\x0eGenerationSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.lemix.v1.TokenPromptH\x00\x12$\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x14.lemix.v1.ChatPromptH\x00\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.lemix.v1.SamplingParams\x12\x1a\n\x03slo\x18\x06 \x01(\x0b\x32\r.lemix.v1.Slo\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x12\n\nsession_id\x18\x08 \x01(\t\x12\x16\n\treference\x18\t \x01(\tH\x01\x88\x01\x01\x12\x1c\n\x0fmax_staleness_s\x18\n \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06promptB\x0c\n\n_referenceB\x12\n\x10_max_staleness_s\"9\n\x0fGenerateRequest\x12&\n\x04spec\x18\x01 \x01(\x0b\x32\x18.lemix.v1.GenerationSpec\"\xac\x01\n\x06\x43hoice\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.lemix.v1.FinishReason\x12\'\n\x06report\x18\x04 \x01(\x0b\x32\x17.lemix.v1.ServingReport\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.lemix.v1.OutputLogprob\"\xa1\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.lemix.v1.FinishReason\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.lemix.v1.Usage\x12\'\n\x06report\x18\x06 \x01(\x0b\x32\x17.lemix.v1.ServingReport\x12\r\n\x05model\x18\x07 \x01(\t\x12)\n\x08logprobs\x18\x08 \x03(\x0b\x32\x17.lemix.v1.OutputLogprob\x12&\n\x0cmore_choices\x18\t \x03(\x0b\x32\x10.lemix.v1.Choice\"?\n\x15GenerateStreamRequest\x12&\n\x04spec\x18\x01 \x01(\x0b\x32\x18.lemix.v1.GenerationSpec\"\xba\x02\n\x16GenerateStreamResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ntext_delta\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.lemix.v1.FinishReason\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.lemix.v1.UsageH\x00\x88\x01\x01\x12,\n\x06report\x18\x06 \x01(\x0b\x32\x17.lemix.v1.ServingReportH\x01\x88\x01\x01\x12\r\n\x05model\x18\x07 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x08 \x01(\r\x12)\n\x08logprobs\x18\t \x03(\x0b\x32\x17.lemix.v1.OutputLogprobB\x08\n\x06_usageB\t\n\x07_report2\xac\x01\n\x10InferenceService\x12\x41\n\x08Generate\x12\x19.lemix.v1.GenerateRequest\x1a\x1a.lemix.v1.GenerateResponse\x12U\n\x0eGenerateStream\x12\x1f.lemix.v1.GenerateStreamRequest\x1a .lemix.v1.GenerateStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lemix.v1.inference_service_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATIONSPEC']._serialized_start=69
-  _globals['_GENERATIONSPEC']._serialized_end=355
-  _globals['_GENERATEREQUEST']._serialized_start=357
-  _globals['_GENERATEREQUEST']._serialized_end=414
-  _globals['_GENERATERESPONSE']._serialized_start=417
-  _globals['_GENERATERESPONSE']._serialized_end=623
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=625
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=688
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=691
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=940
-  _globals['_INFERENCESERVICE']._serialized_start=943
-  _globals['_INFERENCESERVICE']._serialized_end=1115
+  _globals['_GENERATIONSPEC']._serialized_end=405
+  _globals['_GENERATEREQUEST']._serialized_start=407
+  _globals['_GENERATEREQUEST']._serialized_end=464
+  _globals['_CHOICE']._serialized_start=467
+  _globals['_CHOICE']._serialized_end=639
+  _globals['_GENERATERESPONSE']._serialized_start=642
+  _globals['_GENERATERESPONSE']._serialized_end=931
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=933
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=996
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=999
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1313
+  _globals['_INFERENCESERVICE']._serialized_start=1316
+  _globals['_INFERENCESERVICE']._serialized_end=1488
 # @@protoc_insertion_point(module_scope)

@@ -54,14 +54,16 @@ class InferenceServiceServicer:
     def Generate(self, request, context):
         """Generates the whole output. Called by applications. Idempotent by request_id: a repeated call
         returns the stored result of a finished request. Blocks until done or the deadline.
-        Errors: INVALID_REQUEST, MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED, OVERLOADED, DEADLINE_EXCEEDED, NODE_LOST.
+        Errors: INVALID_REQUEST, MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED, OVERLOADED, DEADLINE_EXCEEDED, NODE_LOST,
+        STALE_WEIGHTS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Same, but sends text as it is produced; the last message carries the finish reason and the usage.
+        """Same, but sends text as it is produced; the last message of a choice carries its finish reason, the very last one
+        the usage.
         Cancelling the call frees the request's KV cache.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

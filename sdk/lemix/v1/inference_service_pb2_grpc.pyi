@@ -36,10 +36,12 @@ class InferenceServiceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]
     """Generates the whole output. Called by applications. Idempotent by request_id: a repeated call
     returns the stored result of a finished request. Blocks until done or the deadline.
-    Errors: INVALID_REQUEST, MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED, OVERLOADED, DEADLINE_EXCEEDED, NODE_LOST.
+    Errors: INVALID_REQUEST, MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED, OVERLOADED, DEADLINE_EXCEEDED, NODE_LOST,
+    STALE_WEIGHTS.
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.GenerateStreamRequest, _inference_service_pb2.GenerateStreamResponse]
-    """Same, but sends text as it is produced; the last message carries the finish reason and the usage.
+    """Same, but sends text as it is produced; the last message of a choice carries its finish reason, the very last one
+    the usage.
     Cancelling the call frees the request's KV cache.
     """
 
@@ -51,10 +53,12 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Generate: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates the whole output. Called by applications. Idempotent by request_id: a repeated call
     returns the stored result of a finished request. Blocks until done or the deadline.
-    Errors: INVALID_REQUEST, MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED, OVERLOADED, DEADLINE_EXCEEDED, NODE_LOST.
+    Errors: INVALID_REQUEST, MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED, OVERLOADED, DEADLINE_EXCEEDED, NODE_LOST,
+    STALE_WEIGHTS.
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_service_pb2.GenerateStreamRequest, _inference_service_pb2.GenerateStreamResponse]  # type: ignore[assignment]
-    """Same, but sends text as it is produced; the last message carries the finish reason and the usage.
+    """Same, but sends text as it is produced; the last message of a choice carries its finish reason, the very last one
+    the usage.
     Cancelling the call frees the request's KV cache.
     """
 
@@ -69,7 +73,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_service_pb2.GenerateResponse, _abc.Awaitable[_inference_service_pb2.GenerateResponse]]:
         """Generates the whole output. Called by applications. Idempotent by request_id: a repeated call
         returns the stored result of a finished request. Blocks until done or the deadline.
-        Errors: INVALID_REQUEST, MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED, OVERLOADED, DEADLINE_EXCEEDED, NODE_LOST.
+        Errors: INVALID_REQUEST, MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED, OVERLOADED, DEADLINE_EXCEEDED, NODE_LOST,
+        STALE_WEIGHTS.
         """
 
     @_abc_1.abstractmethod
@@ -78,7 +83,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.GenerateStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_service_pb2.GenerateStreamResponse]]:
-        """Same, but sends text as it is produced; the last message carries the finish reason and the usage.
+        """Same, but sends text as it is produced; the last message of a choice carries its finish reason, the very last one
+        the usage.
         Cancelling the call frees the request's KV cache.
         """
 

@@ -25,19 +25,21 @@ _sym_db = _symbol_database.Default()
 from lemix.v1 import errors_pb2 as lemix_dot_v1_dot_errors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lemix/v1/types.proto\x12\x08lemix.v1\x1a\x15lemix/v1/errors.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.lemix.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xdc\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"E\n\x03Slo\x12\x13\n\x06ttft_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06tpot_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_ttft_sB\t\n\x07_tpot_s\"C\n\rWeightVersion\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xac\x01\n\rServingReport\x12\x30\n\x0fweight_versions\x18\x01 \x03(\x0b\x32\x17.lemix.v1.WeightVersion\x12\x18\n\x0bstaleness_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x1b\n\x0ereference_loss\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x0e\n\x0c_staleness_sB\x11\n\x0f_reference_loss\"\x89\x03\n\x0fHyperparameters\x12\x1a\n\rlearning_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nnum_epochs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nbatch_size\x18\x03 \x01(\rH\x02\x88\x01\x01\x12(\n\x1bgradient_accumulation_steps\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x18\n\x0blr_schedule\x18\x05 \x01(\tH\x04\x88\x01\x01\x12\x19\n\x0cwarmup_steps\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1a\n\rmax_grad_norm\x18\x08 \x01(\x01H\x07\x88\x01\x01\x42\x10\n\x0e_learning_rateB\r\n\x0b_num_epochsB\r\n\x0b_batch_sizeB\x1e\n\x1c_gradient_accumulation_stepsB\x0e\n\x0c_lr_scheduleB\x0f\n\r_warmup_stepsB\x0f\n\r_weight_decayB\x10\n\x0e_max_grad_norm\"\x9f\x04\n\x0bTrainingJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rtraining_file\x18\x03 \x01(\t\x12#\n\x06status\x18\x04 \x01(\x0e\x32\x13.lemix.v1.JobStatus\x12\x16\n\x0e\x63reated_unix_s\x18\x05 \x01(\x01\x12\x1c\n\x0f\x66inished_unix_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x32\n\x0fhyperparameters\x18\x07 \x01(\x0b\x32\x19.lemix.v1.Hyperparameters\x12\x1a\n\x12total_microbatches\x18\x08 \x01(\x04\x12\x1c\n\x14trained_microbatches\x18\t \x01(\x04\x12\x16\n\x0etrained_tokens\x18\n \x01(\x04\x12\x16\n\tlast_loss\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12?\n\x0esteps_per_node\x18\x0c \x03(\x0b\x32\'.lemix.v1.TrainingJob.StepsPerNodeEntry\x12)\n\x05\x65rror\x18\r \x01(\x0b\x32\x15.lemix.v1.ErrorDetailH\x02\x88\x01\x01\x12\x14\n\x0cnum_examples\x18\x0e \x01(\x04\x1a\x33\n\x11StepsPerNodeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\x12\n\x10_finished_unix_sB\x0c\n\n_last_lossB\x08\n\x06_error\"\x8e\x01\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x16\n\x0e\x63reated_unix_s\x18\x02 \x01(\x01\x12\r\n\x05level\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x11\n\x04loss\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x14trained_microbatches\x18\x06 \x01(\x04\x42\x07\n\x05_loss*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*\xa1\x01\n\tJobStatus\x12\x1a\n\x16JOB_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATUS_QUEUED\x10\x01\x12\x16\n\x12JOB_STATUS_RUNNING\x10\x02\x12\x18\n\x14JOB_STATUS_SUCCEEDED\x10\x03\x12\x15\n\x11JOB_STATUS_FAILED\x10\x04\x12\x18\n\x14JOB_STATUS_CANCELLED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lemix/v1/types.proto\x12\x08lemix.v1\x1a\x15lemix/v1/errors.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.lemix.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xe7\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\"\n\x1ainclude_stop_str_in_output\x18\x08 \x01(\x08\x12\x12\n\nmin_tokens\x18\t \x01(\r\x12\x18\n\x10presence_penalty\x18\n \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x01\x12;\n\nlogit_bias\x18\x0c \x03(\x0b\x32\'.lemix.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\r \x01(\rH\x05\x88\x01\x01\x12\t\n\x01n\x18\x0e \x01(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobs\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"\\\n\rOutputLogprob\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.lemix.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.lemix.v1.TokenLogprob\"E\n\x03Slo\x12\x13\n\x06ttft_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06tpot_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_ttft_sB\t\n\x07_tpot_s\"S\n\rWeightVersion\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06job_id\x18\x04 \x01(\t\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xac\x01\n\rServingReport\x12\x30\n\x0fweight_versions\x18\x01 \x03(\x0b\x32\x17.lemix.v1.WeightVersion\x12\x18\n\x0bstaleness_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x1b\n\x0ereference_loss\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x0e\n\x0c_staleness_sB\x11\n\x0f_reference_loss\"\x89\x03\n\x0fHyperparameters\x12\x1a\n\rlearning_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nnum_epochs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nbatch_size\x18\x03 \x01(\rH\x02\x88\x01\x01\x12(\n\x1bgradient_accumulation_steps\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x18\n\x0blr_schedule\x18\x05 \x01(\tH\x04\x88\x01\x01\x12\x19\n\x0cwarmup_steps\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1a\n\rmax_grad_norm\x18\x08 \x01(\x01H\x07\x88\x01\x01\x42\x10\n\x0e_learning_rateB\r\n\x0b_num_epochsB\r\n\x0b_batch_sizeB\x1e\n\x1c_gradient_accumulation_stepsB\x0e\n\x0c_lr_scheduleB\x0f\n\r_warmup_stepsB\x0f\n\r_weight_decayB\x10\n\x0e_max_grad_norm\"\x9f\x04\n\x0bTrainingJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rtraining_file\x18\x03 \x01(\t\x12#\n\x06status\x18\x04 \x01(\x0e\x32\x13.lemix.v1.JobStatus\x12\x16\n\x0e\x63reated_unix_s\x18\x05 \x01(\x01\x12\x1c\n\x0f\x66inished_unix_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x32\n\x0fhyperparameters\x18\x07 \x01(\x0b\x32\x19.lemix.v1.Hyperparameters\x12\x1a\n\x12total_microbatches\x18\x08 \x01(\x04\x12\x1c\n\x14trained_microbatches\x18\t \x01(\x04\x12\x16\n\x0etrained_tokens\x18\n \x01(\x04\x12\x16\n\tlast_loss\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12?\n\x0esteps_per_node\x18\x0c \x03(\x0b\x32\'.lemix.v1.TrainingJob.StepsPerNodeEntry\x12)\n\x05\x65rror\x18\r \x01(\x0b\x32\x15.lemix.v1.ErrorDetailH\x02\x88\x01\x01\x12\x14\n\x0cnum_examples\x18\x0e \x01(\x04\x1a\x33\n\x11StepsPerNodeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\x12\n\x10_finished_unix_sB\x0c\n\n_last_lossB\x08\n\x06_error\"\x8e\x01\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x16\n\x0e\x63reated_unix_s\x18\x02 \x01(\x01\x12\r\n\x05level\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x11\n\x04loss\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x14trained_microbatches\x18\x06 \x01(\x04\x42\x07\n\x05_loss*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*\xa1\x01\n\tJobStatus\x12\x1a\n\x16JOB_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATUS_QUEUED\x10\x01\x12\x16\n\x12JOB_STATUS_RUNNING\x10\x02\x12\x18\n\x14JOB_STATUS_SUCCEEDED\x10\x03\x12\x15\n\x11JOB_STATUS_FAILED\x10\x04\x12\x18\n\x14JOB_STATUS_CANCELLED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lemix.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_TRAININGJOB_STEPSPERNODEENTRY']._loaded_options = None
   _globals['_TRAININGJOB_STEPSPERNODEENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1877
-  _globals['_FINISHREASON']._serialized_end=2026
-  _globals['_JOBSTATUS']._serialized_start=2029
-  _globals['_JOBSTATUS']._serialized_end=2190
+  _globals['_FINISHREASON']._serialized_start=2320
+  _globals['_FINISHREASON']._serialized_end=2469
+  _globals['_JOBSTATUS']._serialized_start=2472
+  _globals['_JOBSTATUS']._serialized_end=2633
   _globals['_CHATMESSAGE']._serialized_start=57
   _globals['_CHATMESSAGE']._serialized_end=101
   _globals['_CHATPROMPT']._serialized_start=103
@@ -45,21 +47,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENPROMPT']._serialized_start=158
   _globals['_TOKENPROMPT']._serialized_end=190
   _globals['_SAMPLINGPARAMS']._serialized_start=193
-  _globals['_SAMPLINGPARAMS']._serialized_end=413
-  _globals['_SLO']._serialized_start=415
-  _globals['_SLO']._serialized_end=484
-  _globals['_WEIGHTVERSION']._serialized_start=486
-  _globals['_WEIGHTVERSION']._serialized_end=553
-  _globals['_USAGE']._serialized_start=555
-  _globals['_USAGE']._serialized_end=612
-  _globals['_SERVINGREPORT']._serialized_start=615
-  _globals['_SERVINGREPORT']._serialized_end=787
-  _globals['_HYPERPARAMETERS']._serialized_start=790
-  _globals['_HYPERPARAMETERS']._serialized_end=1183
-  _globals['_TRAININGJOB']._serialized_start=1186
-  _globals['_TRAININGJOB']._serialized_end=1729
-  _globals['_TRAININGJOB_STEPSPERNODEENTRY']._serialized_start=1634
-  _globals['_TRAININGJOB_STEPSPERNODEENTRY']._serialized_end=1685
-  _globals['_JOBEVENT']._serialized_start=1732
-  _globals['_JOBEVENT']._serialized_end=1874
+  _globals['_SAMPLINGPARAMS']._serialized_end=680
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=559
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=607
+  _globals['_TOKENLOGPROB']._serialized_start=682
+  _globals['_TOKENLOGPROB']._serialized_end=746
+  _globals['_OUTPUTLOGPROB']._serialized_start=748
+  _globals['_OUTPUTLOGPROB']._serialized_end=840
+  _globals['_SLO']._serialized_start=842
+  _globals['_SLO']._serialized_end=911
+  _globals['_WEIGHTVERSION']._serialized_start=913
+  _globals['_WEIGHTVERSION']._serialized_end=996
+  _globals['_USAGE']._serialized_start=998
+  _globals['_USAGE']._serialized_end=1055
+  _globals['_SERVINGREPORT']._serialized_start=1058
+  _globals['_SERVINGREPORT']._serialized_end=1230
+  _globals['_HYPERPARAMETERS']._serialized_start=1233
+  _globals['_HYPERPARAMETERS']._serialized_end=1626
+  _globals['_TRAININGJOB']._serialized_start=1629
+  _globals['_TRAININGJOB']._serialized_end=2172
+  _globals['_TRAININGJOB_STEPSPERNODEENTRY']._serialized_start=2077
+  _globals['_TRAININGJOB_STEPSPERNODEENTRY']._serialized_end=2128
+  _globals['_JOBEVENT']._serialized_start=2175
+  _globals['_JOBEVENT']._serialized_end=2317
 # @@protoc_insertion_point(module_scope)

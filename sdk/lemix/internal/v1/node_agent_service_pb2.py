@@ -26,7 +26,7 @@ from lemix.internal.v1 import profile_pb2 as lemix_dot_internal_dot_v1_dot_profi
 from lemix.internal.v1 import work_pb2 as lemix_dot_internal_dot_v1_dot_work__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*lemix/internal/v1/node_agent_service.proto\x12\x11lemix.internal.v1\x1a\x1flemix/internal/v1/profile.proto\x1a\x1clemix/internal/v1/work.proto\"M\n\x13StreamTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x12\n\ngateway_id\x18\x03 \x01(\t\"E\n\x14StreamTokensResponse\x12-\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1d.lemix.internal.v1.TokenChunk\"\x8a\x01\n\nTokenChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x39\n\x07outcome\x18\x04 \x01(\x0b\x32#.lemix.internal.v1.InferenceOutcomeH\x00\x88\x01\x01\x42\n\n\x08_outcome\"Q\n\tGridPoint\x12%\n\x02op\x18\x01 \x01(\x0e\x32\x19.lemix.internal.v1.OpKind\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\"\x9b\x01\n\x11MeasureOpsRequest\x12,\n\x06points\x18\x01 \x03(\x0b\x32\x1c.lemix.internal.v1.GridPoint\x12\x13\n\x0brepetitions\x18\x02 \x01(\r\x12\x0e\n\x06warmup\x18\x03 \x01(\r\x12\x33\n\x07samples\x18\x04 \x03(\x0b\x32\".lemix.internal.v1.TrainingExample\"|\n\x12MeasureOpsResponse\x12\x34\n\x0cmeasurements\x18\x01 \x03(\x0b\x32\x1e.lemix.internal.v1.Measurement\x12\x15\n\rsample_losses\x18\x02 \x03(\x01\x12\x19\n\x11peak_memory_bytes\x18\x03 \x03(\x04\"&\n\x13\x46\x65tchWeightsRequest\x12\x0f\n\x07sync_id\x18\x01 \x01(\t\"\x96\x01\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x05 \x01(\x04\x12\x1b\n\x0etrained_unix_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_trained_unix_s\"\x14\n\x12GetNodeInfoRequest\"\xd3\x01\n\x13GetNodeInfoResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x1b\n\x13profile_fingerprint\x18\x04 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x11\n\tmax_batch\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x13\n\x0bworker_pids\x18\x08 \x03(\r\x12\x13\n\x0bweight_step\x18\t \x01(\x04\x32\x95\x03\n\x10NodeAgentService\x12\x63\n\x0cStreamTokens\x12&.lemix.internal.v1.StreamTokensRequest\x1a\'.lemix.internal.v1.StreamTokensResponse(\x01\x30\x01\x12[\n\nMeasureOps\x12$.lemix.internal.v1.MeasureOpsRequest\x1a%.lemix.internal.v1.MeasureOpsResponse0\x01\x12\x61\n\x0c\x46\x65tchWeights\x12&.lemix.internal.v1.FetchWeightsRequest\x1a\'.lemix.internal.v1.FetchWeightsResponse0\x01\x12\\\n\x0bGetNodeInfo\x12%.lemix.internal.v1.GetNodeInfoRequest\x1a&.lemix.internal.v1.GetNodeInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*lemix/internal/v1/node_agent_service.proto\x12\x11lemix.internal.v1\x1a\x1flemix/internal/v1/profile.proto\x1a\x1clemix/internal/v1/work.proto\"M\n\x13StreamTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x12\n\ngateway_id\x18\x03 \x01(\t\"E\n\x14StreamTokensResponse\x12-\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1d.lemix.internal.v1.TokenChunk\"\xbe\x01\n\nTokenChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x39\n\x07outcome\x18\x04 \x01(\x0b\x32#.lemix.internal.v1.InferenceOutcomeH\x00\x88\x01\x01\x12\x32\n\x08logprobs\x18\x05 \x03(\x0b\x32 .lemix.internal.v1.TokenLogprobsB\n\n\x08_outcome\"Q\n\tGridPoint\x12%\n\x02op\x18\x01 \x01(\x0e\x32\x19.lemix.internal.v1.OpKind\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\"\x9b\x01\n\x11MeasureOpsRequest\x12,\n\x06points\x18\x01 \x03(\x0b\x32\x1c.lemix.internal.v1.GridPoint\x12\x13\n\x0brepetitions\x18\x02 \x01(\r\x12\x0e\n\x06warmup\x18\x03 \x01(\r\x12\x33\n\x07samples\x18\x04 \x03(\x0b\x32\".lemix.internal.v1.TrainingExample\"|\n\x12MeasureOpsResponse\x12\x34\n\x0cmeasurements\x18\x01 \x03(\x0b\x32\x1e.lemix.internal.v1.Measurement\x12\x15\n\rsample_losses\x18\x02 \x03(\x01\x12\x19\n\x11peak_memory_bytes\x18\x03 \x03(\x04\"&\n\x13\x46\x65tchWeightsRequest\x12\x0f\n\x07sync_id\x18\x01 \x01(\t\"\x96\x01\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x05 \x01(\x04\x12\x1b\n\x0etrained_unix_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_trained_unix_s\"\x14\n\x12GetNodeInfoRequest\"\xd3\x01\n\x13GetNodeInfoResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x1b\n\x13profile_fingerprint\x18\x04 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x11\n\tmax_batch\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x13\n\x0bworker_pids\x18\x08 \x03(\r\x12\x13\n\x0bweight_step\x18\t \x01(\x04\x32\x95\x03\n\x10NodeAgentService\x12\x63\n\x0cStreamTokens\x12&.lemix.internal.v1.StreamTokensRequest\x1a\'.lemix.internal.v1.StreamTokensResponse(\x01\x30\x01\x12[\n\nMeasureOps\x12$.lemix.internal.v1.MeasureOpsRequest\x1a%.lemix.internal.v1.MeasureOpsResponse0\x01\x12\x61\n\x0c\x46\x65tchWeights\x12&.lemix.internal.v1.FetchWeightsRequest\x1a\'.lemix.internal.v1.FetchWeightsResponse0\x01\x12\\\n\x0bGetNodeInfo\x12%.lemix.internal.v1.GetNodeInfoRequest\x1a&.lemix.internal.v1.GetNodeInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,21 +38,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMTOKENSRESPONSE']._serialized_start=207
   _globals['_STREAMTOKENSRESPONSE']._serialized_end=276
   _globals['_TOKENCHUNK']._serialized_start=279
-  _globals['_TOKENCHUNK']._serialized_end=417
-  _globals['_GRIDPOINT']._serialized_start=419
-  _globals['_GRIDPOINT']._serialized_end=500
-  _globals['_MEASUREOPSREQUEST']._serialized_start=503
-  _globals['_MEASUREOPSREQUEST']._serialized_end=658
-  _globals['_MEASUREOPSRESPONSE']._serialized_start=660
-  _globals['_MEASUREOPSRESPONSE']._serialized_end=784
-  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=786
-  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=824
-  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=827
-  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=977
-  _globals['_GETNODEINFOREQUEST']._serialized_start=979
-  _globals['_GETNODEINFOREQUEST']._serialized_end=999
-  _globals['_GETNODEINFORESPONSE']._serialized_start=1002
-  _globals['_GETNODEINFORESPONSE']._serialized_end=1213
-  _globals['_NODEAGENTSERVICE']._serialized_start=1216
-  _globals['_NODEAGENTSERVICE']._serialized_end=1621
+  _globals['_TOKENCHUNK']._serialized_end=469
+  _globals['_GRIDPOINT']._serialized_start=471
+  _globals['_GRIDPOINT']._serialized_end=552
+  _globals['_MEASUREOPSREQUEST']._serialized_start=555
+  _globals['_MEASUREOPSREQUEST']._serialized_end=710
+  _globals['_MEASUREOPSRESPONSE']._serialized_start=712
+  _globals['_MEASUREOPSRESPONSE']._serialized_end=836
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=838
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=876
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=879
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=1029
+  _globals['_GETNODEINFOREQUEST']._serialized_start=1031
+  _globals['_GETNODEINFOREQUEST']._serialized_end=1051
+  _globals['_GETNODEINFORESPONSE']._serialized_start=1054
+  _globals['_GETNODEINFORESPONSE']._serialized_end=1265
+  _globals['_NODEAGENTSERVICE']._serialized_start=1268
+  _globals['_NODEAGENTSERVICE']._serialized_end=1673
 # @@protoc_insertion_point(module_scope)

@@ -25,16 +25,18 @@ class StreamTokensResponse(_message.Message):
     def __init__(self, chunks: _Optional[_Iterable[_Union[TokenChunk, _Mapping]]] = ...) -> None: ...
 
 class TokenChunk(_message.Message):
-    __slots__ = ("request_id", "offset", "token_ids", "outcome")
+    __slots__ = ("request_id", "offset", "token_ids", "outcome", "logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     offset: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     outcome: _work_pb2.InferenceOutcome
-    def __init__(self, request_id: _Optional[str] = ..., offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., outcome: _Optional[_Union[_work_pb2.InferenceOutcome, _Mapping]] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[_work_pb2.TokenLogprobs]
+    def __init__(self, request_id: _Optional[str] = ..., offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., outcome: _Optional[_Union[_work_pb2.InferenceOutcome, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_work_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class GridPoint(_message.Message):
     __slots__ = ("op", "batch", "length")

@@ -26,31 +26,37 @@ from lemix.v1 import errors_pb2 as lemix_dot_v1_dot_errors__pb2
 from lemix.v1 import types_pb2 as lemix_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clemix/internal/v1/work.proto\x12\x11lemix.internal.v1\x1a\x15lemix/v1/errors.proto\x1a\x14lemix/v1/types.proto\"{\n\x10ResolvedSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\"\xf2\x01\n\rInferenceWork\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\r\x12\x35\n\x08sampling\x18\x02 \x01(\x0b\x32#.lemix.internal.v1.ResolvedSampling\x12\x1a\n\x03slo\x18\x03 \x01(\x0b\x32\r.lemix.v1.Slo\x12\x12\n\nsession_id\x18\x04 \x01(\t\x12\x1b\n\x13reference_token_ids\x18\x05 \x03(\r\x12\x12\n\ngateway_id\x18\x06 \x01(\t\x12\x16\n\x0e\x61rrival_unix_s\x18\x07 \x01(\x01\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x08 \x01(\x01\"@\n\x0fTrainingExample\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1a\n\x12num_context_tokens\x18\x02 \x01(\r\"\xcc\x01\n\x0cTrainingWork\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x34\n\x08\x65xamples\x18\x03 \x03(\x0b\x32\".lemix.internal.v1.TrainingExample\x12\x32\n\x0fhyperparameters\x18\x04 \x01(\x0b\x32\x19.lemix.v1.Hyperparameters\x12\x13\n\x0btotal_steps\x18\x05 \x01(\x04\x12\x0c\n\x04last\x18\x06 \x01(\x08\x12\r\n\x05parts\x18\x07 \x01(\r\"\xa6\x01\n\x08WorkItem\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x35\n\tinference\x18\x02 \x01(\x0b\x32 .lemix.internal.v1.InferenceWorkH\x00\x12\x33\n\x08training\x18\x03 \x01(\x0b\x32\x1f.lemix.internal.v1.TrainingWorkH\x00\x12\x15\n\rfencing_token\x18\x04 \x01(\x04\x42\x06\n\x04work\"\x8c\x02\n\x10InferenceOutcome\x12-\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x16.lemix.v1.FinishReason\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\'\n\x06report\x18\x04 \x01(\x0b\x32\x17.lemix.v1.ServingReport\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x15.lemix.v1.ErrorDetailH\x00\x88\x01\x01\x12\x18\n\x0bnode_ttft_s\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\x0fnode_response_s\x18\x07 \x01(\x01\x42\x08\n\x06_errorB\x0e\n\x0c_node_ttft_s\"\xaf\x01\n\x0fTrainingOutcome\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x11\n\x04loss\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x0clabel_tokens\x18\x04 \x01(\r\x12\x13\n\x0bweight_step\x18\x05 \x01(\x04\x12)\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x15.lemix.v1.ErrorDetailH\x01\x88\x01\x01\x42\x07\n\x05_lossB\x08\n\x06_error\"\xac\x01\n\x0bWorkOutcome\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x38\n\tinference\x18\x03 \x01(\x0b\x32#.lemix.internal.v1.InferenceOutcomeH\x00\x12\x36\n\x08training\x18\x04 \x01(\x0b\x32\".lemix.internal.v1.TrainingOutcomeH\x00\x42\t\n\x07outcome\"\x85\x01\n\nFileRecord\x12\x0f\n\x07\x66ile_id\x18\x01 \x01(\t\x12\x10\n\x08\x66ilename\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cnum_examples\x18\x04 \x01(\x04\x12\x16\n\x0e\x63reated_unix_s\x18\x05 \x01(\x01\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\"Z\n\tJobRecord\x12\"\n\x03job\x18\x01 \x01(\x0b\x32\x15.lemix.v1.TrainingJob\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clemix/internal/v1/work.proto\x12\x11lemix.internal.v1\x1a\x15lemix/v1/errors.proto\x1a\x14lemix/v1/types.proto\"\xf0\x02\n\x10ResolvedSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x46\n\nlogit_bias\x18\n \x03(\x0b\x32\x32.lemix.internal.v1.ResolvedSampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobs\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x01\"\xa4\x02\n\rInferenceWork\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\r\x12\x35\n\x08sampling\x18\x02 \x01(\x0b\x32#.lemix.internal.v1.ResolvedSampling\x12\x1a\n\x03slo\x18\x03 \x01(\x0b\x32\r.lemix.v1.Slo\x12\x12\n\nsession_id\x18\x04 \x01(\t\x12\x1b\n\x13reference_token_ids\x18\x05 \x03(\r\x12\x12\n\ngateway_id\x18\x06 \x01(\t\x12\x16\n\x0e\x61rrival_unix_s\x18\x07 \x01(\x01\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\x08 \x01(\x01\x12\x1c\n\x0fmax_staleness_s\x18\t \x01(\x01H\x00\x88\x01\x01\x42\x12\n\x10_max_staleness_s\"@\n\x0fTrainingExample\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1a\n\x12num_context_tokens\x18\x02 \x01(\r\"\xbd\x01\n\x0cTrainingWork\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x34\n\x08\x65xamples\x18\x03 \x03(\x0b\x32\".lemix.internal.v1.TrainingExample\x12\x32\n\x0fhyperparameters\x18\x04 \x01(\x0b\x32\x19.lemix.v1.Hyperparameters\x12\x13\n\x0btotal_steps\x18\x05 \x01(\x04\x12\x0c\n\x04last\x18\x06 \x01(\x08\"\xa6\x01\n\x08WorkItem\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x35\n\tinference\x18\x02 \x01(\x0b\x32 .lemix.internal.v1.InferenceWorkH\x00\x12\x33\n\x08training\x18\x03 \x01(\x0b\x32\x1f.lemix.internal.v1.TrainingWorkH\x00\x12\x15\n\rfencing_token\x18\x04 \x01(\x04\x42\x06\n\x04work\"\xc0\x02\n\x10InferenceOutcome\x12-\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x16.lemix.v1.FinishReason\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\'\n\x06report\x18\x04 \x01(\x0b\x32\x17.lemix.v1.ServingReport\x12)\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x15.lemix.v1.ErrorDetailH\x00\x88\x01\x01\x12\x18\n\x0bnode_ttft_s\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\x0fnode_response_s\x18\x07 \x01(\x01\x12\x32\n\x08logprobs\x18\x08 \x03(\x0b\x32 .lemix.internal.v1.TokenLogprobsB\x08\n\x06_errorB\x0e\n\x0c_node_ttft_s\"\xaf\x01\n\x0fTrainingOutcome\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x11\n\x04loss\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x0clabel_tokens\x18\x04 \x01(\r\x12\x13\n\x0bweight_step\x18\x05 \x01(\x04\x12)\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x15.lemix.v1.ErrorDetailH\x01\x88\x01\x01\x42\x07\n\x05_lossB\x08\n\x06_error\"\xac\x01\n\x0bWorkOutcome\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x38\n\tinference\x18\x03 \x01(\x0b\x32#.lemix.internal.v1.InferenceOutcomeH\x00\x12\x36\n\x08training\x18\x04 \x01(\x0b\x32\".lemix.internal.v1.TrainingOutcomeH\x00\x42\t\n\x07outcome\"\x85\x01\n\nFileRecord\x12\x0f\n\x07\x66ile_id\x18\x01 \x01(\t\x12\x10\n\x08\x66ilename\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cnum_examples\x18\x04 \x01(\x04\x12\x16\n\x0e\x63reated_unix_s\x18\x05 \x01(\x01\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\"Z\n\tJobRecord\x12\"\n\x03job\x18\x01 \x01(\x0b\x32\x15.lemix.v1.TrainingJob\x12\x15\n\rnext_sequence\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lemix.internal.v1.work_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESOLVEDSAMPLING']._serialized_start=96
-  _globals['_RESOLVEDSAMPLING']._serialized_end=219
-  _globals['_INFERENCEWORK']._serialized_start=222
-  _globals['_INFERENCEWORK']._serialized_end=464
-  _globals['_TRAININGEXAMPLE']._serialized_start=466
-  _globals['_TRAININGEXAMPLE']._serialized_end=530
-  _globals['_TRAININGWORK']._serialized_start=533
-  _globals['_TRAININGWORK']._serialized_end=737
-  _globals['_WORKITEM']._serialized_start=740
-  _globals['_WORKITEM']._serialized_end=906
-  _globals['_INFERENCEOUTCOME']._serialized_start=909
-  _globals['_INFERENCEOUTCOME']._serialized_end=1177
-  _globals['_TRAININGOUTCOME']._serialized_start=1180
-  _globals['_TRAININGOUTCOME']._serialized_end=1355
-  _globals['_WORKOUTCOME']._serialized_start=1358
-  _globals['_WORKOUTCOME']._serialized_end=1530
-  _globals['_FILERECORD']._serialized_start=1533
-  _globals['_FILERECORD']._serialized_end=1666
-  _globals['_JOBRECORD']._serialized_start=1668
-  _globals['_JOBRECORD']._serialized_end=1758
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_RESOLVEDSAMPLING']._serialized_start=97
+  _globals['_RESOLVEDSAMPLING']._serialized_end=465
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_start=404
+  _globals['_RESOLVEDSAMPLING_LOGITBIASENTRY']._serialized_end=452
+  _globals['_TOKENLOGPROBS']._serialized_start=467
+  _globals['_TOKENLOGPROBS']._serialized_end=544
+  _globals['_INFERENCEWORK']._serialized_start=547
+  _globals['_INFERENCEWORK']._serialized_end=839
+  _globals['_TRAININGEXAMPLE']._serialized_start=841
+  _globals['_TRAININGEXAMPLE']._serialized_end=905
+  _globals['_TRAININGWORK']._serialized_start=908
+  _globals['_TRAININGWORK']._serialized_end=1097
+  _globals['_WORKITEM']._serialized_start=1100
+  _globals['_WORKITEM']._serialized_end=1266
+  _globals['_INFERENCEOUTCOME']._serialized_start=1269
+  _globals['_INFERENCEOUTCOME']._serialized_end=1589
+  _globals['_TRAININGOUTCOME']._serialized_start=1592
+  _globals['_TRAININGOUTCOME']._serialized_end=1767
+  _globals['_WORKOUTCOME']._serialized_start=1770
+  _globals['_WORKOUTCOME']._serialized_end=1942
+  _globals['_FILERECORD']._serialized_start=1945
+  _globals['_FILERECORD']._serialized_end=2078
+  _globals['_JOBRECORD']._serialized_start=2080
+  _globals['_JOBRECORD']._serialized_end=2170
 # @@protoc_insertion_point(module_scope)

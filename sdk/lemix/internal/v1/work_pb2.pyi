@@ -9,23 +9,52 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ResolvedSampling(_message.Message):
-    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
+    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos", "min_tokens", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "stop")
+    class LogitBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     temperature: float
     top_p: float
     top_k: int
     seed: int
     ignore_eos: bool
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+    min_tokens: int
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: _containers.ScalarMap[int, float]
+    logprobs: int
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., min_tokens: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TokenLogprobs(_message.Message):
+    __slots__ = ("logprob", "top_token_ids", "top_logprobs")
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    logprob: float
+    top_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class InferenceWork(_message.Message):
-    __slots__ = ("prompt_token_ids", "sampling", "slo", "session_id", "reference_token_ids", "gateway_id", "arrival_unix_s", "deadline_unix_s")
+    __slots__ = ("prompt_token_ids", "sampling", "slo", "session_id", "reference_token_ids", "gateway_id", "arrival_unix_s", "deadline_unix_s", "max_staleness_s")
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SLO_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +63,7 @@ class InferenceWork(_message.Message):
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     ARRIVAL_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_STALENESS_S_FIELD_NUMBER: _ClassVar[int]
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: ResolvedSampling
     slo: _types_pb2.Slo
@@ -42,7 +72,8 @@ class InferenceWork(_message.Message):
     gateway_id: str
     arrival_unix_s: float
     deadline_unix_s: float
-    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ..., session_id: _Optional[str] = ..., reference_token_ids: _Optional[_Iterable[int]] = ..., gateway_id: _Optional[str] = ..., arrival_unix_s: _Optional[float] = ..., deadline_unix_s: _Optional[float] = ...) -> None: ...
+    max_staleness_s: float
+    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ..., session_id: _Optional[str] = ..., reference_token_ids: _Optional[_Iterable[int]] = ..., gateway_id: _Optional[str] = ..., arrival_unix_s: _Optional[float] = ..., deadline_unix_s: _Optional[float] = ..., max_staleness_s: _Optional[float] = ...) -> None: ...
 
 class TrainingExample(_message.Message):
     __slots__ = ("token_ids", "num_context_tokens")
@@ -53,22 +84,20 @@ class TrainingExample(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
 
 class TrainingWork(_message.Message):
-    __slots__ = ("job_id", "sequence", "examples", "hyperparameters", "total_steps", "last", "parts")
+    __slots__ = ("job_id", "sequence", "examples", "hyperparameters", "total_steps", "last")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
-    PARTS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     sequence: int
     examples: _containers.RepeatedCompositeFieldContainer[TrainingExample]
     hyperparameters: _types_pb2.Hyperparameters
     total_steps: int
     last: bool
-    parts: int
-    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., examples: _Optional[_Iterable[_Union[TrainingExample, _Mapping]]] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., total_steps: _Optional[int] = ..., last: _Optional[bool] = ..., parts: _Optional[int] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., examples: _Optional[_Iterable[_Union[TrainingExample, _Mapping]]] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., total_steps: _Optional[int] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class WorkItem(_message.Message):
     __slots__ = ("task_id", "inference", "training", "fencing_token")
@@ -83,7 +112,7 @@ class WorkItem(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., inference: _Optional[_Union[InferenceWork, _Mapping]] = ..., training: _Optional[_Union[TrainingWork, _Mapping]] = ..., fencing_token: _Optional[int] = ...) -> None: ...
 
 class InferenceOutcome(_message.Message):
-    __slots__ = ("finish_reason", "token_ids", "prompt_tokens", "report", "error", "node_ttft_s", "node_response_s")
+    __slots__ = ("finish_reason", "token_ids", "prompt_tokens", "report", "error", "node_ttft_s", "node_response_s", "logprobs")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +120,7 @@ class InferenceOutcome(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     NODE_TTFT_S_FIELD_NUMBER: _ClassVar[int]
     NODE_RESPONSE_S_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     finish_reason: _types_pb2.FinishReason
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_tokens: int
@@ -98,7 +128,8 @@ class InferenceOutcome(_message.Message):
     error: _errors_pb2.ErrorDetail
     node_ttft_s: float
     node_response_s: float
-    def __init__(self, finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., report: _Optional[_Union[_types_pb2.ServingReport, _Mapping]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., node_ttft_s: _Optional[float] = ..., node_response_s: _Optional[float] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    def __init__(self, finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., report: _Optional[_Union[_types_pb2.ServingReport, _Mapping]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., node_ttft_s: _Optional[float] = ..., node_response_s: _Optional[float] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class TrainingOutcome(_message.Message):
     __slots__ = ("job_id", "sequence", "loss", "label_tokens", "weight_step", "error")

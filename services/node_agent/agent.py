@@ -22,6 +22,7 @@ from services.node_agent.loop import AgentLoop
 from services.node_agent.measure import Measurer
 from services.node_agent.server import FULL_NAME, NodeAgentServicer
 from services.node_agent.session import SchedulerSession, Vitals
+from services.node_agent.stop_texts import StopTexts
 from services.node_agent.tokens import TokenHub
 from services.node_agent.weights import WeightSync
 from services.runtime.clock import Clock
@@ -83,9 +84,9 @@ class NodeAgent:
             loop=self._loop,
             hub=self._hub,
             info=engine.info,
+            stops=StopTexts(Path(settings.model_path), engine.info.eos_token_ids),
             clock=clock,
             max_tasks=settings.max_inflight_inference + settings.max_queued_training,
-            max_training_parts=settings.max_training_parts,
             report=self._session.report_outcome,
         )
         self._weights = WeightSync(
@@ -187,9 +188,11 @@ class NodeAgent:
 
     # ------------------------------------------------------------- what the loop reports
 
-    def on_tokens(self, task_id: str, token_ids: Sequence[int]) -> None:
+    def on_tokens(
+        self, task_id: str, token_ids: Sequence[int], logprobs: Sequence[work_pb2.TokenLogprobs] = ()
+    ) -> None:
         """See loop.Listener."""
-        self._hub.append(task_id, token_ids)
+        self._hub.append(task_id, token_ids, logprobs)
 
     def on_trace(self, trace: scheduler_pb2.OpTrace) -> None:
         """See loop.Listener."""
@@ -252,8 +255,6 @@ class NodeAgent:
             max_inflight_training=settings.max_inflight_training,
             weight_handling=settings.weight_handling,
             gradient_buffers=settings.gradient_buffers,
-            training_schedule=settings.training_schedule,
-            max_training_parts=settings.max_training_parts,
         )
 
     def _vitals(self) -> Vitals:
@@ -286,5 +287,4 @@ def _core_config(settings: NodeAgentSettings) -> NodeCoreConfig:
         max_inflight_training=settings.max_inflight_training,
         weight_handling=settings.weight_handling,
         gradient_buffers=settings.gradient_buffers,
-        training_schedule=settings.training_schedule,
     )

@@ -5,7 +5,7 @@ from lemix.internal.v1 import profile_pb2, scheduler_service_pb2, work_pb2
 from lemix.v1 import types_pb2
 from services.latency import OpKind
 from services.node_agent.core.types import InferenceRequest, Op, TrainingMicrobatch
-from services.node_agent.engine.base import Example, ModelInfo, OptimizerSpec, Sampling, StageResult
+from services.node_agent.engine.base import Example, Logprobs, ModelInfo, OptimizerSpec, Sampling, StageResult
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
 
 OP_KIND_TO_PROTO = {
@@ -41,7 +41,7 @@ def request_from_proto(
     prompt, reference = tuple(work.prompt_token_ids), tuple(work.reference_token_ids)
     if not prompt or sampling.max_tokens < 1:
         raise LemixError(ErrorCode.INVALID_REQUEST, "a request needs a prompt token and max_tokens of at least 1")
-    _check_tokens(prompt + reference, info)
+    _check_tokens((*prompt, *reference, *sampling.logit_bias), info)
     longest = len(prompt) + max(sampling.max_tokens, len(reference))
     if longest > info.max_context_tokens:
         message = f"{longest} tokens do not fit the model's context of {info.max_context_tokens}"
@@ -51,9 +51,7 @@ def request_from_proto(
         task_id=task_id,
         taken_s=now_s,
         prompt_ids=prompt,
-        sampling=Sampling(
-            sampling.temperature, sampling.top_p or 1.0, sampling.top_k, sampling.seed, sampling.ignore_eos
-        ),
+        sampling=_sampling_from_proto(sampling),
         max_tokens=sampling.max_tokens,
         reference_ids=reference,
     )
@@ -70,19 +68,25 @@ def request_from_proto(
     return task, request
 
 
-def microbatch_from_proto(
-    task_id: str,
-    work: work_pb2.TrainingWork,
-    info: ModelInfo,
-    *,
-    now_s: float,
-    num_stages: int = 1,
-    most_parts: int = 1,
-) -> tuple[MicrobatchTask, TrainingMicrobatch]:
-    """A micro-batch for the agent and for its core, cut into at most `most_parts` pieces, none of which is empty.
+def _sampling_from_proto(sampling: work_pb2.ResolvedSampling) -> Sampling:
+    return Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p or 1.0,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        ignore_eos=sampling.ignore_eos,
+        min_tokens=sampling.min_tokens,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+    )
 
-    Raises LemixError when the model cannot train on it.
-    """
+
+def microbatch_from_proto(
+    task_id: str, work: work_pb2.TrainingWork, info: ModelInfo, *, now_s: float
+) -> tuple[MicrobatchTask, TrainingMicrobatch]:
+    """A micro-batch for the agent and for its core. Raises LemixError when the model cannot train on it."""
     if not work.examples:
         raise LemixError(ErrorCode.INVALID_REQUEST, "a micro-batch needs an example")
     examples = tuple(example_from_proto(example, info) for example in work.examples)
@@ -105,7 +109,6 @@ def microbatch_from_proto(
         length=max(len(example.token_ids) for example in examples),
         accumulation=accumulation,
         last=work.last,
-        parts=max(1, min(work.parts, most_parts, len(examples) * (info.num_layers // num_stages))),
     )
     return task, microbatch
 
@@ -155,10 +158,20 @@ def outcome_to_proto(task: Task, reason: str, *, node_id: str, now_s: float) -> 
     return outcome
 
 
+def logprobs_to_proto(logprobs: Logprobs) -> work_pb2.TokenLogprobs:
+    """What is reported of one token."""
+    return work_pb2.TokenLogprobs(
+        logprob=logprobs.logprob,
+        top_token_ids=[token_id for token_id, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
+    )
+
+
 def _inference_outcome(task: RequestTask, reason: str, node_id: str, now_s: float) -> work_pb2.InferenceOutcome:
     outcome = work_pb2.InferenceOutcome(
         finish_reason=_FINISH_REASONS[reason],
         token_ids=task.generated_ids,
+        logprobs=task.logprobs,
         prompt_tokens=len(task.prompt_ids),
         report=types_pb2.ServingReport(weight_versions=task.weight_versions, node_id=node_id),
         node_response_s=now_s - task.taken_s,
@@ -224,6 +237,4 @@ def trace_to_proto(op: Op, stage: int, result: StageResult, *, is_last: bool) ->
         weight_step=op.version,
         first_token=op.kind is OpKind.PREFILL and is_last,
         context_tokens=op.context_tokens,
-        part=op.part,
-        parts=op.parts,
     )

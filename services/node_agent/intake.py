@@ -17,6 +17,7 @@ from services.node_agent import metrics
 from services.node_agent.convert import microbatch_from_proto, refusal_to_proto, request_from_proto
 from services.node_agent.engine.base import ModelInfo
 from services.node_agent.loop import AgentLoop
+from services.node_agent.stop_texts import StopTexts
 from services.node_agent.tokens import TokenHub
 from services.runtime.clock import Clock
 
@@ -42,9 +43,9 @@ class Intake:
         loop: AgentLoop,
         hub: TokenHub,
         info: ModelInfo,
+        stops: StopTexts,
         clock: Clock,
         max_tasks: int,
-        max_training_parts: int,
         report: Report,
     ) -> None:
         self._node_id = node_id
@@ -52,9 +53,9 @@ class Intake:
         self._loop = loop
         self._hub = hub
         self._info = info
+        self._stops = stops
         self._clock = clock
         self._max_tasks = max_tasks
-        self._max_training_parts = max_training_parts
         self._report = report
         #: Newest fencing token seen.
         self.newest_token = 0
@@ -164,18 +165,12 @@ class Intake:
                 task, request = request_from_proto(
                     item.task_id, item.inference, self._info, now_s=now_s, now_unix_s=now_unix_s
                 )
+                sampling = item.inference.sampling
+                task.stop_text = self._stops.follow(sampling.stop, sampling.min_tokens)
                 self._hub.begin(item.task_id)
                 self._loop.add_request(task, request)
             case "training":
-                task_and_core = microbatch_from_proto(
-                    item.task_id,
-                    item.training,
-                    self._info,
-                    now_s=now_s,
-                    num_stages=self._loop.num_stages,
-                    most_parts=self._max_training_parts,
-                )
-                self._loop.add_microbatch(*task_and_core)
+                self._loop.add_microbatch(*microbatch_from_proto(item.task_id, item.training, self._info, now_s=now_s))
             case _:
                 raise LemixError(ErrorCode.UNSUPPORTED, "the node does not know this kind of work")
 

@@ -17,7 +17,7 @@ from lemix.internal.v1 import scheduler_service_pb2, work_pb2
 from lemix.v1 import types_pb2
 from services.latency import OpKind
 from services.node_agent import metrics
-from services.node_agent.convert import outcome_to_proto, trace_to_proto
+from services.node_agent.convert import logprobs_to_proto, outcome_to_proto, trace_to_proto
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.types import (
     Cancelled,
@@ -56,8 +56,10 @@ class NodeBroken(RuntimeError):
 class Listener(Protocol):
     """Who is told what happens to tasks. Called in the order of events; must not block."""
 
-    def on_tokens(self, task_id: str, token_ids: Sequence[int]) -> None:
-        """A request produced tokens."""
+    def on_tokens(
+        self, task_id: str, token_ids: Sequence[int], logprobs: Sequence[work_pb2.TokenLogprobs] = ()
+    ) -> None:
+        """A request produced tokens. logprobs: one per token, if it wants them."""
 
     def on_trace(self, trace: scheduler_service_pb2.OpTrace) -> None:
         """An op ended."""
@@ -109,8 +111,6 @@ class AgentLoop:
             StageRunner(stage, worker, self.fail, op_timeout_s=op_timeout_s) for stage, worker in enumerate(workers)
         ]
         self._weight_ops: dict[str, tuple[WeightOp, asyncio.Future[WeightOp]]] = {}
-        # Optimizer steps on their way up: whether the stages so far have changed their weights.
-        self._steps: dict[int, bool] = {}
         # Events that wait for a measurement; None when none runs.
         self._held: list[Event] | None = None
         self._queue_order: QueueOrder | None = None
@@ -310,11 +310,11 @@ class AgentLoop:
             self._weight_op_ended(stage, op, result)
         else:
             self._payloads.ended(op, stage, result)
-            if op.kind is OpKind.OPTIMIZER_STEP:
-                self._check_step(stage, op, error)
             if is_last and op.changes_weights:
-                now_unix_s = self._clock.unix_s()
-                self.ages.record(op.version + 1, self.ages.at(op.version) if error else now_unix_s)
+                if error:
+                    self.ages.record(op.version + 1, self.ages.at(op.version))
+                else:
+                    self.ages.record(op.version + 1, self._clock.unix_s(), op.subject)
         self._listener.on_trace(trace_to_proto(op, stage, result, is_last=is_last))
         self._step(OpDone(stage, op.op_id, tuple(stopped), bool(error)))
 
@@ -333,13 +333,18 @@ class AgentLoop:
                     task.staleness_s = max(0.0, self._clock.unix_s() - trained_unix_s)
             task.generated_ids.append(token.token_id)
             if not task.weight_versions or task.weight_versions[-1].step != op.version:
-                task.weight_versions.append(
-                    types_pb2.WeightVersion(node_id=self.node_id, incarnation=self._incarnation, step=op.version)
-                )
-            self._listener.on_tokens(token.request_id, (token.token_id,))
-            if token.is_end:
+                task.weight_versions.append(self._weight_version(op.version))
+            logprobs = () if token.logprobs is None else (logprobs_to_proto(token.logprobs),)
+            task.logprobs += logprobs
+            self._listener.on_tokens(token.request_id, (token.token_id,), logprobs)
+            if token.is_end or _completes_stop(task, token.token_id):
                 stopped.append(token.request_id)
         return stopped
+
+    def _weight_version(self, step: int) -> types_pb2.WeightVersion:
+        return types_pb2.WeightVersion(
+            node_id=self.node_id, incarnation=self._incarnation, step=step, job_id=self.ages.job_of(step)
+        )
 
     def _take_loss(self, op: Op, result: StageResult) -> None:
         task = self._tasks[op.task_ids[0]]
@@ -347,23 +352,13 @@ class AgentLoop:
             task.loss, task.label_tokens = result.loss, result.label_tokens
             metrics.TRAINING_LOSS.labels(self.node_id).set(result.loss)
 
-    def _check_step(self, stage: int, op: Op, error: str) -> None:
-        """A step changes the weights of all stages or of none. It has what it needs before it starts, so one that fails
-        where others did not is never expected; if it happens, the weights belong to no version."""
-        is_last = stage == self.num_stages - 1
-        changed = self._steps.pop(op.op_id, not error) if is_last else self._steps.setdefault(op.op_id, not error)
-        if changed == bool(error):
-            raise NodeBroken(f"optimizer step {op.version + 1} changed the weights of some stages only: {error}")
-
     def _note_failure(self, stage: int, op: Op, error: str) -> None:
         _log.error("op failed", op=str(op.kind), stage=stage, tasks=op.task_ids[:8], subject=op.subject, error=error)
         kind = error.partition(":")[0]
         out_of_memory = kind in ("MemoryError", "OutOfMemoryError")
         code = ErrorCode.RESOURCE_EXHAUSTED if out_of_memory else ErrorCode.INTERNAL
         for task_id in op.task_ids:
-            task = self._tasks[task_id]
-            # Of a step that fails on one stage and is skipped on the next ones the first is the cause.
-            task.error = task.error or LemixError(code, f"{op.kind} failed on stage {stage}: {_public(error)}")
+            self._tasks[task_id].error = LemixError(code, f"{op.kind} failed on stage {stage}: {_public(error)}")
 
     def _weight_op_ended(self, stage: int, op: Op, result: StageResult) -> None:
         weight_op, future = self._weight_ops[op.subject]
@@ -406,6 +401,13 @@ class AgentLoop:
         metrics.op_seconds(stage, op.kind).inc(result.end_s - result.begin_s)
         if stage == 0 and not failed:
             metrics.tokens(op.kind).inc(op.num_tokens)
+
+
+def _completes_stop(task: RequestTask, token_id: int) -> bool:
+    if task.stop_text is None:
+        return False
+    task.stop_text.add((token_id,))
+    return task.stop_text.stopped
 
 
 def _unusable(op: Op, result: StageResult) -> str:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 
 from lemix.errors import LemixError
+from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.node_agent.engine.base import Example, OptimizerSpec, Sampling
+from services.text import OutputText
 
 
 @dataclass(slots=True)
@@ -17,7 +19,11 @@ class RequestTask:
     sampling: Sampling
     max_tokens: int
     reference_ids: tuple[int, ...] = ()
+    #: Its text, followed until a stop string; None: it has none.
+    stop_text: OutputText | None = None
     generated_ids: list[int] = field(default_factory=list)
+    #: One per generated token, or none at all.
+    logprobs: list[work_pb2.TokenLogprobs] = field(default_factory=list)
     weight_versions: list[types_pb2.WeightVersion] = field(default_factory=list)
     first_token_s: float | None = None
     staleness_s: float | None = None

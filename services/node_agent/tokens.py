@@ -22,11 +22,15 @@ _MAX_FINISHED = 4096
 #: Requests per message; with outputs of thousands of tokens this stays far below the largest message.
 _MAX_CHUNKS = 256
 _MAX_CHUNK_TOKENS = 4096
+#: Where every token comes with log-probabilities, a few hundred bytes each.
+_MAX_CHUNK_LOGPROBS = 64
 
 
 @dataclass(slots=True)
 class _Output:
     token_ids: list[int] = field(default_factory=list)
+    #: One per token, or none at all.
+    logprobs: list[work_pb2.TokenLogprobs] = field(default_factory=list)
     outcome: work_pb2.InferenceOutcome | None = None
     finished_s: float = 0.0
 
@@ -115,16 +119,30 @@ class TokenReader:
         offset = self.offsets.get(request_id)
         if output is None or offset is None:
             return None
-        token_ids = output.token_ids[offset : offset + _MAX_CHUNK_TOKENS]
+        most = _MAX_CHUNK_LOGPROBS if output.logprobs else _MAX_CHUNK_TOKENS
+        token_ids = output.token_ids[offset : offset + most]
+        logprobs = output.logprobs[offset : offset + most]
         complete = offset + len(token_ids) >= len(output.token_ids)
-        outcome = output.outcome if complete else None
+        outcome = _streamed(output.outcome) if complete and output.outcome is not None else None
         if not token_ids and outcome is None:
             return None
         self.offsets[request_id] = offset + len(token_ids)
         if not complete:
             self._ready[request_id] = None
             self._wake.set()
-        return node_pb2.TokenChunk(request_id=request_id, offset=offset, token_ids=token_ids, outcome=outcome)
+        return node_pb2.TokenChunk(
+            request_id=request_id, offset=offset, token_ids=token_ids, outcome=outcome, logprobs=logprobs
+        )
+
+
+def _streamed(outcome: work_pb2.InferenceOutcome) -> work_pb2.InferenceOutcome:
+    """The outcome without what the stream has told already."""
+    if not outcome.logprobs:
+        return outcome
+    shorter = work_pb2.InferenceOutcome()
+    shorter.CopyFrom(outcome)
+    shorter.ClearField("logprobs")
+    return shorter
 
 
 class TokenHub:
@@ -162,9 +180,13 @@ class TokenHub:
         self._outputs[request_id] = _Output()
         self._finished.pop(request_id, None)
 
-    def append(self, request_id: str, token_ids: Sequence[int]) -> None:
-        """New tokens. Raises KeyError for a request that was not begun."""
-        self._outputs[request_id].token_ids.extend(token_ids)
+    def append(
+        self, request_id: str, token_ids: Sequence[int], logprobs: Sequence[work_pb2.TokenLogprobs] = ()
+    ) -> None:
+        """New tokens. logprobs: one per token, or never any. Raises KeyError for a request that was not begun."""
+        output = self._outputs[request_id]
+        output.token_ids.extend(token_ids)
+        output.logprobs.extend(logprobs)
         self._notify(request_id)
 
     def finish(self, request_id: str, outcome: work_pb2.InferenceOutcome) -> None:

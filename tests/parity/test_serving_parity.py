@@ -216,3 +216,35 @@ async def _assert_prompt_parity(path: Path) -> None:
     prompt = tokens(100, 1)
     await pipeline.prefill(PrefillSequence("a", prompt, GREEDY, 4))
     assert relative_error(logits[0][0], full_logits(load_reference(path), prompt)[-1]) <= 1e-9
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+async def test_logprobs_equal_log_softmax(models: dict[str, Path], name: str, stages: int) -> None:
+    """Of the first token and of later ones, alone and in a batch, sampled and biased."""
+    model = load_reference(models[name])
+    pipeline = Pipeline.load(models[name], stages)
+    texts = {"a": tokens(6, 1), "b": tokens(40, 2)}
+    samplings = {
+        "a": Sampling(temperature=1.0, seed=7, ignore_eos=True, frequency_penalty=0.5, logprobs=5),
+        "b": Sampling(ignore_eos=True, logit_bias=((65, 3.0),), logprobs=0),
+    }
+    result = await pipeline.prefill(*(PrefillSequence(n, texts[n], samplings[n], 8) for n in texts))
+    for _ in range(6):
+        for token in result.tokens:
+            expected = full_logits(model, texts[token.request_id])[-1].double().log_softmax(-1)
+            assert token.logprobs is not None
+            assert abs(token.logprobs.logprob - float(expected[token.token_id])) <= 1e-9
+            best = expected.topk(samplings[token.request_id].logprobs or 0)
+            assert [top for top, _ in token.logprobs.top] == best.indices.tolist()
+            assert all(abs(p - q) <= 1e-9 for (_, p), q in zip(token.logprobs.top, best.values.tolist(), strict=True))
+            texts[token.request_id] += (token.token_id,)
+        result = await pipeline.decode(*(DecodeSequence(n, texts[n][-1], len(texts[n]) - 1) for n in texts))
+
+
+async def test_min_tokens_ban_the_end_token(models: dict[str, Path]) -> None:
+    pipeline = Pipeline.load(models["llama"], 2)
+    always_end = Sampling(logit_bias=((EOS_ID, 100.0),), min_tokens=3)
+    found = await pipeline.generate(PrefillSequence("r", tokens(5, 1), always_end, 16))
+    assert len(found) == 4
+    assert found.index(EOS_ID) == 3

@@ -67,8 +67,8 @@ class VirtualNode:
         )
         self.loop.add_request(task, need)
 
-    def microbatch(self, task: MicrobatchTask, parts: int = 1) -> None:
-        """Take a micro-batch now, cut into pieces."""
+    def microbatch(self, task: MicrobatchTask) -> None:
+        """Take a micro-batch now."""
         length = max(len(example.token_ids) for example in task.examples)
         work = TrainingMicrobatch(
             task.task_id,
@@ -79,7 +79,6 @@ class VirtualNode:
             length,
             task.accumulation,
             task.last,
-            parts,
         )
         self.loop.add_microbatch(task, work)
 
@@ -122,7 +121,9 @@ class VirtualNode:
 
     # ------------------------------------------------------------- loop.Listener
 
-    def on_tokens(self, task_id: str, token_ids: Sequence[int]) -> None:
+    def on_tokens(
+        self, task_id: str, token_ids: Sequence[int], logprobs: Sequence[work_pb2.TokenLogprobs] = ()
+    ) -> None:
         """See loop.Listener."""
 
     def on_trace(self, trace: scheduler_service_pb2.OpTrace) -> None:

@@ -23,13 +23,22 @@ class Handle:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the last stage picks tokens. temperature 0: greedy; top_k 0: no limit."""
+    """How the last stage picks tokens. temperature 0: greedy; top_k 0: no limit.
+
+    min_tokens: no end-of-sequence token among the first so many. logit_bias: (token id, what is added to its logit).
+    logprobs: likeliest tokens to report with every token; None: nothing is reported.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
     ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +112,9 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class TrainForward:
-    """Forward of a micro-batch, or one of the `parts` pieces it is cut into; keeps what its backward needs.
+    """Forward of a micro-batch; keeps what its backward needs. On the last stage the loss is computed.
 
-    Pieces run in order and each repeats the examples. The first takes `hidden`, the last returns the output, and on the
-    last stage the loss of the whole micro-batch. `loss_scale` multiplies the loss before backward (1 / accumulation).
-    optimizer: of the job; memory for its state is taken now, so that its step cannot lack it. None: at the step.
+    `loss_scale` multiplies the loss before backward (1 / accumulation).
     """
 
     op_id: int
@@ -116,20 +123,15 @@ class TrainForward:
     examples: tuple[Example, ...]
     loss_scale: float = 1.0
     hidden: Handle | None = None
-    part: int = 0
-    parts: int = 1
-    job_id: str = ""
-    optimizer: OptimizerSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBackward:
-    """Backward of a micro-batch, or a piece of it, in as many as its forward; `gradient` is None on the last stage.
+    """Backward of a micro-batch; `gradient` is None on the last stage.
 
     group: gradients accumulate per group, until the group's optimizer step.
     tied_gradient: for stage 0 of a model with tied embeddings cut into several stages, what the last stage returned in
-    `StageResult.tied_gradient` for this micro-batch; stage 0 owns the embedding. The first piece takes both, the last
-    returns the output.
+    `StageResult.tied_gradient` for this micro-batch; stage 0 owns the embedding.
     """
 
     op_id: int
@@ -137,7 +139,6 @@ class TrainBackward:
     gradient: Handle | None = None
     tied_gradient: Handle | None = None
     group: int = 0
-    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +219,22 @@ class Measure:
 StageOp = Prefill | Decode | TrainForward | TrainBackward | OptimizerStep | Snapshot | LoadWeights | Forget | Measure
 
 
+class Logprobs(NamedTuple):
+    """Log-probabilities in the place of a token, nats, by the model's own distribution: before temperature, penalties
+    and bias. `top`: the likeliest tokens with theirs, likeliest first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class SampledToken(NamedTuple):
     """A new token of a request. `is_end`: it is an end-of-sequence token and the request did not ignore it."""
 
     request_id: str
     token_id: int
     is_end: bool = False
+    #: None: not asked for.
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,11 +257,10 @@ class StageResult:
     tokens: tuple[SampledToken, ...] = ()
     #: Last stage, prefill: mean reference loss by request id.
     reference_losses: tuple[tuple[str, float], ...] = ()
-    #: Last stage, (last piece of a) train forward: mean loss over the labels, unscaled, and their number.
+    #: Last stage, train forward: mean loss over the labels, unscaled, and their number.
     loss: float | None = None
     label_tokens: int = 0
-    #: (Last piece of a) backward: squared norm of what its group has accumulated on this stage. Optimizer step: norm
-    #: used for clipping.
+    #: Backward: squared norm of what its group has accumulated on this stage. Optimizer step: norm used for clipping.
     grad_norm_sq: float | None = None
     #: Snapshot: path of a safetensors file with this stage's parameters under full-model names.
     weights_path: str = ""
@@ -293,11 +303,6 @@ class EngineConfig:
     #: One device per stage, or one for all: "cpu", "cuda:0", ...
     devices: tuple[str, ...] = ("cpu",)
     dtype: str = "float32"
-    #: Training computes its matrix products in this type ("bfloat16"), with weights, gradients and optimizer state in
-    #: `dtype`, which is "float32" then. Empty: everything in `dtype`.
-    training_dtype: str = ""
-    #: Keep only what enters each layer between a micro-batch's forward and backward, and compute the rest again.
-    activation_checkpointing: bool = False
     threads_per_stage: int = 1
     #: Added to the niceness of every worker process (0: unchanged).
     nice: int = 0

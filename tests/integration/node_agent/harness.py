@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from tokenizers import Tokenizer, decoders, models
 
 from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from lemix.internal.v1 import node_agent_service_pb2_grpc as node_grpc
@@ -39,6 +40,19 @@ def write_model(path: Path, **changes: Any) -> Path:
     config = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 512, "num_hidden_layers": 4, **changes}
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return path
+
+
+def letter(token_id: int) -> str:
+    """What `write_letters` lets a token stand for: one of 97 different characters."""
+    return chr(0x4E00 + token_id)
+
+
+def write_letters(path: Path) -> None:
+    """A tokenizer.json beside the config.json: one character per token."""
+    vocabulary = {letter(token_id): token_id for token_id in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=letter(0)))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(path / "tokenizer.json"))
 
 
 def expected_tokens(prompt: list[int], count: int) -> list[int]:
@@ -211,6 +225,14 @@ class Node:
         return [
             task for worker in self.engine.workers for task in (*worker.stage.kv_tokens, *worker.stage.train_shapes)
         ]
+
+    async def logprobs(self, request_id: str) -> list[work_pb2.TokenLogprobs]:
+        """What the stream tells of a request's tokens."""
+        call = self.stub.StreamTokens()
+        await call.write(node_pb2.StreamTokensRequest(request_id=request_id, gateway_id="gateway"))
+        await call.done_writing()
+        async with asyncio.timeout(TIMEOUT_S):
+            return [told async for response in call for chunk in response.chunks for told in chunk.logprobs]
 
     async def stream(self, *requests: tuple[str, int]) -> dict[str, tuple[list[int], Any]]:
         """Tokens from an offset, and the outcome, of (request id, offset) pairs."""

@@ -16,7 +16,9 @@ from tests.integration.node_agent.harness import (
     cluster,
     expected_tokens,
     inference_item,
+    letter,
     training_item,
+    write_letters,
 )
 
 
@@ -42,24 +44,6 @@ async def test_a_request_runs_streams_and_is_finished_in_the_ledger(tmp_path: Pa
         await made.scheduler.until(lambda: not node.held_by_stages(), "freed KV caches")
 
 
-@pytest.mark.parametrize("schedule", ["async", "gpipe", "1f1b"])
-async def test_every_schedule_trains_cut_microbatches(tmp_path: Path, schedule: str) -> None:
-    async with cluster(tmp_path) as made:
-        node = await made.start_node(num_stages=2, training_schedule=schedule, max_training_parts=3)
-        hello = made.scheduler.hellos[0]
-        assert (hello.training_schedule, hello.max_training_parts) == (schedule, 3)
-        for sequence in range(6):
-            item = training_item("job", sequence, [[1, 2], [3, 4]], gradient_accumulation_steps=3)
-            item.training.parts = sequence
-            await made.assign(item)
-        steps = [(await made.scheduler.outcome(f"job/{index}")).training.weight_step for index in range(6)]
-        assert steps == [1, 1, 1, 2, 2, 2]
-        pieces = {(trace.task_ids[0], trace.part, trace.parts) for trace in made.scheduler.traces if trace.task_ids}
-        wanted = {f"job/{index}": min(3, max(1, index)) for index in range(6)}
-        assert pieces == {(task, part, parts) for task, parts in wanted.items() for part in range(parts)}
-        await made.scheduler.until(lambda: not node.held_by_stages(), "freed activations")
-
-
 async def test_stop_at_the_end_of_sequence_token(tmp_path: Path) -> None:
     end = expected_tokens([7], 4)[2]
     async with cluster(tmp_path) as made:
@@ -73,6 +57,52 @@ async def test_stop_at_the_end_of_sequence_token(tmp_path: Path) -> None:
         outcome = (await made.scheduler.outcome("r1")).inference
         assert outcome.finish_reason == types_pb2.FINISH_REASON_STOP
         assert list(outcome.token_ids) == expected_tokens([7], 3)
+
+
+async def test_a_stop_string_ends_the_request_with_the_token_that_completes_it(tmp_path: Path) -> None:
+    """Letters stand for tokens; the node needs no gateway to stop and to free the KV cache."""
+    async with cluster(tmp_path) as made:
+        write_letters(made.model)
+        tokens = expected_tokens([7], 12)
+        text = "".join(map(letter, tokens))
+        node = await made.start_node()
+        item = inference_item("r1", [7], 200)
+        item.inference.sampling.stop.extend(["never", text[4:7]])
+        item.inference.sampling.logprobs = 2
+        await made.assign(item)
+        outcome = (await made.scheduler.outcome("r1")).inference
+        assert outcome.finish_reason == types_pb2.FINISH_REASON_STOP
+        assert list(outcome.token_ids) == tokens[:7]
+        await made.scheduler.until(lambda: not node.held_by_stages(), "freed KV caches")
+        later = inference_item("r2", [7], 200)
+        later.inference.sampling.stop.append(text[4:7])
+        later.inference.sampling.min_tokens = 7
+        later.inference.sampling.max_tokens = 10
+        await made.assign(later)
+        assert list((await made.scheduler.outcome("r2")).inference.token_ids) == tokens[:10]
+
+
+async def test_without_a_vocabulary_the_gateway_finds_the_stop_string(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        await made.start_node()
+        item = inference_item("r1", [7], 5)
+        item.inference.sampling.stop.append("a")
+        await made.assign(item)
+        outcome = (await made.scheduler.outcome("r1")).inference
+        assert outcome.finish_reason == types_pb2.FINISH_REASON_LENGTH
+
+
+async def test_logprobs_come_with_the_tokens_and_with_the_outcome(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        node = await made.start_node()
+        item = inference_item("r1", [3, 1, 4], 100)
+        item.inference.sampling.logprobs = 3
+        await made.assign(item)
+        streamed = await node.logprobs("r1")
+        outcome = (await made.scheduler.outcome("r1")).inference
+        assert list(outcome.logprobs) == streamed
+        assert [told.top_token_ids[0] for told in streamed] == expected_tokens([3, 1, 4], 100)
+        assert {len(told.top_logprobs) for told in streamed} == {3}
 
 
 async def test_serving_and_training_share_the_weights(tmp_path: Path) -> None:

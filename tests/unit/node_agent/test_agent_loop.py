@@ -38,7 +38,9 @@ class _Listener:
         self.changed = asyncio.Event()
         self.error: Exception | None = None
 
-    def on_tokens(self, task_id: str, token_ids: Sequence[int]) -> None:
+    def on_tokens(
+        self, task_id: str, token_ids: Sequence[int], logprobs: Sequence[work_pb2.TokenLogprobs] = ()
+    ) -> None:
         """See Listener."""
 
     def on_trace(self, trace: scheduler_service_pb2.OpTrace) -> None:

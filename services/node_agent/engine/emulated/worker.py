@@ -14,6 +14,7 @@ from services.node_agent.engine.base import (
     Forget,
     Handle,
     LoadWeights,
+    Logprobs,
     Measure,
     ModelInfo,
     OptimizerStep,
@@ -67,7 +68,7 @@ class EmulatedStage:
         self.is_last = index == num_stages - 1
         self.version = 0
         self.kv_tokens: dict[str, int] = {}
-        self.train_shapes: dict[str, tuple[int, int, int]] = {}
+        self.train_shapes: dict[str, tuple[int, int]] = {}
         self.grad_norms_sq: dict[int, float] = {}
         self.clip_norms_sq: list[float | None] = []
         self._num_stages = num_stages
@@ -75,11 +76,9 @@ class EmulatedStage:
         self._kv_capacity_tokens = kv_capacity_tokens
         self._directory = directory
         self._timing = timing
-        self._samplings: dict[str, Sampling] = {}
-        #: Pieces of a micro-batch that have run, of forward and backward together.
-        self._pieces: dict[str, int] = {}
-        #: What entered a micro-batch with its first piece.
-        self._partials: dict[str, float] = {}
+        #: By request: how it is sampled, and the tokens of its prompt.
+        self._samplings: dict[str, tuple[Sampling, int]] = {}
+        self._losses: dict[str, float] = {}
         self._snapshots: dict[str, npt.NDArray[Any]] = {}
         # By version: the current one, and older ones that ops on their way need.
         self._weights = {0: np.full(_ELEMENTS, _INITIAL_WEIGHT, dtype=np.float32)}
@@ -124,7 +123,7 @@ class EmulatedStage:
                 raise BookkeepingError(f"{sequence.request_id} is in the KV cache already")
             self._take_over(sequence)
             self._use_kv(sequence.request_id, len(sequence.token_ids))
-            self._samplings[sequence.request_id] = sequence.sampling
+            self._samplings[sequence.request_id] = sequence.sampling, len(sequence.token_ids)
         if not self.is_last:
             return {"output": Handle(partial)}
         return {
@@ -162,8 +161,21 @@ class EmulatedStage:
 
     def _sample(self, request_id: str, previous_id: int, position: int) -> SampledToken:
         token_id = next_token(previous_id, position, self._info.vocab_size)
-        ends = token_id in self._info.eos_token_ids and not self._samplings[request_id].ignore_eos
-        return SampledToken(request_id, token_id, ends)
+        sampling, num_prompt = self._samplings[request_id]
+        ends = token_id in self._info.eos_token_ids and not sampling.ignore_eos
+        if position - num_prompt < sampling.min_tokens:
+            ends = False
+        return SampledToken(request_id, token_id, ends, self._logprobs(token_id, sampling))
+
+    def _logprobs(self, token_id: int, sampling: Sampling) -> Logprobs | None:
+        """As if every token were half as likely as the one before, beginning with the one that comes."""
+        if sampling.logprobs is None:
+            return None
+        vocab_size = self._info.vocab_size
+        likeliest = range(min(sampling.logprobs, vocab_size))
+        return Logprobs(
+            -math.log(2.0), tuple(((token_id + i) % vocab_size, -math.log(2.0) * (i + 1)) for i in likeliest)
+        )
 
     def _use_kv(self, request_id: str, tokens: int) -> None:
         if sum(self.kv_tokens.values()) + tokens > self._kv_capacity_tokens:
@@ -175,46 +187,28 @@ class EmulatedStage:
             self.kv_tokens.pop(task_id, None)
             self._samplings.pop(task_id, None)
             self.train_shapes.pop(task_id, None)
-            self._pieces.pop(task_id, None)
-            self._partials.pop(task_id, None)
+            self._losses.pop(task_id, None)
         return {}
 
     # ------------------------------------------------------------- training
 
     def _train_forward(self, op: TrainForward) -> dict[str, Any]:
-        if op.part == 0:
-            if op.task_id in self.train_shapes:
-                raise BookkeepingError(f"{op.task_id} has saved activations already")
-            self._partials[op.task_id] = self._partial(op)
-            self.train_shapes[op.task_id] = train_shape(op)
-        self._weight_of(op.version)
-        self._count_piece(op.task_id, op.part)
-        if op.part + 1 < op.parts:
-            return {}
-        partial = self._partials.pop(op.task_id)
+        partial = self._partial(op)
+        if op.task_id in self.train_shapes:
+            raise BookkeepingError(f"{op.task_id} has saved activations already")
+        self.train_shapes[op.task_id] = train_shape(op)
         if not self.is_last:
             return {"output": Handle(partial)}
         labels = sum(len(example.token_ids) - max(1, example.num_context_tokens) for example in op.examples)
         return {"loss": partial, "label_tokens": labels}
 
     def _train_backward(self, op: TrainBackward) -> dict[str, Any]:
-        if (op.gradient is not None) != (op.part == 0 and not self.is_last):
-            raise BookkeepingError("a gradient comes from the next stage with the first piece, and only from there")
-        if op.task_id not in self.train_shapes:
+        if self.is_last != (op.gradient is None):
+            raise BookkeepingError("a gradient comes from the next stage, and only from there")
+        if self.train_shapes.pop(op.task_id, None) is None:
             raise BookkeepingError(f"{op.task_id} has no saved activations")
-        parts = self.train_shapes[op.task_id][2]
-        self._count_piece(op.task_id, parts + op.part)
-        if op.part + 1 < parts:
-            return {}
-        del self.train_shapes[op.task_id], self._pieces[op.task_id]
         norm_sq = self.grad_norms_sq[op.group] = self.grad_norms_sq.get(op.group, 0.0) + 1.0
         return {"grad_norm_sq": norm_sq, "output": None if self.is_first else Handle("gradient")}
-
-    def _count_piece(self, task_id: str, place: int) -> None:
-        ran = self._pieces.get(task_id, 0)
-        if ran != place:
-            raise BookkeepingError(f"{task_id} runs piece {place} after {ran} pieces")
-        self._pieces[task_id] = ran + 1
 
     def _optimizer_step(self, op: OptimizerStep) -> dict[str, Any]:
         self._check_is_current(op.version)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from services.node_agent.engine.base import Decode, DecodeSequence, Prefill, PrefillSequence, SampledToken, Sampling
 from services.node_agent.engine.torch.cached_attention import CachedAttention, DecodeAttention, PromptAttention
 from services.node_agent.engine.torch.kv_cache import KvCache, KvEntry, KvShape, plan_write
-from services.node_agent.engine.torch.sampling import Draw, pick_tokens
+from services.node_agent.engine.torch.sampler import Sampler
 from services.node_agent.engine.torch.stage import Stage
 
 
@@ -52,9 +52,8 @@ class Inference:
         spec = stage.spec
         shape = KvShape(stage.num_layers, spec.num_kv_heads, spec.head_dim, stage.dtype, stage.device, kv_block_tokens)
         self._stage = stage
-        self._eos = frozenset(spec.eos_token_ids)
         self._max_context_tokens = max_context_tokens
-        self._samplings: dict[str, Sampling] = {}
+        self._sampler = Sampler(spec.eos_token_ids)
         self.cache = KvCache(shape, kv_capacity_tokens // kv_block_tokens)
 
     @torch.inference_mode()
@@ -82,13 +81,13 @@ class Inference:
             entry = self.cache.open(request_id)
             self.cache.grow(entry, tokens)
             entry.token_ids = [0] * tokens
-            self._samplings[request_id] = Sampling()
+            self._sampler.begin(request_id, Sampling(), tokens)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Free requests' caches; unknown ids are ignored."""
         for request_id in request_ids:
             self.cache.free(request_id)
-            self._samplings.pop(request_id, None)
+            self._sampler.forget(request_id)
 
     def _check(self, sequences: Sequence[PrefillSequence]) -> None:
         if len({sequence.request_id for sequence in sequences}) != len(sequences):
@@ -114,7 +113,7 @@ class Inference:
             )
         if sequence.continues:
             entry = self.cache.take_over(sequence.request_id, sequence.continues)
-            self._samplings.pop(sequence.continues, None)
+            self._sampler.forget(sequence.continues)
             # Its client may have sent another history: what differs is computed.
             start = _common_length(entry.token_ids, sequence.token_ids[:start])
         elif start:
@@ -167,7 +166,7 @@ class Inference:
         the decoding requests."""
         ends = [(piece, start) for piece, start in zip(pieces, starts, strict=False) if piece.is_last]
         for piece, _ in ends:
-            self._samplings[piece.sequence.request_id] = piece.sequence.sampling
+            self._sampler.begin(piece.sequence.request_id, piece.sequence.sampling, piece.end)
         # The projection runs only on rows whose logits are used: each prompt's last one and those before a reference.
         wanted = []
         for piece, start in ends:
@@ -206,14 +205,10 @@ class Inference:
     def _sample(
         self, logits: Tensor, sequences: Sequence[PrefillSequence | DecodeSequence]
     ) -> tuple[SampledToken, ...]:
-        draws = []
-        for sequence in sequences:
-            index = sequence.position + 1 if isinstance(sequence, DecodeSequence) else len(sequence.token_ids)
-            draws.append(Draw(self._samplings[sequence.request_id], index))
-        return tuple(
-            SampledToken(sequence.request_id, token, token in self._eos and not draw.sampling.ignore_eos)
-            for sequence, draw, token in zip(sequences, draws, pick_tokens(logits, draws), strict=True)
-        )
+        places = [
+            (s.request_id, s.position + 1 if isinstance(s, DecodeSequence) else len(s.token_ids)) for s in sequences
+        ]
+        return self._sampler.sample(logits, places)
 
 
 def _reference_losses(

@@ -115,14 +115,8 @@ class WeightSet:
         if version == self.version:
             yield
             return
-        with self.using(self._kept[version]):
-            yield
-
-    @contextmanager
-    def using(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Every reader of the weights sees these, in the order of `weights`."""
-        current = self.parameters()
-        self._put(parameters)
+        kept, current = self._kept[version], self.parameters()
+        self._put(kept)
         try:
             yield
         finally:

@@ -5,9 +5,9 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.detokenize import IncrementalDetokenizer
-from services.gateway.output_text import OutputText
-from services.gateway.stop_strings import StopFilter
+from services.text.detokenize import IncrementalDetokenizer
+from services.text.output_text import OutputText
+from services.text.stop_strings import StopFilter
 from tests.unit.gateway.model_files import EOS, byte_tokenizer
 
 _TOKENIZER = byte_tokenizer()
@@ -67,27 +67,81 @@ def test_leading_spaces_survive_decoders_that_strip_them() -> None:
     assert [detokenizer.add([token]) for token in (1, 2, 3, 2)] == ["the", " cat", "s", " cat"]
 
 
-@given(
-    st.text(alphabet="ab", max_size=40),
-    st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4),
-    st.lists(st.integers(0, 500), max_size=20),
-)
-def test_stop_filter_equals_cutting_the_whole_text(text: str, stops: list[str], cuts: list[int]) -> None:
-    stop_filter = StopFilter(stops)
+_STOPS = st.lists(st.text(alphabet="ab€", min_size=1, max_size=5), max_size=4)
+
+
+def _cut_at_first_stop(text: str, stops: list[str], *, include_stop: bool) -> str | None:
+    """The plain definition, on the whole text: the stop string that is complete first, of several the longest."""
+    for end in range(len(text) + 1):
+        complete = [stop for stop in stops if text.endswith(stop, 0, end)]
+        if complete:
+            return text[:end] if include_stop else text[: end - max(map(len, complete))]
+    return None
+
+
+@given(st.text(alphabet="ab€", max_size=40), _STOPS, st.lists(st.integers(0, 500), max_size=20), st.booleans())
+def test_stop_filter_equals_cutting_the_whole_text(
+    text: str, stops: list[str], cuts: list[int], include_stop: bool
+) -> None:
+    stop_filter = StopFilter(stops, include_stop=include_stop)
     shown = ""
     for chunk in _cut(list(range(len(text))), cuts):
         shown += stop_filter.feed("".join(text[i] for i in chunk))
-    if not stop_filter.stopped:
-        shown += stop_filter.flush()
-    assert stop_filter.stopped == any(stop in text for stop in stops)
-    if not stop_filter.stopped:
-        assert shown == text
-    else:  # cut at the stop string that was complete first
-        ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
-        assert text.startswith(shown)
-        assert not any(stop in shown for stop in stops)
-        assert any(text[len(shown) :].startswith(stop) for stop in stops)
-        assert len(shown) < max(ends)
+    expected = _cut_at_first_stop(text, stops, include_stop=include_stop)
+    assert stop_filter.stopped == (expected is not None)
+    assert shown + stop_filter.flush() == (text if expected is None else expected)
+
+
+def _split(text: str, rests: list[int]) -> list[int]:
+    """Some tokens of the text: bytes, and merged ones where `rests` says so."""
+    merged = _TOKENIZER.encode(text).ids
+    tokens: list[int] = []
+    for index, token in enumerate(merged):
+        if rests and rests[index % len(rests)] % 2:
+            tokens.extend(_decode([token]).encode() if token > EOS else [token])
+        else:
+            tokens.append(token)
+    return tokens
+
+
+@given(
+    st.lists(st.sampled_from(["he", "llo", "w", " w", "€", "h", "l"]), max_size=30).map("".join),
+    st.lists(st.sampled_from(["lo", "ell", "€", " w", "hello", "€h"]), min_size=1, max_size=4),
+    st.lists(st.integers(0, 1), max_size=8),
+    st.lists(st.integers(0, 500), max_size=20),
+    st.booleans(),
+)
+def test_any_split_into_tokens_and_messages_gives_the_same_output(
+    text: str, stops: list[str], rests: list[int], cuts: list[int], include_stop: bool
+) -> None:
+    expected = _cut_at_first_stop(text, stops, include_stop=include_stop)
+    tokens = _split(text, rests)
+    output = OutputText(_decode, stops, [EOS], include_stop=include_stop)
+    pieces, used = [], []
+    for chunk in _cut(tokens, cuts):
+        if not output.stopped:
+            piece, counted = output.add(chunk)
+            pieces.append(piece)
+            used.extend(counted)
+            shown = "".join(pieces)
+            assert (text if expected is None else expected).startswith(shown), "text that has to be taken back"
+    assert output.stopped == (expected is not None)
+    assert "".join(pieces) + output.finish() == (text if expected is None else expected)
+    assert output.num_tokens == len(used)
+    if output.stopped:  # the last token counted is the one that completes the stop string
+        assert _cut_at_first_stop(_decode(used), stops, include_stop=True) is not None
+        assert _cut_at_first_stop(_decode(used[:-1]), stops, include_stop=True) is None
+    else:
+        assert used == tokens
+
+
+def test_a_stop_string_among_the_first_tokens_does_not_count() -> None:
+    output = OutputText(_decode, ["ab"], [], min_tokens=3)
+    assert output.add(list(b"abcab!")) == ("abc", list(b"abcab"))
+    assert output.stopped
+    output = OutputText(_decode, ["ab"], [], min_tokens=1)
+    assert output.add(list(b"ab")) == ("ab", list(b"ab")), "it would begin before"
+    assert not output.stopped
 
 
 def test_only_what_may_start_a_stop_string_is_held_back() -> None:

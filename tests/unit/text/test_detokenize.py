@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.detokenize import IncrementalDetokenizer
+from services.text.detokenize import IncrementalDetokenizer
 
 #: Mostly bytes that begin or continue characters, so that runs without a whole character are common.
 _BYTES = st.one_of(st.integers(0, 255), st.sampled_from([0xD6, 0x93, 0xE2, 0x80, 0xF0, 0x9F, 0xBF, 0x41]))

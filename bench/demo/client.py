@@ -154,7 +154,7 @@ class Answer:
             last_token_s=self._last_s,
             output_tokens=tokens,
             node_id=self._report.get("node_id") or "",
-            weight_steps=tuple(int(name.rsplit(":", 1)[-1]) for name in self._report.get("weight_versions") or ()),
+            weight_steps=tuple(int(version["step"]) for version in self._report.get("weight_versions") or ()),
             staleness_s=self._report.get("staleness_s"),
             reference_loss=self._report.get("reference_loss"),
         )

@@ -33,6 +33,8 @@ class PendingRequest:
         self.node_address = ""
         self.cancel_sent = False
         self.outcome: work_pb2.InferenceOutcome | None = None
+        #: One per token received, or none at all.
+        self.logprobs: list[work_pb2.TokenLogprobs] = []
         self._tokens: list[int] = []
         self._read = 0
         self._error: LemixError | None = None
@@ -59,7 +61,13 @@ class PendingRequest:
             self.stage = Stage.ASSIGNED
             self.node_id, self.node_address = node_id, node_address
 
-    def on_tokens(self, node_address: str, offset: int, token_ids: Sequence[int]) -> None:
+    def on_tokens(
+        self,
+        node_address: str,
+        offset: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[work_pb2.TokenLogprobs] = (),
+    ) -> None:
         """Tokens from a node. A gap before them is a fault of the node and fails the request."""
         if self.finished or node_address != self.node_address:
             return
@@ -67,13 +75,16 @@ class PendingRequest:
             message = f"node {self.node_id} skipped tokens {len(self._tokens)} to {offset - 1}"
             self.on_failed(LemixError(ErrorCode.INTERNAL, message))
             return
-        self._tokens.extend(token_ids[len(self._tokens) - offset :])
+        fresh = len(self._tokens) - offset
+        self.logprobs.extend(logprobs[fresh:])
+        self._tokens.extend(token_ids[fresh:])
         self._changed.set()
 
     def on_finished(self, outcome: work_pb2.InferenceOutcome) -> None:
         """The request has ended; tokens that did not arrive on the stream are in the outcome."""
         if self.finished:
             return
+        self.logprobs.extend(outcome.logprobs[len(self._tokens) :])
         self._tokens.extend(outcome.token_ids[len(self._tokens) :])
         self.outcome = outcome
         if outcome.HasField("error"):

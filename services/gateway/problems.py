@@ -29,6 +29,7 @@ _STATUS = {
     ErrorCode.CONFLICT: 409,
     ErrorCode.INTERNAL: 500,
     ErrorCode.UNSUPPORTED: 400,
+    ErrorCode.STALE_WEIGHTS: 412,
 }
 
 

@@ -8,11 +8,13 @@ from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.gateway.tokenizer import ModelTokenizer
 from services.gateway.types import GenerationRequest, Sampling, Turn
-from services.gateway.validation import check_id, check_sampling, check_slo, invalid
+from services.gateway.validation import check_id, check_sampling, check_slo, check_staleness, invalid
 
 #: No vocabulary has longer tokens in practice; text beyond context x this is refused before it is tokenised.
 MAX_CHARS_PER_TOKEN = 128
 _DEFAULT_MAX_TOKENS = 16
+#: Log-probabilities of one output, 12 bytes each on the wire: below the largest message.
+_MAX_OUTPUT_LOGPROBS = 500_000
 
 
 class PromptBuilder:
@@ -39,10 +41,13 @@ class PromptBuilder:
         self.check_model(request.model)
         check_sampling(request.sampling)
         check_slo(request.slo_ttft_s, request.slo_tpot_s)
+        check_staleness(request.max_staleness_s)
+        self._check_token_ids(list(request.sampling.logit_bias), "logit_bias")
         check_id(request.session_id, "session_id")
         prompt = self._prompt_tokens(request.prompt)
         reference = self._reference_tokens(request)
         max_tokens = self._output_budget(request, len(prompt), len(reference))
+        _check_output(request.sampling, max_tokens)
         slo = types_pb2.Slo(ttft_s=request.slo_ttft_s, tpot_s=request.slo_tpot_s)
         return work_pb2.InferenceWork(
             prompt_token_ids=prompt,
@@ -50,6 +55,7 @@ class PromptBuilder:
             slo=slo,
             session_id=request.session_id,
             reference_token_ids=reference,
+            max_staleness_s=request.max_staleness_s,
         )
 
     def _prompt_tokens(self, prompt: str | tuple[int, ...] | tuple[Turn, ...]) -> list[int]:
@@ -127,6 +133,15 @@ def check_turns(turns: Sequence[Turn]) -> None:
             raise invalid(f"the content of a {turn.role} message is empty", f"messages.{index}.content")
 
 
+def _check_output(sampling: Sampling, max_tokens: int) -> None:
+    """Raises INVALID_REQUEST for an output that contradicts itself or would be too large to be told."""
+    if sampling.min_tokens > max_tokens:
+        raise invalid(f"min_tokens ({sampling.min_tokens}) is more than max_tokens ({max_tokens})", "min_tokens")
+    if sampling.logprobs is not None and max_tokens * (1 + sampling.logprobs) > _MAX_OUTPUT_LOGPROBS:
+        message = f"max_tokens ({max_tokens}) times {1 + sampling.logprobs} log-probabilities each"
+        raise invalid(f"{message} is more than {_MAX_OUTPUT_LOGPROBS}", "logprobs")
+
+
 def _resolved(sampling: Sampling, max_tokens: int) -> work_pb2.ResolvedSampling:
     return work_pb2.ResolvedSampling(
         max_tokens=max_tokens,
@@ -135,6 +150,12 @@ def _resolved(sampling: Sampling, max_tokens: int) -> work_pb2.ResolvedSampling:
         top_k=sampling.top_k or 0,
         seed=sampling.seed if sampling.seed is not None else secrets.randbits(63),
         ignore_eos=sampling.ignore_eos,
+        min_tokens=sampling.min_tokens,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=sampling.logit_bias,
+        logprobs=sampling.logprobs,
+        stop=sampling.stop,
     )
 
 

@@ -46,5 +46,5 @@ async def _answer(
     # The first piece decides the status: what is refused before it still gets a proper error answer.
     first = await until_disconnect(request, anext(pieces))
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    encoder = ChunkEncoder(shape, first, include_usage=include_usage)
+    encoder = ChunkEncoder(shape, include_usage=include_usage)
     return EventStream(pieces, encoder.encode, first=first, headers={"x-request-id": first.request_id})

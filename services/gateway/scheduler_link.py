@@ -1,7 +1,7 @@
 """The gateway's one long-lived session with the scheduler: submits, cancels, and what becomes of them."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import grpc.aio
 import structlog
@@ -70,31 +70,34 @@ class SchedulerLink:
         """Return when the session stands."""
         await self._connected.wait()
 
-    def submit(self, pending: PendingRequest) -> None:
-        """Hand a request over. Release it with `release`, whatever happens.
+    def submit(self, requests: Sequence[PendingRequest]) -> None:
+        """Hand requests over, all or none. Release each with `release`, whatever happens.
 
-        Raises UNAVAILABLE without a session, OVERLOADED at the bound, CONFLICT when the id is in flight here.
+        Raises UNAVAILABLE without a session, OVERLOADED at the bound, CONFLICT when an id is in flight here.
         """
         if not self.connected:
             raise LemixError(
                 ErrorCode.UNAVAILABLE, "the scheduler is not reachable right now", retry_after_s=_RETRY_AFTER_S
             )
-        if pending.request_id in self._pending:
-            raise LemixError(
-                ErrorCode.CONFLICT,
-                f"request {pending.request_id} is already in progress",
-                param="request_id",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        if len(self._pending) >= self._max_requests or self._session.backlog >= 2 * self._max_requests:
+        for pending in requests:
+            if pending.request_id in self._pending:
+                raise LemixError(
+                    ErrorCode.CONFLICT,
+                    f"request {pending.request_id} is already in progress",
+                    param="request_id",
+                    retry_after_s=_RETRY_AFTER_S,
+                )
+        num_pending = len(self._pending) + len(requests)
+        if num_pending > self._max_requests or self._session.backlog >= 2 * self._max_requests:
             raise LemixError(
                 ErrorCode.OVERLOADED,
                 f"{self._max_requests} requests are in progress already",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        self._pending[pending.request_id] = pending
-        self._cancels.pop(pending.request_id, None)
-        self._session.send(_submit(pending))
+        for pending in requests:
+            self._pending[pending.request_id] = pending
+            self._cancels.pop(pending.request_id, None)
+            self._session.send(_submit(pending))
 
     def cancel(self, pending: PendingRequest) -> None:
         """Tell the scheduler that nobody waits for this request. Does nothing when it has ended or knows already."""

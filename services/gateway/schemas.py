@@ -12,8 +12,7 @@ Number = StrictFloat | StrictInt
 #: Parameters that OpenAI, or other servers of its API, define and we do not support, with the values that ask for
 #: nothing (null always does). Sent with those they are ignored; with any other value they are refused by name.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,),
-    "prompt_logprobs": (), "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,),
+    "best_of": (1,), "echo": (False,), "suffix": ("",), "top_logprobs": (0,), "prompt_logprobs": (),
     "repetition_penalty": (1,), "min_p": (0,), "tools": ([],), "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False), "functions": ([],), "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
@@ -65,6 +64,7 @@ class LemixOptions(Strict):
 
     reference: StrictStr | None = None
     reference_token_ids: list[StrictInt] = []
+    max_staleness_s: Number | None = None
     slo: SloBody = Field(default_factory=lambda: _NO_SLO)
     session_id: StrictStr = ""
     request_id: StrictStr = ""
@@ -116,9 +116,15 @@ class GenerationBody(Body):
     top_k: StrictInt | None = None
     seed: StrictInt | None = None
     stop: StrictStr | list[StrictStr] | None = None
+    include_stop_str_in_output: StrictBool | None = None
+    min_tokens: StrictInt | None = None
+    ignore_eos: StrictBool | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[StrictStr, Number] | None = None
+    n: StrictInt | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: StrictBool = False
     lemix: LemixOptions = Field(default_factory=lambda: _NO_OPTIONS)
 
 
@@ -126,6 +132,7 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
+    logprobs: StrictInt | None = None
 
 
 class ChatBody(GenerationBody):
@@ -133,6 +140,8 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[MessageBody], Field(min_length=1)]
     max_completion_tokens: StrictInt | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: StrictInt | None = None
 
 
 class HyperparametersBody(Strict):

@@ -107,7 +107,7 @@ class _NodeStream:
             pending = self._waiting.get(chunk.request_id)
             if pending is None:
                 continue
-            pending.on_tokens(self.address, chunk.offset, chunk.token_ids)
+            pending.on_tokens(self.address, chunk.offset, chunk.token_ids, chunk.logprobs)
             if chunk.HasField("outcome"):
                 pending.on_finished(chunk.outcome)
             if pending.finished:

@@ -35,6 +35,10 @@ class ModelTokenizer:
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size = vocab_size
         self.max_context_tokens = max_context_tokens
+        # Decoders strip a leading space: a token shows its own after another one.
+        self._anchor = self.encode("a", add_special_tokens=False)
+        self._anchor_text = self.decode(self._anchor)
+        self._token_texts: dict[int, str] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; with special tokens where the tokenizer puts them (a leading BOS, for example)."""
@@ -53,6 +57,14 @@ class ModelTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token in the middle of others; bytes that are no whole character show as U+FFFD."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
+            text = self._token_texts[token_id] = text.removeprefix(self._anchor_text)
         return text
 
 

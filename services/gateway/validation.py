@@ -2,12 +2,16 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.v1 import types_pb2
 from services.gateway.types import Sampling
 
 MAX_STOP_STRINGS = 4
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+_MAX_BIASED_TOKENS = 300
 _MAX_STOP_CHARS = 256
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -42,6 +46,38 @@ def check_sampling(sampling: Sampling) -> None:
         raise invalid(f"at most {MAX_STOP_STRINGS} stop strings, not {len(sampling.stop)}", "stop")
     if any(not 1 <= len(stop) <= _MAX_STOP_CHARS for stop in sampling.stop):
         raise invalid(f"a stop string has 1 to {_MAX_STOP_CHARS} characters", "stop")
+    _check_influence(sampling)
+
+
+def _check_influence(sampling: Sampling) -> None:
+    if not 0 <= sampling.min_tokens < 2**32:
+        raise invalid(f"min_tokens must be at least 0, not {sampling.min_tokens}", "min_tokens")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not -2 <= getattr(sampling, name) <= 2:
+            raise invalid(f"{name} must be in [-2, 2], not {getattr(sampling, name):g}", name)
+    _check_logit_bias(sampling.logit_bias)
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= MAX_LOGPROBS:
+        raise invalid(f"at most {MAX_LOGPROBS} log-probabilities per token, not {sampling.logprobs}", "logprobs")
+
+
+def _check_logit_bias(logit_bias: Mapping[int, float]) -> None:
+    if len(logit_bias) > _MAX_BIASED_TOKENS:
+        raise invalid(f"logit_bias has {len(logit_bias)} tokens, at most {_MAX_BIASED_TOKENS} are taken", "logit_bias")
+    for token, bias in logit_bias.items():
+        if not -100 <= bias <= 100:
+            raise invalid(f"logit_bias of token {token} must be in [-100, 100], not {bias:g}", "logit_bias")
+
+
+def check_choices(n: int) -> None:
+    """Raises INVALID_REQUEST unless so many outputs may be asked for."""
+    if not 1 <= n <= MAX_CHOICES:
+        raise invalid(f"n must be in [1, {MAX_CHOICES}], not {n}", "n")
+
+
+def check_staleness(max_staleness_s: float | None) -> None:
+    """Raises INVALID_REQUEST unless absent or a positive, finite number of seconds."""
+    if max_staleness_s is not None and not (max_staleness_s > 0 and math.isfinite(max_staleness_s)):
+        raise invalid("max_staleness_s must be positive", "max_staleness_s")
 
 
 def check_slo(ttft_s: float | None, tpot_s: float | None) -> None:

@@ -70,8 +70,6 @@ def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency
         "max_inflight_training": hello.max_inflight_training,
         "weight_handling": hello.weight_handling,
         "gradient_buffers": hello.gradient_buffers,
-        "max_training_parts": hello.max_training_parts,
-        "training_schedule": hello.training_schedule,
     }
     told: dict[str, Any] = {name: value for name, value in bounds.items() if value}
     return NodeSpec(hello.node_id, hello.num_stages, latency, **told)
@@ -93,8 +91,6 @@ def ops_from_traces(
             context_tokens=op.context_tokens,
             first_token=op.first_token,
             weight_step=op.weight_step,
-            part=op.part,
-            parts=max(1, op.parts),
         )
         for op in ops
         if op.op in _OPS
@@ -117,8 +113,7 @@ def task_from_item(item: work_pb2.WorkItem, *, now_s: float, now_unix_s: float) 
         case "training":
             work = item.training
             length = max((len(example.token_ids) for example in work.examples), default=0)
-            accumulation = max(1, work.hyperparameters.gradient_accumulation_steps)
-            return TrainingTask(item.task_id, now_s, work.job_id, len(work.examples), length, accumulation)
+            return TrainingTask(item.task_id, now_s, work.job_id, len(work.examples), length)
         case _:
             raise ValueError(f"task {item.task_id} holds no work that this version knows")
 

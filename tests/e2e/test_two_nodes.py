@@ -123,7 +123,7 @@ def test_a_job_trains_to_its_end_while_requests_are_served(user):
     assert sum(job["lemix"]["steps_per_node"].values()) == 48
     assert job["lemix"]["last_loss"] < 5.5  # an untrained byte model is at ln(260) = 5.56
     assert answers >= 1
-    steps = [int(version.split(":")[-1]) for version in user.chat("and now?")["lemix"]["weight_versions"]]
+    steps = [version["step"] for version in user.chat("and now?")["lemix"]["weight_versions"]]
     assert steps[-1] >= 1  # what is served is what was trained
 
 

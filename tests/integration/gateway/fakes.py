@@ -94,7 +94,12 @@ class FakeNode(node_grpc.NodeAgentServiceServicer):
             await run.changed(offset)
             if offset < len(run.produced):
                 chunks.put_nowait(
-                    node_pb.TokenChunk(request_id=request_id, offset=offset, token_ids=[run.produced[offset]])
+                    node_pb.TokenChunk(
+                        request_id=request_id,
+                        offset=offset,
+                        token_ids=[run.produced[offset]],
+                        logprobs=run.logprobs(offset, offset + 1),
+                    )
                 )
                 offset += 1
         chunks.put_nowait(node_pb.TokenChunk(request_id=request_id, offset=offset, outcome=run.outcome(self.node_id)))
@@ -111,6 +116,18 @@ class _Run:
         self._script = Script()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    def logprobs(self, begin: int, end: int) -> list[work_pb2.TokenLogprobs]:
+        """-0.5 for the token itself, then the letter "a" and "b", if the request wants them."""
+        sampling = self._work.sampling
+        if not sampling.HasField("logprobs"):
+            return []
+        one = work_pb2.TokenLogprobs(
+            logprob=-0.5,
+            top_token_ids=b"abc"[: sampling.logprobs],
+            top_logprobs=[-1.0, -2.0, -3.0][: sampling.logprobs],
+        )
+        return [one for _ in self.produced[begin:end]]
 
     def begin(self, work: work_pb2.InferenceWork, script: Script) -> None:
         self._work, self._script = work, script
@@ -146,13 +163,14 @@ class _Run:
         self._wake.set()
 
     def outcome(self, node_id: str) -> work_pb2.InferenceOutcome:
-        version = types_pb2.WeightVersion(node_id=node_id, incarnation=1, step=235)
+        version = types_pb2.WeightVersion(node_id=node_id, incarnation=1, step=235, job_id="job-7")
         report = types_pb2.ServingReport(node_id=node_id, weight_versions=[version], staleness_s=0.5)
         if self._work.reference_token_ids:
             report.reference_loss = 1.25
         outcome = work_pb2.InferenceOutcome(
             finish_reason=self._reason,
             token_ids=self.produced,
+            logprobs=self.logprobs(0, len(self.produced)),
             prompt_tokens=len(self._work.prompt_token_ids),
             report=report,
         )
@@ -171,6 +189,7 @@ class FakeScheduler(pb_grpc.SchedulerServiceServicer):
         self.script = Script()
         self.hold = False
         self.reject: LemixError | None = None
+        self.reject_ids: set[str] = set()  # refused as overloaded
         self.ready = True
         self.submitted: list[tuple[str, work_pb2.InferenceWork]] = []
         self.submits: asyncio.Queue[str] = asyncio.Queue()
@@ -237,8 +256,9 @@ class FakeScheduler(pb_grpc.SchedulerServiceServicer):
         known = any(request_id == seen for seen, _ in self.submitted)
         self.submitted.append((request_id, work))
         self.submits.put_nowait(request_id)
-        if self.reject is not None:
-            self._say(request_id, rejected=self.reject.to_proto())
+        reject = LemixError(ErrorCode.OVERLOADED, "full") if request_id in self.reject_ids else self.reject
+        if reject is not None:
+            self._say(request_id, rejected=reject.to_proto())
             return
         self._say(request_id, accepted=pb.InferenceAccepted())
         if known and (outcome := self.node.outcome(request_id)) is not None:

@@ -54,12 +54,29 @@ def _problem(body: dict[str, Any]) -> tuple[str, str | None]:
         ({"stream_options": {"include_usage": True}}, 400, "invalid_request", "stream_options"),
         ({"model": "other"}, 404, "model_not_found", "model"),
         ({"model": None}, 400, "invalid_request", "model"),
-        ({"n": 2}, 400, "unsupported", "n"),
-        ({"logprobs": 1}, 400, "unsupported", "logprobs"),
+        ({"n": 0}, 400, "invalid_request", "n"),
+        ({"n": 129}, 400, "invalid_request", "n"),
+        ({"n": "2"}, 400, "invalid_request", "n"),
+        ({"logprobs": 21}, 400, "invalid_request", "logprobs"),
+        ({"logprobs": -1}, 400, "invalid_request", "logprobs"),
+        ({"logprobs": True}, 400, "invalid_request", "logprobs"),
+        ({"top_logprobs": 1}, 400, "unsupported", "top_logprobs"),
+        ({"min_tokens": -1}, 400, "invalid_request", "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, 400, "invalid_request", "min_tokens"),
+        ({"ignore_eos": 1}, 400, "invalid_request", "ignore_eos"),
+        ({"include_stop_str_in_output": "yes"}, 400, "invalid_request", "include_stop_str_in_output"),
+        ({"presence_penalty": 2.5}, 400, "invalid_request", "presence_penalty"),
+        ({"frequency_penalty": -2.5}, 400, "invalid_request", "frequency_penalty"),
+        ({"logit_bias": {"5": 101}}, 400, "invalid_request", "logit_bias"),
+        ({"logit_bias": {"five": 1}}, 400, "invalid_request", "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, 400, "invalid_request", "logit_bias"),
+        ({"logit_bias": {"262": 1}}, 400, "invalid_request", "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, 400, "invalid_request", "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(301)}}, 400, "invalid_request", "logit_bias"),
+        ({"lemix": {"max_staleness_s": 0}}, 400, "invalid_request", "max_staleness_s"),
         ({"echo": True}, 400, "unsupported", "echo"),
         ({"best_of": 3}, 400, "unsupported", "best_of"),
         ({"tools": [{}]}, 400, "unsupported", "tools"),
-        ({"presence_penalty": 0.5}, 400, "unsupported", "presence_penalty"),
         ({"max_tokenz": 5}, 400, "invalid_request", "max_tokenz"),
         ({"lemix": {"slo": {"ttft_ms": 0}}}, 400, "invalid_request", "slo.ttft"),
         ({"lemix": {"reference": ""}}, 400, "invalid_request", "reference"),
@@ -90,6 +107,10 @@ async def test_bad_completion(
         ({"messages": [{"role": "tool", "content": "x"}]}, "unsupported", "messages.0.role"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "invalid_request", "max_completion_tokens"),
         ({"max_completion_tokens": 0}, "invalid_request", "max_tokens"),
+        ({"logprobs": 1}, "invalid_request", "logprobs"),
+        ({"top_logprobs": 2}, "invalid_request", "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_request", "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "invalid_request", "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "unsupported", "response_format"),
     ],
 )
@@ -97,6 +118,12 @@ async def test_bad_chat(gateway: Gateway, change: dict[str, Any], code: str, par
     answer = await gateway.http.post("/v1/chat/completions", json={**_CHAT, **change})
     assert answer.status_code == 400, answer.text
     assert _problem(answer.json()) == (code, param)
+
+
+@pytest.mark.parametrize("value", ["soon", "", "0", "-1", "nan", "inf"])
+async def test_bad_staleness_header(gateway: Gateway, value: str) -> None:
+    answer = await gateway.http.post("/v1/completions", json=_OK, headers={"x-max-staleness": value})
+    assert (answer.status_code, _problem(answer.json())) == (400, ("invalid_request", "x-max-staleness"))
 
 
 async def test_context_error_has_the_numbers(gateway: Gateway) -> None:
@@ -109,7 +136,8 @@ async def test_context_error_has_the_numbers(gateway: Gateway) -> None:
 
 async def test_parameters_at_their_defaults_are_taken(gateway: Gateway) -> None:
     neutral = {
-        "n": 1, "logprobs": None, "echo": False, "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1,
+        "n": 1, "logprobs": None, "min_tokens": None, "ignore_eos": None, "echo": False,
+        "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1,
         "user": "me", "logit_bias": {}, "suffix": None, "store": False,
     }  # fmt: skip
     assert (await gateway.http.post("/v1/completions", json={**_OK, **neutral})).status_code == 200

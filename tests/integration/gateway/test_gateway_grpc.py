@@ -30,7 +30,9 @@ async def test_generate(gateway: Gateway, client: aio.Client) -> None:
     assert (result.request_id, result.model, result.text) == ("r", MODEL, "hello world")
     assert result.finish_reason is lemix.FinishReason.STOP
     assert result.usage.prompt_tokens == 3
-    assert result.report.weight_versions == (lemix.WeightVersion(node_id="node-0", incarnation=1, step=235),)
+    assert result.report.weight_versions == (
+        lemix.WeightVersion(node_id="node-0", incarnation=1, step=235, job_id="job-7"),
+    )
     assert (result.report.staleness_s, result.report.reference_loss) == (0.5, 1.25)
     work = gateway.scheduler.submitted[0][1]
     assert (work.sampling.max_tokens, work.sampling.temperature, work.slo.ttft_s) == (30, 0.0, 0.5)

@@ -6,6 +6,8 @@ import json
 from tests.integration.gateway.conftest import MODEL, Gateway
 from tests.integration.gateway.fakes import Script
 
+VERSIONS = [{"job_id": "job-7", "node_id": "node-0", "incarnation": 1, "step": 235}]
+
 
 async def test_completion(gateway: Gateway) -> None:
     answer = await gateway.http.post(
@@ -26,7 +28,7 @@ async def test_completion(gateway: Gateway) -> None:
     }
     assert body["lemix"].pop("ttft_s") > 0
     assert body["lemix"] == {
-        "node_id": "node-0", "weight_versions": ["node-0:1:235"], "staleness_s": 0.5, "reference_loss": 1.25,
+        "node_id": "node-0", "weight_versions": VERSIONS, "staleness_s": 0.5, "reference_loss": 1.25,
     }  # fmt: skip
     assert answer.headers["x-request-id"] == "r-1"
     assert list(work.prompt_token_ids) == [ord(c) for c in "abc"]
@@ -50,7 +52,7 @@ async def test_chat_stream_has_openai_chunks(gateway: Gateway) -> None:
     text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
     assert text == "hello world"
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
-    assert chunks[-2]["lemix"]["weight_versions"] == ["node-0:1:235"]
+    assert chunks[-2]["lemix"]["weight_versions"] == VERSIONS
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == len(Script().tokens(99))
     assert len({chunk["id"] for chunk in chunks}) == 1
@@ -65,7 +67,7 @@ async def test_stop_string_over_token_borders_cancels_the_request(gateway: Gatew
     assert body["choices"][0]["text"] == "one"
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["usage"]["completion_tokens"] == 7
-    assert body["lemix"]["weight_versions"] == ["node-0:1:235"]
+    assert body["lemix"]["weight_versions"] == VERSIONS
     async with asyncio.timeout(5):
         assert await gateway.scheduler.cancels.get() == body["id"].removeprefix("cmpl-")
 

@@ -16,7 +16,7 @@ from bench.demo.workload import PlannedRequest
 
 _REPORT = {
     "node_id": "node-1",
-    "weight_versions": ["node-1:2:7", "node-1:2:8"],
+    "weight_versions": [{"node_id": "node-1", "incarnation": 2, "step": step} for step in (7, 8)],
     "staleness_s": 0.5,
     "reference_loss": 2.25,
 }

@@ -73,7 +73,8 @@ class StageQueue:
 
     def push(self, flight: Flight, now_s: float) -> None:
         """An op became ready here."""
-        flight.claim = flight.claim._replace(ready_s=now_s)
+        claim = flight.claim
+        flight.claim = Claim(now_s, claim.origin_s, claim.allowance_s)
         flight.blocked_s = None
         self.ready.append(flight)
 

@@ -30,7 +30,9 @@ def runs(config: PaperConfig) -> list[Labelled]:
     return [
         labelled
         for label, policy, options in variants
-        for labelled in everywhere(label, config.axis_points(), config.seeds, config.num_tasks, policy, options=options)
+        for labelled in everywhere(
+            label, config.axis_points(), config.first_seed, config.num_tasks, policy, options=options
+        )
     ]
 
 

@@ -16,7 +16,9 @@ def runs(config: PaperConfig) -> list[Labelled]:
     return [
         labelled
         for policy in config.policies
-        for labelled in everywhere(policy, points, config.seeds, config.num_tasks, policy, nodes=_DEVICES, stages=1)
+        for labelled in everywhere(
+            policy, points, config.first_seed, config.num_tasks, policy, nodes=_DEVICES, stages=1
+        )
     ]
 
 

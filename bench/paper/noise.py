@@ -20,7 +20,7 @@ _COLUMNS = [column for column in COLUMNS if column.title != "share of bound"]
 
 def runs(config: PaperConfig) -> list[Labelled]:
     """LeMix with exact knowledge and without."""
-    points, seeds = config.axis_points(), config.seeds
+    points, seeds = config.axis_points(), config.first_seed
     found = everywhere(BASELINE, points, seeds, config.num_tasks, BASELINE)
     for kind, changes in _KINDS.items():
         found += everywhere(f"{SUBJECT}{kind}", points, seeds, config.num_tasks, SUBJECT, **changes)

@@ -66,7 +66,7 @@ _COLUMNS = (
 def runs(config: PaperConfig) -> list[Labelled]:
     """Every variant at every rate of both kinds (at the highest when other axes have one place only); few sessions, for
     each is several requests, and with one seed of the policies that nothing is claimed of."""
-    num_sessions = max(1, config.num_tasks // 5)
+    num_sessions = max(1, config.num_tasks * (20 if config.full else 15) // 100)
     first = 0 if len(config.axis_rates) > 1 else -1
     return [
         labelled

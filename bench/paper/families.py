@@ -7,6 +7,7 @@ from bench.paper.ablation import ABLATION
 from bench.paper.data_parallel import DATA_PARALLEL
 from bench.paper.decode import DECODING
 from bench.paper.family import Family
+from bench.paper.forecast import FORECAST
 from bench.paper.grid import GRID
 from bench.paper.heterogeneity import HETEROGENEITY
 from bench.paper.memory import MEMORY_FAMILY
@@ -23,5 +24,5 @@ from bench.paper.week import WEEK
 #: In the order of the page.
 FAMILIES: tuple[Family, ...] = (
     GRID, STREAMS, POLICIES, DECODING, DATA_PARALLEL, ABLATION, TRENDS_FAMILY, SENSITIVITY, HETEROGENEITY, NOISE,
-    STRESS, SCHEDULES_FAMILY, MEMORY_FAMILY, WEEK, SESSIONS,
+    STRESS, SCHEDULES_FAMILY, MEMORY_FAMILY, WEEK, SESSIONS, FORECAST,
 )  # fmt: skip

@@ -86,7 +86,7 @@ class Run:
     policy: str
     seed: int
     num_tasks: int
-    options: tuple[tuple[str, float | int | bool], ...] = ()
+    options: tuple[tuple[str, float | int | bool | str], ...] = ()
     nodes: int = NODES
     stages: int = STAGES
     mode: str = PREFILL

@@ -9,6 +9,7 @@ from bench.paper.charts import Panel, Series, panels
 from bench.paper.claims import judged
 from bench.paper.config import SUBJECT, PaperConfig
 from bench.paper.family import Family, Labelled, Row, Shown
+from bench.paper.prediction import ttft_errors
 from bench.paper.scenario import DECODE, DECODE_BATCH, MAX_TRAINING_PARTS, NODE, Point, Run, configuration
 from bench.paper.series import grouped, over_seeds
 from bench.paper.variants import captioned, count, everywhere, policy_of
@@ -20,7 +21,7 @@ from services.node_agent.core.types import NodeCoreConfig
 from services.simulator.cluster import Simulation
 from services.simulator.conversations import CONVERSATIONS, draw
 from services.simulator.metrics import quantile
-from services.simulator.types import Microbatch, Request, SimulationResult, TaskRecord, VirtualNode
+from services.simulator.types import Microbatch, Request, SimulationResult, VirtualNode
 
 NAME = "sessions"
 #: LeMix with `sessions: false`.
@@ -146,7 +147,7 @@ def figures(run: Run, result: SimulationResult) -> dict[str, Any]:
         if record.first_token_s is not None
     ]
     ttfts_s = sorted(ttft_s for _, ttft_s in answered)
-    errors = _errors(run, result, answered)
+    errors = ttft_errors(result) if run.policy == SUBJECT else []  # LeMix alone predicts it
     saved_tokens = sum(record.cached_tokens for record, _ in answered)
     prompt_tokens = sum(record.work.prompt_tokens for record, _ in answered if isinstance(record.work, Request))
     return {
@@ -162,19 +163,6 @@ def figures(run: Run, result: SimulationResult) -> dict[str, Any]:
         "saved_tokens": saved_tokens,
         "saved_share": saved_tokens / max(1, prompt_tokens),
     }
-
-
-def _errors(run: Run, result: SimulationResult, answered: Sequence[tuple[TaskRecord, float]]) -> list[float]:
-    """Absolute error of every predicted time to first token as a share of the real one; LeMix alone predicts it."""
-    if run.policy != SUBJECT:
-        return []
-    predicted_s = {
-        decision.task_id: terms.response_s
-        for decision in result.decisions
-        for terms in decision.terms
-        if terms.node_id == decision.node_id
-    }
-    return [abs(predicted_s[record.work.task_id] - ttft_s) / ttft_s for record, ttft_s in answered]
 
 
 # ------------------------------------------------------------------------- the comparison

@@ -27,6 +27,9 @@ _ANY_LENGTH = 1 << 30
 #: A stress of this many times `open_at` opens nodes without waiting.
 _BURST = 2.0
 
+#: Nodes run ahead in one decision, the first ones looked at; arithmetic is enough to see that the others are no better.
+_MOST_AHEAD = 4
+
 _OPTIONS = {
     "slo_fraction": 0.5,
     "open_at": 1.0,
@@ -60,7 +63,8 @@ class LeMix:
     Training runs on one node per `backlog_s` of predicted work, on all of them when there is more than the core can
     see, and goes to the shortest stream. Its operations are cut to `cut` of the mean prefill where the runtime can do
     that (0: never cut). consistency: weight of length consistency (0-1) against stress. slo_units: promise assumed for
-    requests without one, in units of their response on an idle node.
+    requests without one, in units of their response on an idle node. forecast: "analytic", or "fast_forward" to predict
+    first tokens by running up to four nodes ahead.
     """
 
     queue_order = QueueOrder.INFERENCE_FIRST
@@ -72,7 +76,8 @@ class LeMix:
         values = check_options("lemix", options, _OPTIONS, ("forecast",))
         forecast = check_choice("lemix", options, "forecast", ("analytic", "fast_forward"))
         self._mirrors = forecast == "fast_forward"
-        self._predict = predict_ahead if self._mirrors else predict_response
+        #: Nodes that may still be run ahead in this decision.
+        self._num_ahead = 0
         self._slo_fraction = values["slo_fraction"]
         self._open_at = values["open_at"]
         self._dwell_s = values["dwell_s"]
@@ -103,6 +108,7 @@ class LeMix:
         self, now_s: float, live: LiveInference, candidates: Sequence[NodeState], cluster: Cluster
     ) -> Placement:
         """The first open node that keeps the promise with room to spare; else the least stressed."""
+        self._num_ahead = _MOST_AHEAD if self._mirrors else 0
         num_training = self._num_training(cluster) if cluster.backlog_s else 0
         open_nodes = candidates[: max(self._num_open, num_training)]
         looks: list[_Look] = []
@@ -147,7 +153,9 @@ class LeMix:
 
     def _look(self, now_s: float, live: LiveInference, node: NodeState, index: int, cluster: Cluster) -> _Look:
         cached_tokens = cluster.sessions.cached_tokens(live, node) if self._sessions else 0
-        response = self._predict(now_s, live, node, cluster, cached_tokens)
+        predict = predict_ahead if self._num_ahead > 0 else predict_response
+        self._num_ahead -= 1
+        response = predict(now_s, live, node, cluster, cached_tokens)
         ttft_s, tpot_s = self._promise(live, node, cluster)
         stress = (response.ttft_s + response.demoted_s) / ttft_s
         if live.task.max_tokens > 1:

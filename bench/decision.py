@@ -108,8 +108,10 @@ def latency() -> NodeLatency:
 
 
 def prepared_core(variant: str, nodes: int, committed: int, finished: int) -> SchedulerCore:
-    """A core with `nodes` nodes in full training, `committed` live requests and `finished` that ended. variant: a policy,
-    or LeMix and its forecast."""
+    """A core with `nodes` nodes in full training, `committed` live requests and `finished` that ended.
+
+    variant: a policy, or LeMix and its forecast.
+    """
     policy, _, forecast = variant.partition(", ")
     config = CoreConfig(
         policy=policy,

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from bench.paper.charts import Bar, BarColumn, bars
 from bench.paper.claims import judged
 from bench.paper.compare import place
 from bench.paper.config import BASELINE, SUBJECT, PaperConfig
@@ -12,12 +13,14 @@ from bench.paper.prediction import ttft_errors
 from bench.paper.scenario import DECODE, PREFILL, Run
 from bench.paper.series import geomean, grouped, over_seeds
 from bench.paper.variants import captioned, everywhere
+from bench.report.colors import policy_color
 from bench.report.table import percent
 from services.simulator.types import SimulationResult
 
 NAME = "forecast"
-ANALYTIC, AHEAD = "analytic", "fast_forward"
+_WAYS = ANALYTIC, AHEAD = ("analytic", "fast_forward")
 _MODES = (PREFILL, DECODE)
+_COLORS = ("#888888", policy_color(SUBJECT))
 
 
 class _Column(NamedTuple):
@@ -39,11 +42,17 @@ def runs(config: PaperConfig) -> list[Labelled]:
     points, seeds, num_tasks = config.axis_points(), config.first_seed, config.few_tasks
     found: list[Labelled] = []
     for mode in _MODES:
-        found += everywhere(BASELINE, points, seeds, num_tasks, BASELINE, mode=mode)
-        for label in (ANALYTIC, AHEAD):
-            options = () if label == ANALYTIC else ((NAME, label),)
-            found += everywhere(label, points, seeds, num_tasks, SUBJECT, options=options, mode=mode, also=figures)
+        found += everywhere(_label(mode, BASELINE), points, seeds, num_tasks, BASELINE, mode=mode)
+        for way in _WAYS:
+            options = () if way == ANALYTIC else ((NAME, way),)
+            found += everywhere(
+                _label(mode, way), points, seeds, num_tasks, SUBJECT, options=options, mode=mode, also=figures
+            )
     return found
+
+
+def _label(mode: str, way: str) -> str:
+    return f"{mode}, {way}"
 
 
 def figures(run: Run, result: SimulationResult) -> dict[str, Any]:
@@ -58,17 +67,15 @@ def figures(run: Run, result: SimulationResult) -> dict[str, Any]:
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Means over the points, by mode, way to predict and seed."""
-    baseline = {(row["mode"], row["seed"], place(row)): row for row in rows if row["label"] == BASELINE}
+    baseline = {(row["mode"], row["seed"], place(row)): row for row in rows if row["policy"] == BASELINE}
     by_seed = {
         key: _figures(group, baseline)
-        for key, group in grouped(rows, lambda row: (row["mode"], row["label"], row["seed"])).items()
-        if key[1] != BASELINE
+        for key, group in grouped(rows, lambda row: (row["label"], row["seed"])).items()
+        if group[0]["policy"] != BASELINE
     }
     cells = [
-        {"mode": mode, "label": label}
-        | {c.key: over_seeds(v[c.key] for k, v in by_seed.items() if k[:2] == (mode, label)) for c in _COLUMNS}
-        for mode in _MODES
-        for label in (ANALYTIC, AHEAD)
+        {"label": label} | {c.key: over_seeds(v[c.key] for k, v in by_seed.items() if k[0] == label) for c in _COLUMNS}
+        for label in dict.fromkeys(label for label, _ in by_seed)
     ]
     found = {
         "seeds": len({row["seed"] for row in rows}),
@@ -102,9 +109,9 @@ def _claim(mode: str, by_seed: Mapping[Any, Mapping[str, float]]) -> dict[str, A
         f"lemix, {mode}: mean error of the predicted TTFT, running nodes ahead over arithmetic",
         f"{NAME}.{error}",
         [
-            figures[error] / by_seed[mode, ANALYTIC, seed][error]
-            for (where, label, seed), figures in by_seed.items()
-            if (where, label) == (mode, AHEAD)
+            found[error] / by_seed[_label(mode, ANALYTIC), seed][error]
+            for (label, seed), found in by_seed.items()
+            if label == _label(mode, AHEAD)
         ],
         0.5,
         "{:.2f}×",
@@ -115,28 +122,40 @@ def _claim(mode: str, by_seed: Mapping[Any, Mapping[str, float]]) -> dict[str, A
 def tables(summary: Mapping[str, Any]) -> list[Shown]:
     """A row per mode and way to predict: medians over the seeds."""
     found = summary[NAME]
-    rows = [
-        (row["mode"], row["label"], *(column.form(row[column.key]["median"]) for column in _COLUMNS))
-        for row in found["rows"]
-    ]
+    rows = [(row["label"], *(column.form(row[column.key]["median"]) for column in _COLUMNS)) for row in found["rows"]]
     title = (
         f"Forecast · {found['points']} points, seeds: {found['seeds']}, up to {found['tasks_per_point']:,} tasks per "
         "point"
     )
-    return [Shown(title, ("", "", *(column.title for column in _COLUMNS)), rows)]
+    return [Shown(title, ("", *(column.title for column in _COLUMNS)), rows)]
 
 
 def sections(config: PaperConfig, summary: Mapping[str, Any]) -> list[str]:
     """The table."""
     del config
     (shown,) = tables(summary)
+    rows = summary[NAME]["rows"]
+    columns = [
+        BarColumn(title, [_bar(row[key]) for row in rows], form, strong=strong)
+        for title, key, form, strong in (
+            ("mean error of the predicted TTFT", "ttft_error_mean", "{:.1%}".format, None),
+            ("SLO attainment", "attainment", "{:.1%}".format, None),
+            ("throughput over separate clusters", "throughput_ratio", "{:.2f}×".format, 1.0),
+        )
+    ]
+    labels = [(row["label"], _COLORS[row["label"].endswith(AHEAD)]) for row in rows]
     return [
         "<h2>Forecast</h2><p>lemix predicts a request's first token by arithmetic from what a node holds "
         "(<i>analytic</i>), or by running a copy of the node's core ahead (<i>fast_forward</i>). The error, mean and "
         "median, is that of the time predicted at placement, as a share of what it came to; throughput is tasks per "
         "held node-second over separate clusters. The time of a decision is in the decision benchmark.</p>"
+        f'<div class="figure">{bars(labels, columns, "Forecast: error, attainment, throughput")}</div>'
         + captioned(shown)
     ]
+
+
+def _bar(value: Mapping[str, float]) -> Bar:
+    return Bar(value["low"], value["median"], value["high"])
 
 
 FORECAST = Family(NAME, runs, summarise, tables, sections)

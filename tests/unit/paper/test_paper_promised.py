@@ -122,6 +122,7 @@ def _training(arrival_s: float, *stage_s: float) -> Demand:
     ("tasks", "terms", "bound_s"),
     [
         ([], Terms(1.0, 0, 9.0), 0.0),
+        ([_request(0.0, 1.0)], Terms(1.0, 1, 1.0, 1.0), 1.0 + 10.0),  # the only way
         ([_request(0.0, 1.0)] * 2, Terms(1.0, 1, 9.0), 2.0 + 10.0),  # one after the other
         ([_request(0.0, 1.0)] * 2, Terms(1.0, 2, 9.0), 2.0 + 20.0),  # both at once
         ([_request(0.0, 1.0)] * 3, Terms(1.0, 2, 9.0), 3.0 + 20.0),  # the third may wait
@@ -160,6 +161,11 @@ def test_promises_cost_nodes_only_when_they_are_made() -> None:
 def test_terms_that_nobody_can_keep_are_told(terms: Terms) -> None:
     with pytest.raises(InfeasibleError):
         promised_node_s([_request(0.0, 1.0)] * 2, terms, nodes=2, hold_s=10.0)
+
+
+def test_an_end_must_be_named() -> None:
+    with pytest.raises(ValueError, match="makespan_s must be finite"):
+        promised_node_s([_request(0.0, 1.0)], Terms(1.0, 0, math.inf), nodes=2, hold_s=10.0)
 
 
 def test_a_program_has_the_cost_of_its_best_solution(capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,11 @@
 from lemix.client import Client
 from lemix.errors import ErrorCode, LemixError
 from lemix.types import (
+    Checkpoint,
+    CheckpointPolicy,
     Choice,
     ClusterStatus,
+    ExportedCheckpoint,
     FeedbackReceipt,
     FinishReason,
     Generation,
@@ -31,10 +34,13 @@ from lemix.types import (
 )
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointPolicy",
     "Choice",
     "Client",
     "ClusterStatus",
     "ErrorCode",
+    "ExportedCheckpoint",
     "FeedbackReceipt",
     "FinishReason",
     "Generation",

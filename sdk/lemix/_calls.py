@@ -101,7 +101,11 @@ def create_file(path_or_content: str | Path | bytes, filename: str) -> Call[type
 
 
 def create_job(
-    training_file: str, model: str, hyperparameters: types.Hyperparameters | None, request_id: str
+    training_file: str,
+    model: str,
+    hyperparameters: types.Hyperparameters | None,
+    request_id: str,
+    checkpoint: types.CheckpointPolicy | None = None,
 ) -> Call[types.TrainingJob]:
     """TrainingService.CreateJob."""
     return Call(
@@ -111,6 +115,7 @@ def create_job(
             training_file=training_file,
             hyperparameters=_convert.hyperparameters(hyperparameters),
             request_id=request_id or uuid.uuid4().hex,
+            checkpoint=_convert.checkpoint_policy(checkpoint),
         ),
         response=training_pb.CreateJobResponse,
         read=lambda message: _convert.job(message.job),
@@ -156,6 +161,47 @@ def watch_job(job_id: str, after_sequence: int) -> Call[types.JobEvent]:
         request=training_pb.WatchJobRequest(job_id=job_id, after_sequence=after_sequence),
         response=training_pb.WatchJobResponse,
         read=_convert.job_event,
+    )
+
+
+def save_checkpoint(job_id: str) -> Call[list[types.Checkpoint]]:
+    """TrainingService.SaveCheckpoint."""
+    return Call(
+        method=_TRAINING + "SaveCheckpoint",
+        request=training_pb.SaveCheckpointRequest(job_id=job_id),
+        response=training_pb.SaveCheckpointResponse,
+        read=lambda message: _convert.checkpoints(message.checkpoints),
+    )
+
+
+def list_checkpoints(job_id: str) -> Call[list[types.Checkpoint]]:
+    """TrainingService.ListCheckpoints."""
+    return Call(
+        method=_TRAINING + "ListCheckpoints",
+        request=training_pb.ListCheckpointsRequest(job_id=job_id),
+        response=training_pb.ListCheckpointsResponse,
+        read=lambda message: _convert.checkpoints(message.checkpoints),
+    )
+
+
+def export_checkpoint(checkpoint_id: str) -> Call[types.ExportedCheckpoint]:
+    """TrainingService.ExportCheckpoint."""
+    return Call(
+        method=_TRAINING + "ExportCheckpoint",
+        request=training_pb.ExportCheckpointRequest(checkpoint_id=checkpoint_id),
+        response=training_pb.ExportCheckpointResponse,
+        read=_convert.exported,
+    )
+
+
+def restore_checkpoint(checkpoint_id: str, node_id: str) -> Call[types.WeightVersion]:
+    """TrainingService.RestoreCheckpoint; repeated, it would undo what was trained in between."""
+    return Call(
+        method=_TRAINING + "RestoreCheckpoint",
+        request=training_pb.RestoreCheckpointRequest(checkpoint_id=checkpoint_id, node_id=node_id),
+        response=training_pb.RestoreCheckpointResponse,
+        read=lambda message: _convert.weight_version(message.version),
+        idempotent=False,
     )
 
 

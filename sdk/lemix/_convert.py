@@ -149,7 +149,46 @@ def job(message: types_pb2.TrainingJob) -> types.TrainingJob:
         trained_tokens=message.trained_tokens,
         last_loss=message.last_loss if message.HasField("last_loss") else None,
         steps_per_node=dict(message.steps_per_node),
+        unsaved_microbatches=message.unsaved_microbatches,
         error=LemixError.from_proto(message.error) if message.HasField("error") else None,
+    )
+
+
+def checkpoint_policy(policy: types.CheckpointPolicy | None) -> types_pb2.CheckpointPolicy | None:
+    """Raises LemixError INVALID_REQUEST for a number outside its range."""
+    if policy is None:
+        return None
+    try:
+        return types_pb2.CheckpointPolicy(every_steps=policy.every_steps, every_s=policy.every_s)
+    except (TypeError, ValueError) as error:
+        raise LemixError(ErrorCode.INVALID_REQUEST, f"checkpoint: {error}", param="checkpoint") from error
+
+
+def checkpoints(messages: Iterable[types_pb2.Checkpoint]) -> list[types.Checkpoint]:
+    """Several checkpoints."""
+    return [
+        types.Checkpoint(
+            checkpoint_id=message.checkpoint_id,
+            node_id=message.node_id,
+            created_unix_s=message.created_unix_s,
+            size_bytes=message.size_bytes,
+            trained_microbatches=dict(message.trained_microbatches),
+            reason=message.reason,
+            heldout_loss=message.heldout_loss if message.HasField("heldout_loss") else None,
+        )
+        for message in messages
+    ]
+
+
+def exported(message: training_pb.ExportCheckpointResponse) -> types.ExportedCheckpoint:
+    """Where an export lies."""
+    return types.ExportedCheckpoint(node_id=message.node_id, path=message.path)
+
+
+def weight_version(message: types_pb2.WeightVersion) -> types.WeightVersion:
+    """Identity of weights."""
+    return types.WeightVersion(
+        node_id=message.node_id, incarnation=message.incarnation, step=message.step, job_id=message.job_id
     )
 
 
@@ -228,10 +267,7 @@ def _usage(message: types_pb2.Usage) -> types.Usage:
 def _report(message: types_pb2.ServingReport) -> types.ServingReport:
     return types.ServingReport(
         node_id=message.node_id,
-        weight_versions=tuple(
-            types.WeightVersion(node_id=v.node_id, incarnation=v.incarnation, step=v.step, job_id=v.job_id)
-            for v in message.weight_versions
-        ),
+        weight_versions=tuple(weight_version(version) for version in message.weight_versions),
         staleness_s=message.staleness_s if message.HasField("staleness_s") else None,
         reference_loss=message.reference_loss if message.HasField("reference_loss") else None,
     )

@@ -97,11 +97,14 @@ class Client:
         *,
         model: str = "",
         hyperparameters: types.Hyperparameters | None = None,
+        checkpoint: types.CheckpointPolicy | None = None,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> types.TrainingJob:
         """Start training the served model on a stored file. Returns when the job is durable."""
-        return await self._unary(_calls.create_job(training_file, model, hyperparameters, request_id), timeout_s)
+        return await self._unary(
+            _calls.create_job(training_file, model, hyperparameters, request_id, checkpoint), timeout_s
+        )
 
     async def submit_training(
         self,
@@ -109,11 +112,14 @@ class Client:
         *,
         model: str = "",
         hyperparameters: types.Hyperparameters | None = None,
+        checkpoint: types.CheckpointPolicy | None = None,
         timeout_s: float | None = None,
     ) -> types.TrainingJob:
         """`upload_file`, then `create_job`."""
         stored = await self.upload_file(file, timeout_s=timeout_s)
-        return await self.create_job(stored.file_id, model=model, hyperparameters=hyperparameters, timeout_s=timeout_s)
+        return await self.create_job(
+            stored.file_id, model=model, hyperparameters=hyperparameters, checkpoint=checkpoint, timeout_s=timeout_s
+        )
 
     async def get_job(self, job_id: str, *, timeout_s: float | None = None) -> types.TrainingJob:
         """Raises LemixError NOT_FOUND."""
@@ -132,6 +138,32 @@ class Client:
     ) -> AsyncGenerator[types.JobEvent]:
         """Events of a job from `after_sequence` on, until it ends. timeout_s: an hour when None."""
         return self._stream(_calls.watch_job(job_id, after_sequence), timeout_s or DEFAULT_WATCH_TIMEOUT_S)
+
+    async def save_checkpoint(self, job_id: str, *, timeout_s: float | None = None) -> list[types.Checkpoint]:
+        """Save a checkpoint on every node that trained the job; returns when they are on disk.
+
+        Raises LemixError NOT_FOUND, CONFLICT (no node keeps checkpoints), RESOURCE_EXHAUSTED (disk full).
+        """
+        return await self._unary(_calls.save_checkpoint(job_id), timeout_s)
+
+    async def list_checkpoints(self, job_id: str = "", *, timeout_s: float | None = None) -> list[types.Checkpoint]:
+        """The newest first; job_id: only those that contain micro-batches of this job."""
+        return await self._unary(_calls.list_checkpoints(job_id), timeout_s)
+
+    async def export_checkpoint(
+        self, checkpoint_id: str, *, timeout_s: float | None = None
+    ) -> types.ExportedCheckpoint:
+        """Let its node write a checkpoint as a Hugging Face directory. Raises LemixError NOT_FOUND, CONFLICT."""
+        return await self._unary(_calls.export_checkpoint(checkpoint_id), timeout_s)
+
+    async def restore_checkpoint(
+        self, checkpoint_id: str, *, node_id: str = "", timeout_s: float | None = None
+    ) -> types.WeightVersion:
+        """Let a node (by default the one that saved it) go on from a checkpoint; returns the version that serves then.
+
+        Raises LemixError NOT_FOUND, CONFLICT (another model, or corrupted).
+        """
+        return await self._unary(_calls.restore_checkpoint(checkpoint_id, node_id), timeout_s)
 
     async def feedback(
         self,

@@ -165,6 +165,41 @@ class FakeLemix:
         event = types_pb2.JobEvent(sequence=1, created_unix_s=_NOW_UNIX_S, level="info", message="done", loss=1.0)
         return [training_pb.WatchJobResponse(event=event, job=job)] if request.after_sequence < 1 else []
 
+    def _SaveCheckpoint(self, request: training_pb.SaveCheckpointRequest) -> list[Any]:  # noqa: N802
+        self._job(request.job_id)
+        return [training_pb.SaveCheckpointResponse(checkpoints=self._checkpoints(request.job_id))]
+
+    def _ListCheckpoints(self, request: training_pb.ListCheckpointsRequest) -> list[Any]:  # noqa: N802
+        return [training_pb.ListCheckpointsResponse(checkpoints=self._checkpoints(request.job_id))]
+
+    def _ExportCheckpoint(self, request: training_pb.ExportCheckpointRequest) -> list[Any]:  # noqa: N802
+        self._check_checkpoint(request.checkpoint_id)
+        return [training_pb.ExportCheckpointResponse(node_id="fake-node", path="/checkpoints/exports/fake-node-1-1")]
+
+    def _RestoreCheckpoint(self, request: training_pb.RestoreCheckpointRequest) -> list[Any]:  # noqa: N802
+        self._check_checkpoint(request.checkpoint_id)
+        version = types_pb2.WeightVersion(node_id=request.node_id or "fake-node", incarnation=1, step=2)
+        return [training_pb.RestoreCheckpointResponse(version=version)]
+
+    def _checkpoints(self, job_id: str) -> list[types_pb2.Checkpoint]:
+        """One that holds every job."""
+        trained = {job.job_id: job.trained_microbatches for job in self._jobs.values()}
+        if not trained or (job_id and job_id not in trained):
+            return []
+        checkpoint = types_pb2.Checkpoint(
+            checkpoint_id="fake-node:1:1",
+            node_id="fake-node",
+            created_unix_s=_NOW_UNIX_S,
+            size_bytes=1,
+            trained_microbatches=trained,
+            reason="job_end",
+        )
+        return [checkpoint]
+
+    def _check_checkpoint(self, checkpoint_id: str) -> None:
+        if checkpoint_id not in {checkpoint.checkpoint_id for checkpoint in self._checkpoints("")}:
+            raise LemixError(ErrorCode.NOT_FOUND, f"no checkpoint {checkpoint_id!r}", param="checkpoint_id")
+
     def _SubmitFeedback(self, request: training_pb.SubmitFeedbackRequest) -> list[Any]:  # noqa: N802
         self.feedback.append(request)
         return [training_pb.SubmitFeedbackResponse(job_id="feedback", sequence=len(self.feedback))]

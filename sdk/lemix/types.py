@@ -227,8 +227,46 @@ class Hyperparameters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPolicy:
+    """When the nodes that train a job save checkpoints; None leaves it to the node.
+
+    every_steps: optimizer steps of a node between two. every_s: longest time that a step is in no checkpoint, seconds.
+    """
+
+    every_steps: int | None = None
+    every_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on a node. trained_microbatches: those it contains, by job. reason: why it was saved.
+
+    heldout_loss: nats per token on held-out examples, None when it was not measured.
+    """
+
+    checkpoint_id: str
+    node_id: str
+    created_unix_s: float
+    size_bytes: int
+    trained_microbatches: Mapping[str, int]
+    reason: str
+    heldout_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedCheckpoint:
+    """A Hugging Face directory that a node wrote; path: on that node."""
+
+    node_id: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingJob:
-    """A training job. last_loss: nats per token of the newest micro-batch. error: why it failed."""
+    """A training job. last_loss: nats per token of the newest micro-batch. error: why it failed.
+
+    unsaved_microbatches: of the trained ones, those that no checkpoint contains yet.
+    """
 
     job_id: str
     model: str
@@ -244,6 +282,7 @@ class TrainingJob:
     last_loss: float | None
     steps_per_node: Mapping[str, int] = field(default_factory=dict)
     error: LemixError | None = None
+    unsaved_microbatches: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,6 +75,24 @@ class _TrainingRoutes:
         found, more = await self._training.list_events(job_id, after, _integer(request, "limit", 20))
         return JSONResponse(_page([translate.event_object(job_id, item) for item in found], more))
 
+    async def save_checkpoint(self, request: Request) -> JSONResponse:
+        saved = await self._training.save_checkpoint(request.path_params["job_id"])
+        return JSONResponse(_page([translate.checkpoint_object(item) for item in saved], False))
+
+    async def list_checkpoints(self, request: Request) -> JSONResponse:
+        found = await self._training.list_checkpoints(request.path_params.get("job_id", ""))
+        return JSONResponse(_page([translate.checkpoint_object(item) for item in found], False))
+
+    async def export_checkpoint(self, request: Request) -> JSONResponse:
+        done = await self._training.export_checkpoint(request.path_params["checkpoint_id"])
+        return JSONResponse({"object": "checkpoint.export", "node_id": done.node_id, "path": done.path})
+
+    async def restore_checkpoint(self, request: Request) -> JSONResponse:
+        node_id = request.query_params.get("node_id", "")
+        version = await self._training.restore_checkpoint(request.path_params["checkpoint_id"], node_id)
+        name = f"{version.node_id}:{version.incarnation}:{version.step}"
+        return JSONResponse({"object": "checkpoint.restored", "node_id": version.node_id, "weight_version": name})
+
     async def feedback(self, request: Request) -> JSONResponse:
         body = await read_json(request, FeedbackBody)
         example = await asyncio.to_thread(translate.feedback_example, body, self._training.examples)
@@ -95,6 +113,11 @@ def training_routes(training: TrainingService) -> list[Route]:
         Route(jobs + "/{job_id}", handlers.get_job, methods=["GET"]),
         Route(jobs + "/{job_id}/cancel", handlers.cancel_job, methods=["POST"]),
         Route(jobs + "/{job_id}/events", handlers.events, methods=["GET"]),
+        Route(jobs + "/{job_id}/checkpoints", handlers.save_checkpoint, methods=["POST"]),
+        Route(jobs + "/{job_id}/checkpoints", handlers.list_checkpoints, methods=["GET"]),
+        Route("/v1/checkpoints", handlers.list_checkpoints, methods=["GET"]),
+        Route("/v1/checkpoints/{checkpoint_id}/export", handlers.export_checkpoint, methods=["POST"]),
+        Route("/v1/checkpoints/{checkpoint_id}/restore", handlers.restore_checkpoint, methods=["POST"]),
         Route("/v1/feedback", handlers.feedback, methods=["POST"]),
     ]
 

@@ -165,6 +165,13 @@ class MethodBody(Strict):
     supervised: SupervisedBody | None = None
 
 
+class CheckpointBody(Strict):
+    """When nodes save checkpoints."""
+
+    every_steps: StrictInt | None = None
+    every_s: Number | None = None
+
+
 class LemixTraining(Strict):
     """Our extension of jobs; meanings and defaults as in types.proto."""
 
@@ -175,6 +182,7 @@ class LemixTraining(Strict):
     warmup_steps: StrictInt | None = None
     weight_decay: Number | None = None
     max_grad_norm: Number | None = None
+    checkpoint: CheckpointBody | None = None
 
 
 class JobBody(Body):

@@ -122,6 +122,32 @@ class TrainingHandlers(training_grpc.TrainingServiceServicer):
         receipt = await self._training.submit_feedback(request.model, example, request.request_id)
         return training_pb.SubmitFeedbackResponse(job_id=receipt.job_id, sequence=receipt.sequence)
 
+    async def SaveCheckpoint(  # noqa: N802
+        self, request: training_pb.SaveCheckpointRequest, context: Context
+    ) -> training_pb.SaveCheckpointResponse:
+        """Checkpoints of the nodes that trained a job."""
+        return training_pb.SaveCheckpointResponse(checkpoints=await self._training.save_checkpoint(request.job_id))
+
+    async def ListCheckpoints(  # noqa: N802
+        self, request: training_pb.ListCheckpointsRequest, context: Context
+    ) -> training_pb.ListCheckpointsResponse:
+        """Checkpoints there are."""
+        return training_pb.ListCheckpointsResponse(checkpoints=await self._training.list_checkpoints(request.job_id))
+
+    async def ExportCheckpoint(  # noqa: N802
+        self, request: training_pb.ExportCheckpointRequest, context: Context
+    ) -> training_pb.ExportCheckpointResponse:
+        """A Hugging Face directory of a checkpoint."""
+        done = await self._training.export_checkpoint(request.checkpoint_id)
+        return training_pb.ExportCheckpointResponse(node_id=done.node_id, path=done.path)
+
+    async def RestoreCheckpoint(  # noqa: N802
+        self, request: training_pb.RestoreCheckpointRequest, context: Context
+    ) -> training_pb.RestoreCheckpointResponse:
+        """A node goes on from a checkpoint."""
+        version = await self._training.restore_checkpoint(request.checkpoint_id, request.node_id)
+        return training_pb.RestoreCheckpointResponse(version=version)
+
 
 class ClusterHandlers(cluster_grpc.ClusterServiceServicer):
     """lemix.v1.ClusterService."""

@@ -154,6 +154,31 @@ class TrainingService:
                 newest.append(message.event)
         return list(reversed(newest))[:limit], len(newest) > limit
 
+    async def save_checkpoint(self, job_id: str) -> list[types_pb2.Checkpoint]:
+        """Raises NOT_FOUND, CONFLICT, RESOURCE_EXHAUSTED, NODE_LOST, DEADLINE_EXCEEDED."""
+        check_required_id(job_id, "job_id")
+        request = pb.SaveCheckpointRequest(job_id=job_id)
+        return list((await call(self._stub.SaveCheckpoint, request, self._upload_timeout_s)).checkpoints)
+
+    async def list_checkpoints(self, job_id: str = "") -> list[types_pb2.Checkpoint]:
+        """The newest first; of one job if it is named."""
+        check_id(job_id, "job_id")
+        request = pb.ListCheckpointsRequest(job_id=job_id)
+        return list((await call(self._stub.ListCheckpoints, request, self._timeout_s)).checkpoints)
+
+    async def export_checkpoint(self, checkpoint_id: str) -> pb.ExportCheckpointResponse:
+        """Raises NOT_FOUND, CONFLICT, RESOURCE_EXHAUSTED, NODE_LOST, DEADLINE_EXCEEDED."""
+        check_required_id(checkpoint_id, "checkpoint_id")
+        request = pb.ExportCheckpointRequest(checkpoint_id=checkpoint_id)
+        return await call(self._stub.ExportCheckpoint, request, self._upload_timeout_s)
+
+    async def restore_checkpoint(self, checkpoint_id: str, node_id: str) -> types_pb2.WeightVersion:
+        """Raises NOT_FOUND, CONFLICT, UNAVAILABLE (the node is away), DEADLINE_EXCEEDED."""
+        check_required_id(checkpoint_id, "checkpoint_id")
+        check_id(node_id, "node_id")
+        request = pb.RestoreCheckpointRequest(checkpoint_id=checkpoint_id, node_id=node_id)
+        return (await call(self._stub.RestoreCheckpoint, request, self._upload_timeout_s)).version
+
     async def submit_feedback(
         self, model: str, example: work_pb2.TrainingExample, request_id: str
     ) -> pb.SubmitFeedbackResponse:

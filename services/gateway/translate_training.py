@@ -5,7 +5,7 @@ from typing import Any
 from lemix.errors import LemixError
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
-from services.gateway.schemas import FeedbackBody, HyperparametersBody, JobBody
+from services.gateway.schemas import CheckpointBody, FeedbackBody, HyperparametersBody, JobBody
 from services.gateway.training_examples import ExampleBuilder
 from services.gateway.translate import turns
 from services.gateway.validation import invalid
@@ -46,11 +46,21 @@ def job_request(body: JobBody, request_id: str) -> training_service_pb2.CreateJo
         training_file=body.training_file,
         hyperparameters=_hyperparameters(body, body.hyperparameters or in_method or HyperparametersBody()),
         request_id=request_id,
+        checkpoint=_checkpoint_policy(body.lemix.checkpoint),
     )
 
 
+def _checkpoint_policy(body: CheckpointBody | None) -> types_pb2.CheckpointPolicy | None:
+    if body is None:
+        return None
+    try:
+        return types_pb2.CheckpointPolicy(**body.model_dump(exclude_none=True))
+    except ValueError as error:  # a number outside its protobuf type
+        raise invalid(f"lemix.checkpoint is out of range: {error}", "lemix.checkpoint") from error
+
+
 def _hyperparameters(body: JobBody, openai: HyperparametersBody) -> types_pb2.Hyperparameters:
-    values: dict[str, Any] = body.lemix.model_dump(exclude={"kind"}, exclude_none=True)
+    values: dict[str, Any] = body.lemix.model_dump(exclude={"kind", "checkpoint"}, exclude_none=True)
     multiplier = openai.learning_rate_multiplier
     if multiplier not in (None, "auto"):
         if "learning_rate" in values:
@@ -104,6 +114,7 @@ def _job_extension(job: types_pb2.TrainingJob) -> dict[str, Any]:
         "num_examples": job.num_examples,
         "total_microbatches": job.total_microbatches,
         "trained_microbatches": job.trained_microbatches,
+        "unsaved_microbatches": job.unsaved_microbatches,
         "trained_tokens": job.trained_tokens,
         "last_loss": job.last_loss if job.HasField("last_loss") else None,
         "steps_per_node": dict(sorted(job.steps_per_node.items())),
@@ -113,6 +124,20 @@ def _job_extension(job: types_pb2.TrainingJob) -> dict[str, Any]:
         "warmup_steps": values.warmup_steps,
         "weight_decay": values.weight_decay,
         "max_grad_norm": values.max_grad_norm,
+    }
+
+
+def checkpoint_object(checkpoint: types_pb2.Checkpoint) -> dict[str, Any]:
+    """A checkpoint; its id is the weights version it holds."""
+    return {
+        "id": checkpoint.checkpoint_id,
+        "object": "checkpoint",
+        "created_at": int(checkpoint.created_unix_s),
+        "node_id": checkpoint.node_id,
+        "bytes": checkpoint.size_bytes,
+        "reason": checkpoint.reason,
+        "trained_microbatches": dict(sorted(checkpoint.trained_microbatches.items())),
+        "heldout_loss": checkpoint.heldout_loss if checkpoint.HasField("heldout_loss") else None,
     }
 
 

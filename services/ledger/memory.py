@@ -181,19 +181,23 @@ class MemoryLedger:
         """Tasks assigned to a node and not done."""
         return [work_pb2.WorkItem.FromString(item) for item in self._store.node_stream(node_id).entries.values()]
 
-    async def take_back(self, node_id: str, *, token: int) -> list[work_pb2.WorkItem]:
+    async def take_back(self, node_id: str, *, token: int, keep_training: bool = False) -> list[work_pb2.WorkItem]:
         """Return a lost node's tasks to the global stream."""
         self._check_token(token)
         stream = self._store.node_stream(node_id)
         taken = []
-        for entry in list(stream.entries):
-            item = work_pb2.WorkItem.FromString(stream.remove(entry) or b"")
+        for entry, stored in list(stream.entries.items()):
+            item = work_pb2.WorkItem.FromString(stored)
+            if keep_training and item.HasField("training"):
+                continue
+            stream.remove(entry)
             task = self._store.task(item.task_id)
             if task is not None and (task.state, task.node_id, task.entry) == (TaskState.ASSIGNED, node_id, entry):
                 again = self._store.global_stream.add(item.SerializeToString())
                 self._store.tasks[item.task_id] = _Task(TaskState.WAITING, entry=again)
                 taken.append(item)
-        self._store.nodes.discard(node_id)
+        if not stream.entries:
+            self._store.nodes.discard(node_id)
         return taken
 
     async def record(self, task_id: str) -> TaskRecord | None:

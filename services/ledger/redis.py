@@ -120,11 +120,13 @@ class RedisLedger:
         """Tasks assigned to a node and not done."""
         return [item for _, item in await self._entries(node_id)]
 
-    async def take_back(self, node_id: str, *, token: int) -> list[work_pb2.WorkItem]:
+    async def take_back(self, node_id: str, *, token: int, keep_training: bool = False) -> list[work_pb2.WorkItem]:
         """Return a lost node's tasks to the global stream."""
         taken: list[work_pb2.WorkItem] = []
         while True:
             entries = await self._entries(node_id)
+            if keep_training:
+                entries = [(entry, item) for entry, item in entries if not item.HasField("training")]
             reply = await self._run(
                 scripts.TAKE_BACK,
                 [

@@ -117,9 +117,10 @@ class Ledger(Protocol):
         """Tasks assigned to a node and not done, in the order assigned. Does not change anything."""
         ...
 
-    async def take_back(self, node_id: str, *, token: int) -> list[work_pb2.WorkItem]:
+    async def take_back(self, node_id: str, *, token: int, keep_training: bool = False) -> list[work_pb2.WorkItem]:
         """Empty a lost node's stream: atomically return its unfinished tasks to the global stream as WAITING.
 
+        keep_training: micro-batches stay; the node that trained them may come back from a checkpoint.
         Returns them in the order they were assigned; they will be read by `read_global`. Raises StaleToken.
         """
         ...

@@ -8,12 +8,15 @@ from typing import Any
 import grpc.aio
 import structlog
 
+from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from lemix.internal.v1 import node_agent_service_pb2_grpc as node_grpc
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.internal.v1 import work_pb2
 from services.ledger import Ledger
 from services.node_agent import metrics
+from services.node_agent.checkpoint_store import CheckpointStore
+from services.node_agent.checkpoints import Checkpointer, CheckpointLimits
 from services.node_agent.config import NodeAgentSettings
 from services.node_agent.core.types import NodeCoreConfig, QueueOrder
 from services.node_agent.engine.base import Engine
@@ -25,6 +28,7 @@ from services.node_agent.session import SchedulerSession, Vitals
 from services.node_agent.stop_texts import StopTexts
 from services.node_agent.tokens import TokenHub
 from services.node_agent.weights import WeightSync
+from services.runtime.app import StartupError
 from services.runtime.clock import Clock
 from services.runtime.grpc_server import GrpcServer
 
@@ -55,8 +59,11 @@ class NodeAgent:
         self._engine = engine
         self._fingerprint = fingerprint
         self._clock = clock
+        store = _checkpoint_store(settings)
         # Rises with every start; the lower 32 bits of the seconds will do so until the year 2106.
         self.incarnation = int(clock.unix_s()) & 0xFFFFFFFF
+        if store is not None:
+            self.incarnation = max(self.incarnation, store.newest_incarnation() + 1)
         self._server = GrpcServer(settings.listen)
         self._hub = TokenHub(clock, settings.token_ttl_s, settings.token_flush_s)
         self._loop = AgentLoop(
@@ -78,6 +85,7 @@ class NodeAgent:
             trace_flush_s=settings.trace_flush_s,
             welcome_timeout_s=settings.welcome_timeout_s,
         )
+        self._checkpoints = None if store is None else self._checkpointer(store)
         self._intake = Intake(
             node_id=settings.node_id,
             ledger=ledger,
@@ -88,6 +96,7 @@ class NodeAgent:
             clock=clock,
             max_tasks=settings.max_inflight_inference + settings.max_queued_training,
             report=self._session.report_outcome,
+            checkpoints=self._checkpoints,
         )
         self._weights = WeightSync(
             loop=self._loop,
@@ -100,6 +109,24 @@ class NodeAgent:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._draining = False
+
+    def _checkpointer(self, store: CheckpointStore) -> Checkpointer:
+        settings = self._settings
+        limits = CheckpointLimits(
+            every_steps=settings.checkpoint_every_steps,
+            every_s=settings.checkpoint_every_s,
+            max_unsaved=settings.max_unsaved_microbatches,
+            give_up_s=settings.checkpoint_give_up_s,
+        )
+        return Checkpointer(
+            store=store,
+            loop=self._loop,
+            incarnation=self.incarnation,
+            clock=self._clock,
+            limits=limits,
+            finish=lambda outcome: self._intake.finish(outcome),
+            report=self._session.report_checkpoint,
+        )
 
     # ------------------------------------------------------------- life cycle
 
@@ -114,16 +141,24 @@ class NodeAgent:
         return self._loop.broken
 
     async def start(self) -> None:
-        """Listen, then join the scheduler. Raises StartupError when the port is taken."""
+        """Listen, go on from the newest checkpoint, then join the scheduler.
+
+        Raises StartupError when the port is taken, or the checkpoints are of another model or cannot be loaded.
+        """
         servicer = NodeAgentServicer(
             hub=self._hub, weights=self._weights, measurer=self._measurer, node_info=self._node_info
         )
         self._server.add(node_grpc.add_NodeAgentServiceServicer_to_server, servicer, FULL_NAME)
         await self._server.start()
         self._loop.start()
+        if self._checkpoints is not None:
+            await _restore(self._checkpoints)
         await self._server.set_ready(True)
         _log.info("listening", address=self._server.address)
-        for work in (self._session.run(), self._take_work(), self._intake.run_finisher(), self._watch()):
+        loops = [self._session.run(), self._take_work(), self._intake.run_finisher(), self._watch()]
+        if self._checkpoints is not None:
+            loops.append(self._checkpoints.run())
+        for work in loops:
             task = asyncio.create_task(work)
             task.add_done_callback(self._task_ended)
             self._tasks.append(task)
@@ -148,6 +183,13 @@ class NodeAgent:
     async def _finish_all(self) -> None:
         """Until every task has its outcome in the ledger and the scheduler has been told."""
         await self._intake.wait_empty()
+        if self._checkpoints is not None and self._checkpoints.num_unsaved:
+            try:
+                await self._checkpoints.save("shutdown")
+            except LemixError:
+                # It was reported. What no checkpoint has is trained again by whoever restores the one before.
+                return
+            await self._intake.wait_empty()
         await self._session.wait_told()
 
     async def stop(self) -> None:
@@ -157,6 +199,8 @@ class NodeAgent:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._loop.stop()
+        if self._checkpoints is not None:
+            await self._checkpoints.close()
         await self._intake.flush(_FLUSH_S)
         self._hub.end_all()
         await self._server.stop(self._settings.shutdown_grace_s)
@@ -176,6 +220,7 @@ class NodeAgent:
             metrics.WAITING.labels(node, "inference").set(state.waiting_requests)
             metrics.WAITING.labels(node, "training").set(state.waiting_microbatches)
             metrics.WEIGHT_STEP.labels(node).set(state.versions[0])
+            metrics.UNSAVED.labels(node).set(0 if self._checkpoints is None else self._checkpoints.num_unsaved)
             for stage, length in enumerate(state.queue_lengths):
                 metrics.QUEUE_LENGTH.labels(node, stage).set(length)
             await asyncio.sleep(1.0)
@@ -202,6 +247,11 @@ class NodeAgent:
         """See loop.Listener."""
         if outcome.HasField("inference"):
             self._hub.finish(outcome.task_id, outcome.inference)
+        elif self._checkpoints is not None and not outcome.training.HasField("error"):
+            self._checkpoints.hold_back(outcome)
+            self._intake.held_back()
+            self._session.report_trained(outcome)
+            return
         self._intake.finish(outcome)
 
     # ------------------------------------------------------------- what the scheduler commands
@@ -215,6 +265,9 @@ class NodeAgent:
             raise ValueError(f"a lease of {welcome.lease_s} s makes no sense")
         self._loop.set_queue_order(QueueOrder(welcome.queue_order))
         self._intake.newest_token = welcome.fencing_token
+        if self._checkpoints is not None:
+            for outcome in self._checkpoints.unsaved():
+                self._session.report_trained(outcome)
         self._welcomed.set()
 
     def on_cancel(self, task_id: str) -> None:
@@ -228,6 +281,15 @@ class NodeAgent:
     def on_apply_weights(self, command: scheduler_pb2.ApplyWeights) -> None:
         """See session.Commands."""
         self._weights.start_apply(command.sync_id, command.mode, command.source_addresses)
+
+    def on_checkpoint(self, command: scheduler_pb2.CheckpointCommand) -> None:
+        """See session.Commands."""
+        if self._checkpoints is not None:
+            self._checkpoints.start(command)
+            return
+        error = LemixError(ErrorCode.CONFLICT, f"node {self._settings.node_id} keeps no checkpoints")
+        report = scheduler_pb2.CheckpointReport(request_id=command.request_id, error=error.to_proto())
+        self._session.report_checkpoint(report)
 
     # ------------------------------------------------------------- what the node is
 
@@ -255,6 +317,9 @@ class NodeAgent:
             max_inflight_training=settings.max_inflight_training,
             weight_handling=settings.weight_handling,
             gradient_buffers=settings.gradient_buffers,
+            keeps_checkpoints=self._checkpoints is not None,
+            checkpoints=() if self._checkpoints is None else self._checkpoints.held(),
+            restore_note="" if self._checkpoints is None else self._checkpoints.note,
         )
 
     def _vitals(self) -> Vitals:
@@ -288,3 +353,24 @@ def _core_config(settings: NodeAgentSettings) -> NodeCoreConfig:
         weight_handling=settings.weight_handling,
         gradient_buffers=settings.gradient_buffers,
     )
+
+
+def _checkpoint_store(settings: NodeAgentSettings) -> CheckpointStore | None:
+    """Raises StartupError naming a directory that cannot be used."""
+    if not settings.checkpoint_directory:
+        return None
+    try:
+        directory, model_path = Path(settings.checkpoint_directory), Path(settings.model_path)
+        store = CheckpointStore(directory, settings.node_id, model_path, keep=settings.checkpoint_keep)
+        store.prepare()
+    except (OSError, ValueError) as error:
+        raise StartupError(f"checkpoint_directory {settings.checkpoint_directory}: {error}") from error
+    return store
+
+
+async def _restore(checkpoints: Checkpointer) -> None:
+    try:
+        await checkpoints.restore_newest()
+    except LemixError as error:
+        advice = "name another checkpoint_directory, or remove it there, to begin from the model directory"
+        raise StartupError(f"{error.message}; {advice}") from error

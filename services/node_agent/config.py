@@ -77,6 +77,21 @@ class NodeAgentSettings(ServiceSettings):
     #: offloads yet, only the simulator does.
     stage_memory_bytes: int = Field(0, ge=0)
 
+    #: Folder of checkpoints, one folder per node in it; may be shared by all nodes. Empty: none are saved, and what was
+    #: trained on a node that dies is lost.
+    checkpoint_directory: str = ""
+    #: Checkpoints that stay, the newest.
+    checkpoint_keep: int = Field(2, ge=1, le=100)
+    #: Optimizer steps of a job between two checkpoints, unless the job says otherwise. 0: no limit.
+    checkpoint_every_steps: int = Field(100, ge=0)
+    #: Longest time that a step is in no checkpoint, seconds, unless the job says otherwise. 0: no limit.
+    checkpoint_every_s: float = Field(60.0, ge=0.0)
+    #: Micro-batches that may be in no checkpoint; with so many a checkpoint is due and no further one is started.
+    max_unsaved_microbatches: int = Field(512, ge=1, le=100_000)
+    #: When checkpoints have failed for so long (disk full), seconds, training goes on without: what is in none would be
+    #: lost with the node.
+    checkpoint_give_up_s: float = Field(60.0, ge=0.0)
+
     #: A stage worker that does not answer an op (or one measurement) for this long is given up, and the node with it.
     op_timeout_s: float = Field(600.0, gt=0.0)
     #: Longest time a trace waits for others before it is sent, seconds.

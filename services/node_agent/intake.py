@@ -14,6 +14,7 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import work_pb2
 from services.ledger import Delivery, Ledger, LedgerUnavailable, TaskState
 from services.node_agent import metrics
+from services.node_agent.checkpoints import Checkpointer
 from services.node_agent.convert import microbatch_from_proto, refusal_to_proto, request_from_proto
 from services.node_agent.engine.base import ModelInfo
 from services.node_agent.loop import AgentLoop
@@ -47,6 +48,7 @@ class Intake:
         clock: Clock,
         max_tasks: int,
         report: Report,
+        checkpoints: Checkpointer | None = None,
     ) -> None:
         self._node_id = node_id
         self._ledger = ledger
@@ -57,6 +59,11 @@ class Intake:
         self._clock = clock
         self._max_tasks = max_tasks
         self._report = report
+        self._checkpoints = checkpoints
+        #: Micro-batches that wait for a checkpoint before they are started; bounded like all that is taken.
+        self._waiting: dict[str, work_pb2.WorkItem] = {}
+        if checkpoints is not None:
+            checkpoints.on_room = self._start_waiting
         #: Newest fencing token seen.
         self.newest_token = 0
         # Task id -> newest entry of its delivery, until its outcome is in the ledger.
@@ -70,11 +77,25 @@ class Intake:
         """Tasks taken whose outcome is not in the ledger yet."""
         return len(self._entries)
 
+    @property
+    def _num_held_back(self) -> int:
+        return 0 if self._checkpoints is None else self._checkpoints.num_unsaved
+
+    def held_back(self) -> None:
+        """One more task waits for nothing but a checkpoint."""
+        self._changed.set()
+
     # ------------------------------------------------------------- from the session and the loop
 
     def cancel(self, task_id: str) -> None:
         """Drop a task. One that has not been read yet is finished as cancelled when it comes."""
-        if not self._loop.cancel(task_id) and task_id not in self._entries:
+        waiting = self._waiting.pop(task_id, None)
+        if waiting is not None:
+            error = LemixError(ErrorCode.CANCELLED, "cancelled before it was started")
+            self.finish(refusal_to_proto(waiting, error, node_id=self._node_id))
+        elif self._checkpoints is not None and self._checkpoints.release(task_id):
+            return
+        elif not self._loop.cancel(task_id) and task_id not in self._entries:
             self._early_cancels[task_id] = None
             while len(self._early_cancels) > _MAX_EARLY_CANCELS:
                 self._early_cancels.popitem(last=False)
@@ -89,7 +110,7 @@ class Intake:
     async def run_reader(self) -> None:
         """Take work until cancelled."""
         while True:
-            free = self._max_tasks - len(self._entries)
+            free = self._max_tasks - (len(self._entries) - self._num_held_back)
             if free <= 0 or not self._loop.accepts_work:
                 await self._wait_for_room()
                 continue
@@ -130,6 +151,24 @@ class Intake:
             return
         self.newest_token = max(self.newest_token, item.fencing_token)
         self._entries[item.task_id] = delivery.entry_id
+        if self._checkpoints is None or not item.HasField("training"):
+            self._start_or_refuse(item)
+            return
+        known = self._checkpoints.known_outcome(item.task_id)
+        if known is not None:
+            self.finish(known)  # the checkpoint this node started from contains it
+        elif self._waiting or self._checkpoints.is_full:
+            self._waiting[item.task_id] = item
+        else:
+            self._start_or_refuse(item)
+
+    def _start_waiting(self) -> None:
+        """A checkpoint was saved."""
+        while self._waiting and self._checkpoints is not None and not self._checkpoints.is_full:
+            self._start_or_refuse(self._waiting.pop(next(iter(self._waiting))))
+        self._changed.set()
+
+    def _start_or_refuse(self, item: work_pb2.WorkItem) -> None:
         try:
             self._start(item)
         except LemixError as error:
@@ -170,6 +209,8 @@ class Intake:
                 self._hub.begin(item.task_id)
                 self._loop.add_request(task, request)
             case "training":
+                if self._checkpoints is not None:
+                    self._checkpoints.expect(item.training)
                 self._loop.add_microbatch(*microbatch_from_proto(item.task_id, item.training, self._info, now_s=now_s))
             case _:
                 raise LemixError(ErrorCode.UNSUPPORTED, "the node does not know this kind of work")
@@ -177,8 +218,8 @@ class Intake:
     # ------------------------------------------------------------- finishing
 
     async def wait_empty(self) -> None:
-        """Until every task taken has its outcome in the ledger."""
-        while self._entries:
+        """Until every task taken has its outcome in the ledger, or waits for nothing but a checkpoint."""
+        while len(self._entries) > self._num_held_back:
             self._changed.clear()
             await self._changed.wait()
 
@@ -212,6 +253,8 @@ class Intake:
         await self._finish(outcome)
         self._finished.popleft()
         del self._entries[outcome.task_id]
+        if self._checkpoints is not None:
+            self._checkpoints.confirmed(outcome.task_id)
         self._changed.set()
 
     async def _finish(self, outcome: work_pb2.WorkOutcome) -> None:

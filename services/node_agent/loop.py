@@ -6,7 +6,7 @@ Everything here runs on one asyncio loop and `_step` never awaits, so events rea
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,7 +38,7 @@ from services.node_agent.core.types import (
     Tick,
     TrainingMicrobatch,
 )
-from services.node_agent.engine.base import StageOp, StageResult, StageWorker
+from services.node_agent.engine.base import OptimizerSpec, StageOp, StageResult, StageWorker
 from services.node_agent.payloads import PayloadBuilder
 from services.node_agent.stage_runner import StageRunner
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
@@ -154,6 +154,15 @@ class AgentLoop:
     def runners(self) -> Sequence[StageRunner]:
         """Stage 0 first; for measurements."""
         return self._runners
+
+    @property
+    def optimizers(self) -> Mapping[str, OptimizerSpec]:
+        """Jobs whose optimizer state the stages keep."""
+        return self._payloads.optimizers
+
+    def adopt_optimizers(self, optimizers: Mapping[str, OptimizerSpec]) -> None:
+        """The stages have restored these jobs' optimizer states."""
+        self._payloads.adopt(optimizers)
 
     def snapshot(self) -> NodeSnapshot:
         """Counts for heartbeats and metrics."""

@@ -21,6 +21,8 @@ TRACES_DROPPED = prometheus.Counter("lemix_node_traces_dropped_total", "Traces d
 REPORTS_DROPPED = prometheus.Counter(
     "lemix_node_reports_dropped_total", "Reports dropped while the scheduler was away; outcomes stay in the ledger"
 )
+CHECKPOINTS = prometheus.Counter("lemix_node_checkpoints_total", "Checkpoints", ["result"])
+UNSAVED = prometheus.Gauge("lemix_node_unsaved_microbatches", "Micro-batches trained that no checkpoint has", ["node"])
 
 # Looking a child up by its labels costs more than counting does; what is counted with every op is looked up once.
 ops = cache(OPS.labels)

@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import repeat
 
@@ -128,6 +129,15 @@ class PayloadBuilder:
         for job_id in jobs:
             del self._optimizers[job_id]
         return jobs
+
+    @property
+    def optimizers(self) -> Mapping[str, OptimizerSpec]:
+        """Jobs whose optimizer state the stages keep."""
+        return self._optimizers
+
+    def adopt(self, optimizers: Mapping[str, OptimizerSpec]) -> None:
+        """The stages have restored the optimizer state of these jobs. Others that train here begin anew."""
+        self._optimizers = OrderedDict({**self._optimizers, **optimizers})
 
     # ------------------------------------------------------------- internals
 

@@ -47,6 +47,9 @@ class Commands(Protocol):
     def on_apply_weights(self, command: scheduler_pb2.ApplyWeights) -> None:
         """Phase two of a synchronisation."""
 
+    def on_checkpoint(self, command: scheduler_pb2.CheckpointCommand) -> None:
+        """Save, restore or export a checkpoint."""
+
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
@@ -126,6 +129,14 @@ class SchedulerSession:
         """Report the end of a phase of a synchronisation."""
         self._report(scheduler_pb2.NodeSessionRequest(sync_finished=finished))
 
+    def report_trained(self, outcome: work_pb2.WorkOutcome) -> None:
+        """Report a micro-batch that is trained and in no checkpoint."""
+        self._report(scheduler_pb2.NodeSessionRequest(trained=outcome))
+
+    def report_checkpoint(self, report: scheduler_pb2.CheckpointReport) -> None:
+        """Report what became of a checkpoint."""
+        self._report(scheduler_pb2.NodeSessionRequest(checkpoint=report))
+
     def _report(self, message: scheduler_pb2.NodeSessionRequest) -> None:
         if len(self._reports) >= _MAX_REPORTS:
             self._reports.popleft()
@@ -194,6 +205,8 @@ class SchedulerSession:
                 self._commands.on_take_snapshot(message.take_snapshot.sync_id)
             case "apply_weights":
                 self._commands.on_apply_weights(message.apply_weights)
+            case "checkpoint":
+                self._commands.on_checkpoint(message.checkpoint)
             case other:
                 _log.warning("unknown command", command=other)
 

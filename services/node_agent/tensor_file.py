@@ -99,7 +99,8 @@ def write_tensors(
     The file appears under its name only when it is complete. Raises OSError, or ValueError when the pieces of a tensor
     do not add up to its size.
     """
-    header: dict[str, object] = {}
+    # Whoever loads a model wants to know for which library it was written.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     sizes: dict[str, int] = {}
     end = 0
     for name, dtype, shape in tensors:

@@ -64,6 +64,11 @@ class SchedulerSettings(ServiceSettings):
     profile_timeout_s: float = Field(600.0, gt=0.0)
     #: A node without a sign of life for this long is lost, seconds.
     node_lease_s: float = Field(5.0, gt=0.0)
+    #: How long what a lost node has trained since its newest checkpoint, and was to train next, waits for it, seconds;
+    #: then other nodes train it. Nodes without checkpoints are not waited for. 0: none is.
+    node_return_s: float = Field(60.0, ge=0.0)
+    #: Longest wait for a node that saves, restores or exports a checkpoint, seconds.
+    checkpoint_timeout_s: float = Field(120.0, gt=0.0)
     #: JSON lines of every event of the core and what came of it. Empty: none.
     event_log_path: str = ""
     #: Events waiting for the core; traces are dropped when half of it is taken.

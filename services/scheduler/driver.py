@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -55,6 +56,7 @@ from services.scheduler.inbox import (
     Offered,
     Told,
     Traced,
+    Trained,
 )
 from services.scheduler.nodes import NodeRegistry
 
@@ -101,6 +103,14 @@ class TrainingJobs(Protocol):
         """It ended. May come twice. Returns what the core must hear."""
         ...
 
+    def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
+        """It was trained and is in no checkpoint yet: it ends with one, or is held again. May come twice."""
+        ...
+
+    def on_node_away(self, node_id: str, wait_s: float) -> None:
+        """A node is lost; what it trained since its checkpoint waits so long for it, 0: no longer."""
+        ...
+
 
 @dataclass(slots=True)
 class _Held:
@@ -127,6 +137,7 @@ class Driver:
         event_log: EventLog | None = None,
         live: LiveTasks | None = None,
         signatures: Signatures | None = None,
+        node_return_s: float = 0.0,
     ) -> None:
         self._core = core
         self._inbox = inbox
@@ -142,6 +153,9 @@ class Driver:
         self._signatures = signatures
         for signature in Signature:
             metrics.FAILURE_SIGNATURE.labels(signature.value).set(0)
+        self._node_return_s = node_return_s
+        #: Until when the micro-batches of lost nodes wait for them, on the monotonic clock.
+        self._away: dict[str, float] = {}
         self._tasks: dict[str, _Held] = {}
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         #: What performing commands made known to the core, before anything else is taken in.
@@ -164,11 +178,15 @@ class Driver:
                 await self._step(Tick())
             else:
                 await self._take(message)
+            await self._give_up_away()
             await self._drain()
 
     def _timeout_s(self) -> float | None:
         """How long to wait for a message; None: for ever."""
-        wakeup_s = self._core.next_wakeup_s()
+        wakeup_s = min(self._away.values(), default=None)
+        core_s = self._core.next_wakeup_s()
+        if wakeup_s is None or (core_s is not None and core_s < wakeup_s):
+            wakeup_s = core_s
         timeout_s = None if wakeup_s is None else max(0.0, wakeup_s - self._clock.monotonic_s())
         if self._signatures is not None and self._signatures.active:
             return _LOOK_S if timeout_s is None else min(timeout_s, _LOOK_S)
@@ -183,15 +201,18 @@ class Driver:
                 await self._delivered(delivery)
             case Ended(outcome):
                 await self._ended(outcome)
+            case Trained(outcome):
+                await self._trained(outcome)
             case Offered(item):
                 await self._offered(item)
             case CancelRequested(task_id):
                 await self._cancel(task_id)
             case NodeArrived(spec):
+                self._away.pop(spec.node_id, None)
                 await self._step(NodeJoined(spec))
                 await self._recover(spec.node_id)
-            case NodeGone(node_id, reason):
-                await self._node_gone(node_id, reason)
+            case NodeGone():
+                await self._node_gone(message)
             case Told(event):
                 await self._step(event)
 
@@ -288,6 +309,16 @@ class Driver:
         self._tell_end(outcome)
         await self._step(ended_from_outcome(outcome))
 
+    async def _trained(self, outcome: work_pb2.WorkOutcome) -> None:
+        """The core is done with it. The ledger is not: when the node is lost it comes back from there."""
+        held = self._tasks.get(outcome.task_id)
+        if held is not None:
+            if held.node_id != outcome.node_id:
+                return  # it was given to another node meanwhile
+            del self._tasks[outcome.task_id]
+        self._jobs.on_trained(outcome)
+        await self._step(ended_from_outcome(outcome))
+
     def _tell_end(self, outcome: work_pb2.WorkOutcome) -> None:
         if outcome.HasField("training"):
             self._followups += self._jobs.on_outcome(outcome)
@@ -323,14 +354,30 @@ class Driver:
         if cancelled:
             await self._step(TaskCancelled(item.task_id))
 
-    async def _node_gone(self, node_id: str, reason: str) -> None:
-        await self._durably(lambda: self._ledger.take_back(node_id, token=self._token))
-        for held in self._tasks.values():
-            if held.node_id == node_id:
-                held.node_id = ""
-                if held.item.HasField("training"):
-                    self._jobs.on_held(held.item.training, waiting=True)
-        await self._step(NodeLost(node_id, reason))
+    async def _node_gone(self, gone: NodeGone) -> None:
+        node_id, waits = gone.node_id, gone.may_return and self._node_return_s > 0.0
+        await self._durably(lambda: self._ledger.take_back(node_id, token=self._token, keep_training=waits))
+        for task_id, held in list(self._tasks.items()):
+            if held.node_id != node_id:
+                continue
+            held.node_id = ""
+            if held.item.HasField("training"):
+                self._jobs.on_held(held.item.training, waiting=not waits)
+                if waits:
+                    del self._tasks[task_id]
+        if waits:
+            self._away[node_id] = self._clock.monotonic_s() + self._node_return_s
+            self._jobs.on_node_away(node_id, self._node_return_s)
+        await self._step(NodeLost(node_id, gone.reason, keeps_training=waits))
+
+    async def _give_up_away(self) -> None:
+        """Nodes that did not come back in time: the ledger delivers their micro-batches again, to others."""
+        for node_id, until_s in list(self._away.items()):
+            if until_s <= self._clock.monotonic_s():
+                del self._away[node_id]
+                _log.warning("node did not come back", node=node_id, waited_s=self._node_return_s)
+                await self._durably(partial(self._ledger.take_back, node_id, token=self._token))
+                self._jobs.on_node_away(node_id, 0.0)
 
     # ------------------------------------------------------------- commands
 

@@ -112,6 +112,7 @@ class Feeder:
             hyperparameters=state.hyperparameters,
             total_steps=_total_steps(state),
             last=cut.sequence == state.total_microbatches - 1,
+            checkpoint=state.checkpoint,
         )
         await self._inbox.put(Offered(work_pb2.WorkItem(task_id=_task_id(state, cut.sequence), training=work)))
 

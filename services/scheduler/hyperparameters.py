@@ -29,6 +29,16 @@ def resolve(given: types_pb2.Hyperparameters) -> types_pb2.Hyperparameters:
     return resolved
 
 
+def resolve_checkpoints(given: types_pb2.CheckpointPolicy) -> types_pb2.CheckpointPolicy:
+    """The policy as given; what is absent is left to the nodes. Raises INVALID_REQUEST naming a field."""
+    for name, highest in (("every_steps", 100_000), ("every_s", 86_400)):
+        value = getattr(given, name)
+        if given.HasField(name) and not 1 <= value <= highest:
+            param = f"checkpoint.{name}"
+            raise LemixError(ErrorCode.INVALID_REQUEST, f"{param} must be in [1, {highest}]", param=param)
+    return given
+
+
 def _check(is_right: bool, name: str, problem: str) -> None:
     if not is_right:
         param = f"hyperparameters.{name}"

@@ -39,15 +39,26 @@ class NodeArrived:
 
 @dataclass(frozen=True, slots=True)
 class NodeGone:
-    """A node's session has ended, or the node never came back after a restart of the scheduler."""
+    """A node's session has ended, or the node never came back after a restart of the scheduler.
+
+    may_return: it may come back from a checkpoint, and what it trained since waits for it.
+    """
 
     node_id: str
     reason: str
+    may_return: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A node reported an outcome; it is in the ledger already."""
+
+    outcome: work_pb2.WorkOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A node trained a micro-batch; no checkpoint contains it, and the ledger does not hold it as done, yet."""
 
     outcome: work_pb2.WorkOutcome
 
@@ -66,7 +77,7 @@ class Told:
     event: Event
 
 
-Message = Delivered | Offered | CancelRequested | NodeArrived | NodeGone | Ended | Traced | Told
+Message = Delivered | Offered | CancelRequested | NodeArrived | NodeGone | Ended | Trained | Traced | Told
 
 
 class Inbox:

@@ -28,6 +28,8 @@ class JobState:
         self._record.CopyFrom(record)
         #: Outcomes beyond that.
         self._ahead: dict[int, work_pb2.WorkOutcome] = {}
+        #: Trained, and in no checkpoint of their node yet: they may come back to be trained again.
+        self._uncovered: dict[int, work_pb2.WorkOutcome] = {}
         #: Micro-batches in the core: without a node, and on one.
         self.waiting: set[int] = set()
         self._placed: set[int] = set()
@@ -82,6 +84,11 @@ class JobState:
         return self._record.job.hyperparameters
 
     @property
+    def checkpoint(self) -> types_pb2.CheckpointPolicy:
+        """When nodes save checkpoints for it."""
+        return self._record.job.checkpoint
+
+    @property
     def total_microbatches(self) -> int:
         """Of the whole job; 0 without an end."""
         return self._record.job.total_microbatches
@@ -89,7 +96,12 @@ class JobState:
     @property
     def num_trained(self) -> int:
         """Micro-batches trained."""
-        return self._record.job.trained_microbatches + len(self._ahead)
+        return self._record.job.trained_microbatches + len(self._ahead) + len(self._uncovered)
+
+    @property
+    def unsaved_nodes(self) -> set[str]:
+        """Nodes with micro-batches that no checkpoint contains."""
+        return {outcome.node_id for outcome in self._uncovered.values()}
 
     @property
     def backlog(self) -> int:
@@ -98,6 +110,11 @@ class JobState:
 
     @property
     def complete(self) -> bool:
+        """Whether everything was trained, and saved where nodes keep checkpoints."""
+        return self.only_to_save and not self._uncovered
+
+    @property
+    def only_to_save(self) -> bool:
         """Whether everything was trained."""
         return not self.endless and self.num_trained >= self.total_microbatches
 
@@ -107,6 +124,11 @@ class JobState:
         job.CopyFrom(self._record.job)
         for sequence in sorted(self._ahead):
             _add_progress(job, self._ahead[sequence])
+        for sequence in sorted(self._uncovered):
+            _add_progress(job, self._uncovered[sequence])
+        job.unsaved_microbatches = len(self._uncovered)
+        for node_id, _ in {(outcome.node_id, outcome.training.weight_step) for outcome in self._uncovered.values()}:
+            job.steps_per_node[node_id] += 1
         if self._newest_loss is not None:
             job.last_loss = self._newest_loss
         return job
@@ -142,6 +164,7 @@ class JobState:
 
     def held(self, sequence: int, *, waiting: bool) -> None:
         """The core has it, with or without a node."""
+        self._uncovered.pop(sequence, None)
         (self.waiting if waiting else self._placed).add(sequence)
         (self._placed if waiting else self.waiting).discard(sequence)
         if not waiting and self.status == types_pb2.JOB_STATUS_QUEUED:
@@ -164,6 +187,7 @@ class JobState:
         return (
             sequence < self._record.next_sequence
             or sequence in self._ahead
+            or sequence in self._uncovered
             or sequence in self.waiting
             or sequence in self._placed
         )
@@ -174,24 +198,61 @@ class JobState:
 
     # ------------------------------------------------------------- progress
 
+    def trained_unsaved(self, outcome: work_pb2.WorkOutcome) -> bool:
+        """A micro-batch was trained, and no checkpoint of its node contains it yet. False when that was known."""
+        sequence = outcome.training.sequence
+        self._forget(sequence)
+        if sequence < self._record.next_sequence or sequence in self._ahead or sequence in self._uncovered:
+            return False
+        self._begin()
+        self._uncovered[sequence] = outcome
+        self._note_trained(outcome)
+        return True
+
     def trained(self, outcome: work_pb2.WorkOutcome) -> bool:
-        """A micro-batch was trained. False when that was known."""
+        """A micro-batch was trained, for good. False when that was known."""
         sequence = outcome.training.sequence
         self._forget(sequence)
         if sequence < self._record.next_sequence or sequence in self._ahead:
             return False
-        if self.status == types_pb2.JOB_STATUS_QUEUED:
-            self._record.job.status = types_pb2.JOB_STATUS_RUNNING
+        self._begin()
         self._count_step(outcome)
+        was_noted = self._uncovered.pop(sequence, None) is not None
         self._ahead[sequence] = outcome
         while (done := self._ahead.pop(self._record.next_sequence, None)) is not None:
             _add_progress(self._record.job, done)
             self._record.next_sequence += 1
+        if was_noted:
+            self.dirty = True
+            self.wake_watchers()
+        else:
+            self._note_trained(outcome)
+        return True
+
+    def _begin(self) -> None:
+        if self.status == types_pb2.JOB_STATUS_QUEUED:
+            self._record.job.status = types_pb2.JOB_STATUS_RUNNING
+
+    def _note_trained(self, outcome: work_pb2.WorkOutcome) -> None:
         loss = outcome.training.loss if outcome.training.HasField("loss") else None
         self._newest_loss = loss if loss is not None else self._newest_loss
         of_total = f" of {self.total_microbatches}" if self.total_microbatches else ""
         self.add_event("info", f"trained {self.num_trained}{of_total} micro-batches", loss=loss)
-        return True
+
+    def node_away(self, node_id: str, wait_s: float) -> None:
+        """A node is lost, and waited for so long; 0: no longer."""
+        self._last_steps.pop(node_id, None)
+        count = sum(outcome.node_id == node_id for outcome in self._uncovered.values())
+        if wait_s:
+            again = (
+                f"trains {count} micro-batches since its newest checkpoint again when it is back within {wait_s:g} s"
+            )
+            self.add_event("warn", f"{node_id} was lost; it {again}")
+        elif count or node_id in self._record.job.steps_per_node:
+            lost = "what its checkpoints contain is in no other node's weights unless they were synchronised"
+            self.add_event(
+                "error", f"{node_id} did not come back: other nodes train {count} micro-batches again; {lost}"
+            )
 
     def _count_step(self, outcome: work_pb2.WorkOutcome) -> None:
         """Micro-batches of one optimizer step carry the same weights step."""

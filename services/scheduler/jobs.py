@@ -7,7 +7,7 @@ are kept (`result_ttl_s`), and after that the micro-batches between at least onc
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 
 import structlog
 
@@ -16,9 +16,10 @@ from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
 from services.runtime.clock import Clock
 from services.scheduler import metrics
+from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.core.types import Event, JobCancelled, SyncIntervalSet
 from services.scheduler.guard import LedgerGuard
-from services.scheduler.hyperparameters import resolve
+from services.scheduler.hyperparameters import resolve, resolve_checkpoints
 from services.scheduler.inbox import Inbox, Told
 from services.scheduler.job_state import JobState
 
@@ -41,6 +42,7 @@ class JobRegistry:
         max_feedback_backlog: int,
         derive_sync_interval: bool,
         save_interval_s: float,
+        checkpoints: CheckpointDesk | None = None,
     ) -> None:
         self._guard = guard
         self._ledger = guard.ledger
@@ -50,6 +52,8 @@ class JobRegistry:
         self._max_feedback_backlog = max_feedback_backlog
         self._derive_sync_interval = derive_sync_interval
         self._save_interval_s = save_interval_s
+        self._checkpoints = checkpoints or CheckpointDesk()
+        self._checkpoints.announce = self.announce
         self._running: dict[str, JobState] = {}
         #: Ended, and not stored as such yet.
         self._ending: dict[str, JobState] = {}
@@ -125,6 +129,7 @@ class JobRegistry:
     async def create(self, request: training_service_pb2.CreateJobRequest, models: set[str]) -> types_pb2.TrainingJob:
         """Make a durable job. Raises INVALID_REQUEST, NOT_FOUND, MODEL_NOT_FOUND, OVERLOADED, UNAVAILABLE."""
         hyperparameters = resolve(request.hyperparameters)
+        policy = resolve_checkpoints(request.checkpoint)
         if models and request.model and request.model not in models:
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"no node serves model {request.model!r}", param="model")
         file = await self.get_file(request.training_file)
@@ -143,6 +148,7 @@ class JobRegistry:
             hyperparameters=hyperparameters,
             total_microbatches=batches_per_epoch * hyperparameters.num_epochs,
             num_examples=file.num_examples,
+            checkpoint=policy,
         )
         state = await self._start(work_pb2.JobRecord(job=job, request_id=request.request_id))
         return state.view()
@@ -295,6 +301,37 @@ class JobRegistry:
                 self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
             self._changed()
         return []
+
+    def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
+        """A micro-batch was trained and is in no checkpoint yet. May come twice."""
+        state = self._running.get(outcome.training.job_id)
+        if state is None:
+            return
+        if state.trained_unsaved(outcome):
+            self._changed()
+        if state.only_to_save:
+            for node_id in sorted(state.unsaved_nodes):
+                self._checkpoints.tell(node_id, "job_end")
+
+    def on_node_away(self, node_id: str, wait_s: float) -> None:
+        """A node is lost; what it trained since its checkpoint waits so long for it, 0: no longer."""
+        for state in self._running.values():
+            if node_id in state.unsaved_nodes or node_id in state.view().steps_per_node:
+                state.node_away(node_id, wait_s)
+        self._changed()
+
+    def announce(self, job_ids: Iterable[str], level: str, message: str) -> None:
+        """Tell the owners of these running jobs, or of all when none is named."""
+        wanted = set(job_ids)
+        for state in self._running.values():
+            if not wanted or state.job_id in wanted:
+                state.add_event(level, message)
+        self._unsaved.set()
+
+    async def save_checkpoint(self, job_id: str) -> list[types_pb2.Checkpoint]:
+        """Save on every node that trained the job. Raises NOT_FOUND, CONFLICT, and what a node answers."""
+        state = await self._find(job_id)
+        return await self._checkpoints.save({*state.unsaved_nodes, *state.view().steps_per_node})
 
     # ------------------------------------------------------------- helpers
 

@@ -10,9 +10,10 @@ import structlog
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from services.runtime.clock import Clock
+from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.convert import ops_from_traces, spec_from_hello
 from services.scheduler.core.types import NodeDraining, NodeSpec, QueueOrder, SnapshotReady, SyncEnded
-from services.scheduler.inbox import Ended, Inbox, NodeArrived, NodeGone, Told, Traced
+from services.scheduler.inbox import Ended, Inbox, NodeArrived, NodeGone, Told, Traced, Trained
 from services.scheduler.outbox import Outbox
 from services.scheduler.profiles import ProfileSource
 
@@ -49,6 +50,7 @@ class NodeRegistry:
         queue_order: QueueOrder,
         lease_s: float,
         max_queued_messages: int,
+        checkpoints: CheckpointDesk | None = None,
     ) -> None:
         self._inbox = inbox
         self._profiles = profiles
@@ -57,10 +59,13 @@ class NodeRegistry:
         self._queue_order = queue_order
         self._lease_s = lease_s
         self._max_queued_messages = max_queued_messages
+        self._checkpoints = checkpoints or CheckpointDesk()
         self._connections: dict[str, _Connection] = {}
         #: Nodes that said hello and have no latency models yet.
         self._joining: set[str] = set()
         self._closing = False
+        #: Nodes that said they keep checkpoints when they last joined.
+        self._keepers: set[str] = set()
 
     # ------------------------------------------------------------- asked by the rest of the scheduler
 
@@ -112,6 +117,8 @@ class NodeRegistry:
         node_id = connection.hello.node_id
         earlier = self._connections.get(node_id)
         self._connections[node_id] = connection
+        (self._keepers.add if connection.hello.keeps_checkpoints else self._keepers.discard)(node_id)
+        self._checkpoints.joined(connection.hello)
         if earlier is not None:
             earlier.outbox.close("taken over")
         _log.info("node joined", node=node_id, address=connection.hello.address, again=earlier is not None)
@@ -131,6 +138,10 @@ class NodeRegistry:
             results = await asyncio.gather(reader, watcher, return_exceptions=True)
             if isinstance(results[0], Exception):
                 raise results[0]
+
+    def keeps_checkpoints(self, node_id: str) -> bool:
+        """Whether the node, connected or lost, saves checkpoints that it can come back from."""
+        return node_id in self._keepers
 
     async def _prepare(self, requests: AsyncIterator[pb.NodeSessionRequest]) -> tuple[_Connection, NodeSpec]:
         hello = await self._hello(requests)
@@ -201,7 +212,8 @@ class NodeRegistry:
             return
         reason = connection.lost_reason or connection.outbox.closed_reason or "its stream was cut"
         _log.warning("node lost", node=node_id, reason=reason)
-        await self._inbox.put(NodeGone(node_id, reason))
+        self._checkpoints.left(node_id)
+        await self._inbox.put(NodeGone(node_id, reason, may_return=self.keeps_checkpoints(node_id)))
 
     # ------------------------------------------------------------- reports
 
@@ -221,6 +233,10 @@ class NodeRegistry:
                     await self._inbox.put(Told(NodeDraining(connection.hello.node_id)))
             case "outcome":
                 await self._inbox.put(Ended(message.outcome))
+            case "trained":
+                await self._inbox.put(Trained(message.trained))
+            case "checkpoint":
+                self._checkpoints.reported(connection.hello.node_id, message.checkpoint)
             case "sync_finished":
                 await self._inbox.put(Told(_sync_event(connection.hello.node_id, message.sync_finished)))
             case other:

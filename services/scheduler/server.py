@@ -14,6 +14,7 @@ from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import scheduler_service_pb2_grpc as pb_grpc
 from lemix.internal.v1 import work_pb2
 from services.runtime.clock import Clock
+from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.convert import status_to_proto
 from services.scheduler.driver import Core
 from services.scheduler.explain.convert import decision_to_proto, waits_to_proto
@@ -44,6 +45,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         nodes: NodeRegistry,
         gateways: GatewayRegistry,
         jobs: JobRegistry,
+        checkpoints: CheckpointDesk,
         guard: LedgerGuard,
         clock: Clock,
         decisions: Decisions,
@@ -53,6 +55,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self._nodes = nodes
         self._gateways = gateways
         self._jobs = jobs
+        self._checkpoints = checkpoints
         self._guard = guard
         self._clock = clock
         self._decisions = decisions
@@ -149,6 +152,34 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         """One example to learn from."""
         job_id, sequence = await self._jobs.submit_feedback(request.example, request.request_id, request.model)
         return pb.SubmitFeedbackResponse(job_id=job_id, sequence=sequence)
+
+    async def SaveCheckpoint(  # noqa: N802  the name of the RPC
+        self, request: pb.SaveCheckpointRequest, context: Context
+    ) -> pb.SaveCheckpointResponse:
+        """Checkpoints of the nodes that trained a job."""
+        return pb.SaveCheckpointResponse(checkpoints=await self._jobs.save_checkpoint(request.job_id))
+
+    async def ListCheckpoints(  # noqa: N802  the name of the RPC
+        self, request: pb.ListCheckpointsRequest, context: Context
+    ) -> pb.ListCheckpointsResponse:
+        """Checkpoints of connected nodes."""
+        return pb.ListCheckpointsResponse(checkpoints=self._checkpoints.listed(request.job_id))
+
+    async def ExportCheckpoint(  # noqa: N802  the name of the RPC
+        self, request: pb.ExportCheckpointRequest, context: Context
+    ) -> pb.ExportCheckpointResponse:
+        """A Hugging Face directory on the node that holds the checkpoint."""
+        node_id = self._checkpoints.owner_of(request.checkpoint_id)
+        report = await self._checkpoints.ask(node_id, "export", request.checkpoint_id)
+        return pb.ExportCheckpointResponse(node_id=node_id, path=report.path)
+
+    async def RestoreCheckpoint(  # noqa: N802  the name of the RPC
+        self, request: pb.RestoreCheckpointRequest, context: Context
+    ) -> pb.RestoreCheckpointResponse:
+        """A node goes on from a checkpoint."""
+        node_id = request.node_id or self._checkpoints.owner_of(request.checkpoint_id)
+        report = await self._checkpoints.ask(node_id, "restore", request.checkpoint_id)
+        return pb.RestoreCheckpointResponse(version=report.version)
 
     async def GetClusterState(  # noqa: N802  the name of the RPC
         self, request: pb.GetClusterStateRequest, context: Context

@@ -15,6 +15,7 @@ from services.runtime.config import ConfigError
 from services.runtime.grpc_client import open_channel
 from services.runtime.grpc_server import GrpcServer
 from services.scheduler import metrics
+from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.core.policies import POLICIES
 from services.scheduler.core.scheduler import SchedulerCore
@@ -66,6 +67,7 @@ class SchedulerService:
         self._tasks: list[asyncio.Task[None]] = []
         self.guard = LedgerGuard(ledger)
         self.inbox = Inbox(settings.max_queued_events)
+        self.checkpoints = CheckpointDesk(timeout_s=settings.checkpoint_timeout_s)
         self.nodes = NodeRegistry(
             inbox=self.inbox,
             profiles=profiles,
@@ -73,7 +75,9 @@ class SchedulerService:
             queue_order=core.queue_order,
             lease_s=settings.node_lease_s,
             max_queued_messages=settings.max_queued_messages,
+            checkpoints=self.checkpoints,
         )
+        self.checkpoints.send = self.nodes.send
         self.gateways = GatewayRegistry(
             inbox=self.inbox,
             guard=self.guard,
@@ -89,6 +93,7 @@ class SchedulerService:
             max_feedback_backlog=settings.max_feedback_backlog,
             derive_sync_interval=settings.core.sync_every_steps < 0,
             save_interval_s=settings.job_save_interval_s,
+            checkpoints=self.checkpoints,
         )
         self.feeder = Feeder(
             jobs=self.jobs, guard=self.guard, inbox=self.inbox, look_ahead=settings.core.max_waiting_training
@@ -106,6 +111,7 @@ class SchedulerService:
             event_log=event_log,
             live=live,
             signatures=Signatures(live, settings.core.to_core().default_slo),
+            node_return_s=settings.node_return_s,
         )
         self._server = self._make_server(decisions)
 
@@ -115,6 +121,7 @@ class SchedulerService:
             nodes=self.nodes,
             gateways=self.gateways,
             jobs=self.jobs,
+            checkpoints=self.checkpoints,
             guard=self.guard,
             clock=self._clock,
             decisions=decisions,
@@ -233,7 +240,12 @@ class SchedulerService:
             missing = {node_id for node_id in missing if not self.nodes.is_connected(node_id)}
             for node_id in sorted(missing.difference(self.nodes.joining)):
                 missing.discard(node_id)
-                await self.inbox.put(NodeGone(node_id, "it did not come back after a restart of the scheduler"))
+                await self.inbox.put(_orphaned(node_id))
+
+
+def _orphaned(node_id: str) -> NodeGone:
+    # Whether it kept checkpoints went with the scheduler that knew it.
+    return NodeGone(node_id, "it did not come back after a restart of the scheduler", may_return=True)
 
 
 async def start_scheduler(settings: SchedulerSettings, clock: Clock) -> SchedulerService:

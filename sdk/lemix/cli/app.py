@@ -12,7 +12,7 @@ from lemix.cli import render
 from lemix.cli.conversation import Conversation
 from lemix.client import DEFAULT_ADDRESS, Client
 from lemix.errors import ErrorCode, LemixError
-from lemix.types import GenerationChunk, GenerationOptions, Hyperparameters, JobStatus
+from lemix.types import CheckpointPolicy, GenerationChunk, GenerationOptions, Hyperparameters, JobStatus
 
 ClientFactory = Callable[[str], Client]
 
@@ -111,12 +111,15 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the file.", min=1)] = 1,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per micro-batch.", min=1)] = None,
+    checkpoint_steps: Annotated[int | None, typer.Option(help="Optimizer steps between checkpoints.", min=1)] = None,
+    checkpoint_s: Annotated[float | None, typer.Option(help="Seconds between checkpoints.", min=1)] = None,
     follow: Annotated[bool, typer.Option("--watch/--no-watch", help="Follow the job until it ends.")] = False,
 ) -> None:
     """Train the served model on a file."""
     values = Hyperparameters(num_epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
     with _state.client() as client:
-        job = client.submit_training(file, hyperparameters=values)
+        policy = CheckpointPolicy(every_steps=checkpoint_steps, every_s=checkpoint_s)
+        job = client.submit_training(file, hyperparameters=values, checkpoint=policy)
         _state.out.print(f"{job.job_id}: {job.num_examples} examples, {job.total_microbatches} micro-batches")
         if follow:
             _follow(client, job.job_id)
@@ -141,6 +144,39 @@ def cancel(job: Annotated[str, typer.Argument(help="Id of the job.")]) -> None:
     """Stop a job."""
     with _state.client() as client:
         _state.out.print(f"{job}: {client.cancel_job(job).status.value}")
+
+
+@app.command()
+def checkpoints(
+    job: Annotated[str, typer.Option(help="Only those with micro-batches of this job.")] = "",
+    save: Annotated[bool, typer.Option("--save", help="Save one first, on every node that trained --job.")] = False,
+) -> None:
+    """List checkpoints, the newest first."""
+    if save and not job:
+        raise LemixError(ErrorCode.INVALID_REQUEST, "--save needs --job", param="job")
+    with _state.client() as client:
+        if save:
+            client.save_checkpoint(job)
+        _state.out.print(render.checkpoint_table(client.list_checkpoints(job)))
+
+
+@app.command()
+def export(checkpoint: Annotated[str, typer.Argument(help="Id of the checkpoint.")]) -> None:
+    """Write a checkpoint as a Hugging Face directory on its node."""
+    with _state.client() as client:
+        done = client.export_checkpoint(checkpoint)
+    _state.out.print(f"{done.node_id}: {done.path}", soft_wrap=True)
+
+
+@app.command()
+def rollback(
+    checkpoint: Annotated[str, typer.Argument(help="Id of the checkpoint.")],
+    node: Annotated[str, typer.Option(help="Node that is to go on from it; default: the one that saved it.")] = "",
+) -> None:
+    """Let a node serve and train on from a checkpoint."""
+    with _state.client() as client:
+        version = client.restore_checkpoint(checkpoint, node_id=node)
+    _state.out.print(f"{version.node_id} serves version {version.node_id}:{version.incarnation}:{version.step}")
 
 
 @app.command()

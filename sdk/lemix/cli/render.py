@@ -1,10 +1,11 @@
 """What the commands print."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from rich.table import Table
 
-from lemix.types import ClusterStatus, JobEvent, Model, TrainingJob
+from lemix.types import Checkpoint, ClusterStatus, JobEvent, Model, TrainingJob
 
 
 def job_table(jobs: Sequence[TrainingJob]) -> Table:
@@ -16,6 +17,18 @@ def job_table(jobs: Sequence[TrainingJob]) -> Table:
         table.add_row(
             job.job_id, job.status.value, job.training_file or "-", f"{job.trained_microbatches}/{total}", loss
         )
+    return table
+
+
+def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> Table:
+    """One row per checkpoint."""
+    table = Table("checkpoint", "saved", "why", "MB", "micro-batches", "held-out loss", box=None, pad_edge=False)
+    for checkpoint in checkpoints:
+        loss = "-" if checkpoint.heldout_loss is None else f"{checkpoint.heldout_loss:.4f}"
+        saved = datetime.fromtimestamp(checkpoint.created_unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        trained = ", ".join(f"{job} {count}" for job, count in sorted(checkpoint.trained_microbatches.items()))
+        size = f"{checkpoint.size_bytes / 1e6:.1f}"
+        table.add_row(checkpoint.checkpoint_id, saved, checkpoint.reason, size, trained or "-", loss)
     return table
 
 

@@ -70,6 +70,26 @@ class TrainingServiceStub:
                 request_serializer=lemix_dot_v1_dot_training__service__pb2.SubmitFeedbackRequest.SerializeToString,
                 response_deserializer=lemix_dot_v1_dot_training__service__pb2.SubmitFeedbackResponse.FromString,
                 _registered_method=True)
+        self.SaveCheckpoint = channel.unary_unary(
+                '/lemix.v1.TrainingService/SaveCheckpoint',
+                request_serializer=lemix_dot_v1_dot_training__service__pb2.SaveCheckpointRequest.SerializeToString,
+                response_deserializer=lemix_dot_v1_dot_training__service__pb2.SaveCheckpointResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/lemix.v1.TrainingService/ListCheckpoints',
+                request_serializer=lemix_dot_v1_dot_training__service__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=lemix_dot_v1_dot_training__service__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.ExportCheckpoint = channel.unary_unary(
+                '/lemix.v1.TrainingService/ExportCheckpoint',
+                request_serializer=lemix_dot_v1_dot_training__service__pb2.ExportCheckpointRequest.SerializeToString,
+                response_deserializer=lemix_dot_v1_dot_training__service__pb2.ExportCheckpointResponse.FromString,
+                _registered_method=True)
+        self.RestoreCheckpoint = channel.unary_unary(
+                '/lemix.v1.TrainingService/RestoreCheckpoint',
+                request_serializer=lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointRequest.SerializeToString,
+                response_deserializer=lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
@@ -130,6 +150,36 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveCheckpoint(self, request, context):
+        """Saves a checkpoint on every node that holds steps of the job, and returns when they are on disk. Idempotent while no
+        further step is made. Errors: NOT_FOUND (job), CONFLICT (no node that keeps checkpoints), RESOURCE_EXHAUSTED (disk).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Returns the checkpoints of connected nodes, the newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportCheckpoint(self, request, context):
+        """Writes a checkpoint as a Hugging Face directory on its node. Idempotent. Errors: NOT_FOUND, CONFLICT (corrupted).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreCheckpoint(self, request, context):
+        """Lets a node go on from a checkpoint, its own or (shared directory) another's: weights, optimizer states and
+        schedules. The node's weights step rises by one. Errors: NOT_FOUND, CONFLICT (another model, or corrupted).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -167,6 +217,26 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.SubmitFeedback,
                     request_deserializer=lemix_dot_v1_dot_training__service__pb2.SubmitFeedbackRequest.FromString,
                     response_serializer=lemix_dot_v1_dot_training__service__pb2.SubmitFeedbackResponse.SerializeToString,
+            ),
+            'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveCheckpoint,
+                    request_deserializer=lemix_dot_v1_dot_training__service__pb2.SaveCheckpointRequest.FromString,
+                    response_serializer=lemix_dot_v1_dot_training__service__pb2.SaveCheckpointResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=lemix_dot_v1_dot_training__service__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=lemix_dot_v1_dot_training__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'ExportCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportCheckpoint,
+                    request_deserializer=lemix_dot_v1_dot_training__service__pb2.ExportCheckpointRequest.FromString,
+                    response_serializer=lemix_dot_v1_dot_training__service__pb2.ExportCheckpointResponse.SerializeToString,
+            ),
+            'RestoreCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreCheckpoint,
+                    request_deserializer=lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointRequest.FromString,
+                    response_serializer=lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -359,6 +429,114 @@ class TrainingService:
             '/lemix.v1.TrainingService/SubmitFeedback',
             lemix_dot_v1_dot_training__service__pb2.SubmitFeedbackRequest.SerializeToString,
             lemix_dot_v1_dot_training__service__pb2.SubmitFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.v1.TrainingService/SaveCheckpoint',
+            lemix_dot_v1_dot_training__service__pb2.SaveCheckpointRequest.SerializeToString,
+            lemix_dot_v1_dot_training__service__pb2.SaveCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.v1.TrainingService/ListCheckpoints',
+            lemix_dot_v1_dot_training__service__pb2.ListCheckpointsRequest.SerializeToString,
+            lemix_dot_v1_dot_training__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.v1.TrainingService/ExportCheckpoint',
+            lemix_dot_v1_dot_training__service__pb2.ExportCheckpointRequest.SerializeToString,
+            lemix_dot_v1_dot_training__service__pb2.ExportCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.v1.TrainingService/RestoreCheckpoint',
+            lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointRequest.SerializeToString,
+            lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

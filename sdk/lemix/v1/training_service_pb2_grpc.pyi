@@ -56,6 +56,18 @@ class TrainingServiceStub:
     """Hands over one example to learn from. Returns when the example is durable. Idempotent by request_id.
     Errors: INVALID_REQUEST, MODEL_NOT_FOUND, OVERLOADED.
     """
+    SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.SaveCheckpointRequest, _training_service_pb2.SaveCheckpointResponse]
+    """Saves a checkpoint on every node that holds steps of the job, and returns when they are on disk. Idempotent while no
+    further step is made. Errors: NOT_FOUND (job), CONFLICT (no node that keeps checkpoints), RESOURCE_EXHAUSTED (disk).
+    """
+    ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ListCheckpointsRequest, _training_service_pb2.ListCheckpointsResponse]
+    """Returns the checkpoints of connected nodes, the newest first."""
+    ExportCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ExportCheckpointRequest, _training_service_pb2.ExportCheckpointResponse]
+    """Writes a checkpoint as a Hugging Face directory on its node. Idempotent. Errors: NOT_FOUND, CONFLICT (corrupted)."""
+    RestoreCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.RestoreCheckpointRequest, _training_service_pb2.RestoreCheckpointResponse]
+    """Lets a node go on from a checkpoint, its own or (shared directory) another's: weights, optimizer states and
+    schedules. The node's weights step rises by one. Errors: NOT_FOUND, CONFLICT (another model, or corrupted).
+    """
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
@@ -84,6 +96,18 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     SubmitFeedback: _aio.UnaryUnaryMultiCallable[_training_service_pb2.SubmitFeedbackRequest, _training_service_pb2.SubmitFeedbackResponse]  # type: ignore[assignment]
     """Hands over one example to learn from. Returns when the example is durable. Idempotent by request_id.
     Errors: INVALID_REQUEST, MODEL_NOT_FOUND, OVERLOADED.
+    """
+    SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_training_service_pb2.SaveCheckpointRequest, _training_service_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
+    """Saves a checkpoint on every node that holds steps of the job, and returns when they are on disk. Idempotent while no
+    further step is made. Errors: NOT_FOUND (job), CONFLICT (no node that keeps checkpoints), RESOURCE_EXHAUSTED (disk).
+    """
+    ListCheckpoints: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListCheckpointsRequest, _training_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
+    """Returns the checkpoints of connected nodes, the newest first."""
+    ExportCheckpoint: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ExportCheckpointRequest, _training_service_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
+    """Writes a checkpoint as a Hugging Face directory on its node. Idempotent. Errors: NOT_FOUND, CONFLICT (corrupted)."""
+    RestoreCheckpoint: _aio.UnaryUnaryMultiCallable[_training_service_pb2.RestoreCheckpointRequest, _training_service_pb2.RestoreCheckpointResponse]  # type: ignore[assignment]
+    """Lets a node go on from a checkpoint, its own or (shared directory) another's: weights, optimizer states and
+    schedules. The node's weights step rises by one. Errors: NOT_FOUND, CONFLICT (another model, or corrupted).
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -152,6 +176,42 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_training_service_pb2.SubmitFeedbackResponse, _abc.Awaitable[_training_service_pb2.SubmitFeedbackResponse]]:
         """Hands over one example to learn from. Returns when the example is durable. Idempotent by request_id.
         Errors: INVALID_REQUEST, MODEL_NOT_FOUND, OVERLOADED.
+        """
+
+    @_abc_1.abstractmethod
+    def SaveCheckpoint(
+        self,
+        request: _training_service_pb2.SaveCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.SaveCheckpointResponse, _abc.Awaitable[_training_service_pb2.SaveCheckpointResponse]]:
+        """Saves a checkpoint on every node that holds steps of the job, and returns when they are on disk. Idempotent while no
+        further step is made. Errors: NOT_FOUND (job), CONFLICT (no node that keeps checkpoints), RESOURCE_EXHAUSTED (disk).
+        """
+
+    @_abc_1.abstractmethod
+    def ListCheckpoints(
+        self,
+        request: _training_service_pb2.ListCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_training_service_pb2.ListCheckpointsResponse]]:
+        """Returns the checkpoints of connected nodes, the newest first."""
+
+    @_abc_1.abstractmethod
+    def ExportCheckpoint(
+        self,
+        request: _training_service_pb2.ExportCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.ExportCheckpointResponse, _abc.Awaitable[_training_service_pb2.ExportCheckpointResponse]]:
+        """Writes a checkpoint as a Hugging Face directory on its node. Idempotent. Errors: NOT_FOUND, CONFLICT (corrupted)."""
+
+    @_abc_1.abstractmethod
+    def RestoreCheckpoint(
+        self,
+        request: _training_service_pb2.RestoreCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.RestoreCheckpointResponse, _abc.Awaitable[_training_service_pb2.RestoreCheckpointResponse]]:
+        """Lets a node go on from a checkpoint, its own or (shared directory) another's: weights, optimizer states and
+        schedules. The node's weights step rises by one. Errors: NOT_FOUND, CONFLICT (another model, or corrupted).
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -174,7 +174,7 @@ class Hyperparameters(_message.Message):
     def __init__(self, learning_rate: _Optional[float] = ..., num_epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., gradient_accumulation_steps: _Optional[int] = ..., lr_schedule: _Optional[str] = ..., warmup_steps: _Optional[int] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ...) -> None: ...
 
 class TrainingJob(_message.Message):
-    __slots__ = ("job_id", "model", "training_file", "status", "created_unix_s", "finished_unix_s", "hyperparameters", "total_microbatches", "trained_microbatches", "trained_tokens", "last_loss", "steps_per_node", "error", "num_examples")
+    __slots__ = ("job_id", "model", "training_file", "status", "created_unix_s", "finished_unix_s", "hyperparameters", "total_microbatches", "trained_microbatches", "trained_tokens", "last_loss", "steps_per_node", "error", "num_examples", "checkpoint", "unsaved_microbatches")
     class StepsPerNodeEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +196,8 @@ class TrainingJob(_message.Message):
     STEPS_PER_NODE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    UNSAVED_MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     model: str
     training_file: str
@@ -210,7 +212,42 @@ class TrainingJob(_message.Message):
     steps_per_node: _containers.ScalarMap[str, int]
     error: _errors_pb2.ErrorDetail
     num_examples: int
-    def __init__(self, job_id: _Optional[str] = ..., model: _Optional[str] = ..., training_file: _Optional[str] = ..., status: _Optional[_Union[JobStatus, str]] = ..., created_unix_s: _Optional[float] = ..., finished_unix_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., total_microbatches: _Optional[int] = ..., trained_microbatches: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., last_loss: _Optional[float] = ..., steps_per_node: _Optional[_Mapping[str, int]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., num_examples: _Optional[int] = ...) -> None: ...
+    checkpoint: CheckpointPolicy
+    unsaved_microbatches: int
+    def __init__(self, job_id: _Optional[str] = ..., model: _Optional[str] = ..., training_file: _Optional[str] = ..., status: _Optional[_Union[JobStatus, str]] = ..., created_unix_s: _Optional[float] = ..., finished_unix_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., total_microbatches: _Optional[int] = ..., trained_microbatches: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., last_loss: _Optional[float] = ..., steps_per_node: _Optional[_Mapping[str, int]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., num_examples: _Optional[int] = ..., checkpoint: _Optional[_Union[CheckpointPolicy, _Mapping]] = ..., unsaved_microbatches: _Optional[int] = ...) -> None: ...
+
+class CheckpointPolicy(_message.Message):
+    __slots__ = ("every_steps", "every_s")
+    EVERY_STEPS_FIELD_NUMBER: _ClassVar[int]
+    EVERY_S_FIELD_NUMBER: _ClassVar[int]
+    every_steps: int
+    every_s: float
+    def __init__(self, every_steps: _Optional[int] = ..., every_s: _Optional[float] = ...) -> None: ...
+
+class Checkpoint(_message.Message):
+    __slots__ = ("checkpoint_id", "node_id", "created_unix_s", "size_bytes", "trained_microbatches", "reason", "heldout_loss")
+    class TrainedMicrobatchesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    HELDOUT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    checkpoint_id: str
+    node_id: str
+    created_unix_s: float
+    size_bytes: int
+    trained_microbatches: _containers.ScalarMap[str, int]
+    reason: str
+    heldout_loss: float
+    def __init__(self, checkpoint_id: _Optional[str] = ..., node_id: _Optional[str] = ..., created_unix_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., trained_microbatches: _Optional[_Mapping[str, int]] = ..., reason: _Optional[str] = ..., heldout_loss: _Optional[float] = ...) -> None: ...
 
 class JobEvent(_message.Message):
     __slots__ = ("sequence", "created_unix_s", "level", "message", "loss", "trained_microbatches")

@@ -191,6 +191,29 @@ class LoadWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveCheckpoint:
+    """Write this stage's weights, optimizer states, schedules and random state into `folder`, which exists; the names
+    are those of `checkpoint_files`. Only for the stage's current version: optimizer states of older ones are not kept.
+    """
+
+    op_id: int
+    version: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreCheckpoint:
+    """Take over what a checkpoint holds, whatever number of stages wrote it; the version rises by one, also when the
+    result has an error (nothing changed). oldest_version: as for OptimizerStep.
+    """
+
+    op_id: int
+    version: int
+    folder: str
+    oldest_version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Free a request's KV cache, a micro-batch's saved activations and, by job id, a job's optimizer state.
 
@@ -216,7 +239,22 @@ class Measure:
     warmup: int
 
 
-StageOp = Prefill | Decode | TrainForward | TrainBackward | OptimizerStep | Snapshot | LoadWeights | Forget | Measure
+StageOp = (
+    Prefill
+    | Decode
+    | TrainForward
+    | TrainBackward
+    | OptimizerStep
+    | Snapshot
+    | LoadWeights
+    | SaveCheckpoint
+    | RestoreCheckpoint
+    | Forget
+    | Measure
+)
+
+#: Ops after which a stage's version is one higher, whatever became of them.
+VersionedChange = OptimizerStep | LoadWeights | RestoreCheckpoint
 
 
 class Logprobs(NamedTuple):

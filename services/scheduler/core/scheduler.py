@@ -127,7 +127,7 @@ class SchedulerCore:
             case NodeJoined(spec):
                 self._node_joined(spec)
             case NodeLost(node_id):
-                self._node_lost(node_id)
+                self._node_lost(node_id, keeps_training=event.keeps_training)
             case NodeDraining(node_id):
                 self._node_draining(node_id)
             case SnapshotReady():
@@ -282,13 +282,16 @@ class SchedulerCore:
         self._set_roles()
         self._look_again()
 
-    def _node_lost(self, node_id: str) -> None:
+    def _node_lost(self, node_id: str, *, keeps_training: bool = False) -> None:
         node = self._cluster.nodes.pop(node_id, None)
         if node is None:
             return
         self._cluster.sessions.node_lost(node)
         self._commands += self._sync.node_lost(node_id)
         self._set_roles()
+        for kept in list(node.training.values()) if keeps_training else ():
+            node.remove_training(kept)
+            self._forget(kept)
         orphans: list[LiveTask] = [*node.inference.values(), *node.training.values()]
         self._cluster.wait_again(live for live in orphans if not live.cancelled)
         for live in orphans:

@@ -112,10 +112,15 @@ class NodeJoined:
 
 @dataclass(frozen=True, slots=True)
 class NodeLost:
-    """A node is gone; its unfinished work is assigned again."""
+    """A node is gone; its unfinished work is assigned again.
+
+    keeps_training: not its micro-batches: they wait outside of the core for the node to come back from a checkpoint,
+    and are recovered or arrive anew.
+    """
 
     node_id: str
     reason: str = ""
+    keeps_training: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,21 +113,25 @@ class InferenceAssigned(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., node_address: _Optional[str] = ...) -> None: ...
 
 class NodeSessionRequest(_message.Message):
-    __slots__ = ("hello", "heartbeat", "outcome", "sync_finished", "traces")
+    __slots__ = ("hello", "heartbeat", "outcome", "sync_finished", "trained", "checkpoint", "traces")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     SYNC_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     TRACES_FIELD_NUMBER: _ClassVar[int]
     hello: NodeHello
     heartbeat: NodeHeartbeat
     outcome: _work_pb2.WorkOutcome
     sync_finished: SyncFinished
+    trained: _work_pb2.WorkOutcome
+    checkpoint: CheckpointReport
     traces: TraceBatch
-    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ..., trained: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointReport, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
-    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps", "max_prefill_tokens", "max_inflight_training", "weight_handling", "gradient_buffers")
+    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps", "max_prefill_tokens", "max_inflight_training", "weight_handling", "gradient_buffers", "keeps_checkpoints", "checkpoints", "restore_note")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +149,9 @@ class NodeHello(_message.Message):
     MAX_INFLIGHT_TRAINING_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_HANDLING_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_BUFFERS_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_NOTE_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     address: str
     num_stages: int
@@ -162,7 +169,10 @@ class NodeHello(_message.Message):
     max_inflight_training: int
     weight_handling: str
     gradient_buffers: int
-    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., epoch_steps: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ..., max_inflight_training: _Optional[int] = ..., weight_handling: _Optional[str] = ..., gradient_buffers: _Optional[int] = ...) -> None: ...
+    keeps_checkpoints: bool
+    checkpoints: _containers.RepeatedCompositeFieldContainer[_types_pb2.Checkpoint]
+    restore_note: str
+    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., epoch_steps: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ..., max_inflight_training: _Optional[int] = ..., weight_handling: _Optional[str] = ..., gradient_buffers: _Optional[int] = ..., keeps_checkpoints: _Optional[bool] = ..., checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ..., restore_note: _Optional[str] = ...) -> None: ...
 
 class NodeHeartbeat(_message.Message):
     __slots__ = ("sent_monotonic_s", "weight_step", "kv_used_tokens", "draining", "weights_age_s")
@@ -218,17 +228,47 @@ class SyncFinished(_message.Message):
     snapshot_only: bool
     def __init__(self, sync_id: _Optional[str] = ..., weight_step: _Optional[int] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., snapshot_only: _Optional[bool] = ...) -> None: ...
 
+class CheckpointReport(_message.Message):
+    __slots__ = ("request_id", "checkpoint", "error", "held", "path", "version")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    checkpoint: _types_pb2.Checkpoint
+    error: _errors_pb2.ErrorDetail
+    held: _containers.RepeatedCompositeFieldContainer[_types_pb2.Checkpoint]
+    path: str
+    version: _types_pb2.WeightVersion
+    def __init__(self, request_id: _Optional[str] = ..., checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., held: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ..., path: _Optional[str] = ..., version: _Optional[_Union[_types_pb2.WeightVersion, _Mapping]] = ...) -> None: ...
+
 class NodeSessionResponse(_message.Message):
-    __slots__ = ("welcome", "cancel", "take_snapshot", "apply_weights")
+    __slots__ = ("welcome", "cancel", "take_snapshot", "apply_weights", "checkpoint")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     TAKE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     APPLY_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     welcome: NodeWelcome
     cancel: CancelWork
     take_snapshot: TakeSnapshot
     apply_weights: ApplyWeights
-    def __init__(self, welcome: _Optional[_Union[NodeWelcome, _Mapping]] = ..., cancel: _Optional[_Union[CancelWork, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ..., apply_weights: _Optional[_Union[ApplyWeights, _Mapping]] = ...) -> None: ...
+    checkpoint: CheckpointCommand
+    def __init__(self, welcome: _Optional[_Union[NodeWelcome, _Mapping]] = ..., cancel: _Optional[_Union[CancelWork, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ..., apply_weights: _Optional[_Union[ApplyWeights, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointCommand, _Mapping]] = ...) -> None: ...
+
+class CheckpointCommand(_message.Message):
+    __slots__ = ("request_id", "save", "restore", "export")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SAVE_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
+    EXPORT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    save: str
+    restore: str
+    export: str
+    def __init__(self, request_id: _Optional[str] = ..., save: _Optional[str] = ..., restore: _Optional[str] = ..., export: _Optional[str] = ...) -> None: ...
 
 class NodeWelcome(_message.Message):
     __slots__ = ("fencing_token", "queue_order", "lease_s")
@@ -371,6 +411,58 @@ class SubmitFeedbackResponse(_message.Message):
     job_id: str
     sequence: int
     def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class SaveCheckpointRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class SaveCheckpointResponse(_message.Message):
+    __slots__ = ("checkpoints",)
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[_types_pb2.Checkpoint]
+    def __init__(self, checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ...) -> None: ...
+
+class ListCheckpointsRequest(_message.Message):
+    __slots__ = ("job_id",)
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class ListCheckpointsResponse(_message.Message):
+    __slots__ = ("checkpoints",)
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[_types_pb2.Checkpoint]
+    def __init__(self, checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ...) -> None: ...
+
+class ExportCheckpointRequest(_message.Message):
+    __slots__ = ("checkpoint_id",)
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    checkpoint_id: str
+    def __init__(self, checkpoint_id: _Optional[str] = ...) -> None: ...
+
+class ExportCheckpointResponse(_message.Message):
+    __slots__ = ("node_id", "path")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    path: str
+    def __init__(self, node_id: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
+
+class RestoreCheckpointRequest(_message.Message):
+    __slots__ = ("checkpoint_id", "node_id")
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    checkpoint_id: str
+    node_id: str
+    def __init__(self, checkpoint_id: _Optional[str] = ..., node_id: _Optional[str] = ...) -> None: ...
+
+class RestoreCheckpointResponse(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: _types_pb2.WeightVersion
+    def __init__(self, version: _Optional[_Union[_types_pb2.WeightVersion, _Mapping]] = ...) -> None: ...
 
 class GetClusterStateRequest(_message.Message):
     __slots__ = ()

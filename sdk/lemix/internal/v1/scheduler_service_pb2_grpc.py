@@ -85,6 +85,26 @@ class SchedulerServiceStub:
                 request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackRequest.SerializeToString,
                 response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackResponse.FromString,
                 _registered_method=True)
+        self.SaveCheckpoint = channel.unary_unary(
+                '/lemix.internal.v1.SchedulerService/SaveCheckpoint',
+                request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SaveCheckpointRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SaveCheckpointResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/lemix.internal.v1.SchedulerService/ListCheckpoints',
+                request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.ExportCheckpoint = channel.unary_unary(
+                '/lemix.internal.v1.SchedulerService/ExportCheckpoint',
+                request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExportCheckpointRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExportCheckpointResponse.FromString,
+                _registered_method=True)
+        self.RestoreCheckpoint = channel.unary_unary(
+                '/lemix.internal.v1.SchedulerService/RestoreCheckpoint',
+                request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointResponse.FromString,
+                _registered_method=True)
         self.GetClusterState = channel.unary_unary(
                 '/lemix.internal.v1.SchedulerService/GetClusterState',
                 request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.GetClusterStateRequest.SerializeToString,
@@ -179,6 +199,34 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveCheckpoint(self, request, context):
+        """As the public call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """As the public call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportCheckpoint(self, request, context):
+        """As the public call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreCheckpoint(self, request, context):
+        """As the public call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetClusterState(self, request, context):
         """Returns the state of the cluster; never blocks.
         """
@@ -253,6 +301,26 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.SubmitFeedback,
                     request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackRequest.FromString,
                     response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackResponse.SerializeToString,
+            ),
+            'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveCheckpoint,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SaveCheckpointRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SaveCheckpointResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'ExportCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportCheckpoint,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExportCheckpointRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExportCheckpointResponse.SerializeToString,
+            ),
+            'RestoreCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreCheckpoint,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointResponse.SerializeToString,
             ),
             'GetClusterState': grpc.unary_unary_rpc_method_handler(
                     servicer.GetClusterState,
@@ -541,6 +609,114 @@ class SchedulerService:
             '/lemix.internal.v1.SchedulerService/SubmitFeedback',
             lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackRequest.SerializeToString,
             lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.SchedulerService/SaveCheckpoint',
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SaveCheckpointRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SaveCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.SchedulerService/ListCheckpoints',
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListCheckpointsRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.SchedulerService/ExportCheckpoint',
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExportCheckpointRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ExportCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.SchedulerService/RestoreCheckpoint',
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,14 @@ class SchedulerServiceStub:
     """Follows a job's events until it ends or the deadline; with existing_only, sends those there are. Errors: NOT_FOUND."""
     SubmitFeedback: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.SubmitFeedbackRequest, _scheduler_service_pb2.SubmitFeedbackResponse]
     """Appends an example to the feedback job. Idempotent by request_id. Errors: OVERLOADED."""
+    SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.SaveCheckpointRequest, _scheduler_service_pb2.SaveCheckpointResponse]
+    """As the public call."""
+    ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListCheckpointsRequest, _scheduler_service_pb2.ListCheckpointsResponse]
+    """As the public call."""
+    ExportCheckpoint: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ExportCheckpointRequest, _scheduler_service_pb2.ExportCheckpointResponse]
+    """As the public call."""
+    RestoreCheckpoint: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.RestoreCheckpointRequest, _scheduler_service_pb2.RestoreCheckpointResponse]
+    """As the public call."""
     GetClusterState: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetClusterStateRequest, _scheduler_service_pb2.GetClusterStateResponse]
     """Returns the state of the cluster; never blocks."""
     ExplainTask: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ExplainTaskRequest, _scheduler_service_pb2.ExplainTaskResponse]
@@ -99,6 +107,14 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Follows a job's events until it ends or the deadline; with existing_only, sends those there are. Errors: NOT_FOUND."""
     SubmitFeedback: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.SubmitFeedbackRequest, _scheduler_service_pb2.SubmitFeedbackResponse]  # type: ignore[assignment]
     """Appends an example to the feedback job. Idempotent by request_id. Errors: OVERLOADED."""
+    SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.SaveCheckpointRequest, _scheduler_service_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
+    """As the public call."""
+    ListCheckpoints: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListCheckpointsRequest, _scheduler_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
+    """As the public call."""
+    ExportCheckpoint: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ExportCheckpointRequest, _scheduler_service_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
+    """As the public call."""
+    RestoreCheckpoint: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.RestoreCheckpointRequest, _scheduler_service_pb2.RestoreCheckpointResponse]  # type: ignore[assignment]
+    """As the public call."""
     GetClusterState: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetClusterStateRequest, _scheduler_service_pb2.GetClusterStateResponse]  # type: ignore[assignment]
     """Returns the state of the cluster; never blocks."""
     ExplainTask: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ExplainTaskRequest, _scheduler_service_pb2.ExplainTaskResponse]  # type: ignore[assignment]
@@ -196,6 +212,38 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.SubmitFeedbackResponse, _abc.Awaitable[_scheduler_service_pb2.SubmitFeedbackResponse]]:
         """Appends an example to the feedback job. Idempotent by request_id. Errors: OVERLOADED."""
+
+    @_abc_1.abstractmethod
+    def SaveCheckpoint(
+        self,
+        request: _scheduler_service_pb2.SaveCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.SaveCheckpointResponse, _abc.Awaitable[_scheduler_service_pb2.SaveCheckpointResponse]]:
+        """As the public call."""
+
+    @_abc_1.abstractmethod
+    def ListCheckpoints(
+        self,
+        request: _scheduler_service_pb2.ListCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_scheduler_service_pb2.ListCheckpointsResponse]]:
+        """As the public call."""
+
+    @_abc_1.abstractmethod
+    def ExportCheckpoint(
+        self,
+        request: _scheduler_service_pb2.ExportCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.ExportCheckpointResponse, _abc.Awaitable[_scheduler_service_pb2.ExportCheckpointResponse]]:
+        """As the public call."""
+
+    @_abc_1.abstractmethod
+    def RestoreCheckpoint(
+        self,
+        request: _scheduler_service_pb2.RestoreCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.RestoreCheckpointResponse, _abc.Awaitable[_scheduler_service_pb2.RestoreCheckpointResponse]]:
+        """As the public call."""
 
     @_abc_1.abstractmethod
     def GetClusterState(

@@ -10,6 +10,8 @@ from services.node_agent.engine.base import (
     Measure,
     OptimizerStep,
     Prefill,
+    RestoreCheckpoint,
+    SaveCheckpoint,
     Snapshot,
     StageOp,
     TrainBackward,
@@ -42,7 +44,7 @@ class EmulatedTiming:
                 return self.predict_s(OpKind.TRAIN_BACKWARD, *train_shapes.get(op.task_id, (0, 0)))
             case OptimizerStep():
                 return self.predict_s(OpKind.OPTIMIZER_STEP, 1, 1)
-            case Snapshot() | LoadWeights():
+            case Snapshot() | LoadWeights() | SaveCheckpoint() | RestoreCheckpoint():
                 return self.predict_s(OpKind.WEIGHT_SYNC, 1, 1)
             case Measure():
                 # Once is enough: every repetition would take the same.

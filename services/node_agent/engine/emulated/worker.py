@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
+from services.node_agent.checkpoint_files import state_file, weights_file, weights_files
 from services.node_agent.engine.base import (
     Decode,
     Forget,
@@ -20,13 +21,16 @@ from services.node_agent.engine.base import (
     OptimizerStep,
     Prefill,
     PrefillSequence,
+    RestoreCheckpoint,
     SampledToken,
     Sampling,
+    SaveCheckpoint,
     Snapshot,
     StageOp,
     StageResult,
     TrainBackward,
     TrainForward,
+    VersionedChange,
 )
 from services.node_agent.engine.emulated.timing import EmulatedTiming, measured_kinds, train_shape
 
@@ -90,6 +94,8 @@ class EmulatedStage:
             OptimizerStep: self._optimizer_step,
             Snapshot: self._snapshot,
             LoadWeights: self._load_weights,
+            SaveCheckpoint: self._save_checkpoint,
+            RestoreCheckpoint: self._restore_checkpoint,
             Forget: self._forget,
             Measure: self._measure,
         }
@@ -110,7 +116,7 @@ class EmulatedStage:
             fields = self._handlers[type(op)](op)
         except (BookkeepingError, ArithmeticError, OSError, ValueError, KeyError) as error:
             fields = {"error": f"{type(error).__name__}: {error}"}
-        if isinstance(op, OptimizerStep | LoadWeights) and op.version == self.version:
+        if isinstance(op, VersionedChange) and op.version == self.version:
             self._advance(op)
         return StageResult(op_id=op.op_id, begin_s=begin_s, end_s=end_s, version=self.version, **fields)
 
@@ -245,7 +251,20 @@ class EmulatedStage:
         self._weights[op.version + 1] = loaded
         return {}
 
-    def _advance(self, op: OptimizerStep | LoadWeights) -> None:
+    def _save_checkpoint(self, op: SaveCheckpoint) -> dict[str, Any]:
+        self._check_is_current(op.version)
+        tensors = {self._parameter: self._weights[op.version]}
+        for name in (weights_file, state_file):
+            save_file(tensors, Path(op.folder) / name(self.index, self._num_stages))
+        return {}
+
+    def _restore_checkpoint(self, op: RestoreCheckpoint) -> dict[str, Any]:
+        self._check_is_current(op.version)
+        loaded = {name: value for file in weights_files(Path(op.folder)) for name, value in load_file(file).items()}
+        self._weights[op.version + 1] = loaded[self._parameter]
+        return {}
+
+    def _advance(self, op: VersionedChange) -> None:
         """The version rises also when the op failed, with equal weights: stages stay in step."""
         current = self._weights[self.version]
         self.version += 1

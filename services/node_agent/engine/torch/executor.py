@@ -19,12 +19,16 @@ from services.node_agent.engine.base import (
     Measure,
     OptimizerStep,
     Prefill,
+    RestoreCheckpoint,
+    SaveCheckpoint,
     Snapshot,
     StageOp,
     StageResult,
     TrainBackward,
     TrainForward,
+    VersionedChange,
 )
+from services.node_agent.engine.torch import checkpoint
 from services.node_agent.engine.torch.inference import Inference, InferenceOutput
 from services.node_agent.engine.torch.load import ModelSpec
 from services.node_agent.engine.torch.measure import StageTimer, resident_bytes
@@ -66,6 +70,8 @@ class StageExecutor:
             OptimizerStep: self._optimizer_step,
             Snapshot: self._snapshot,
             LoadWeights: self._load_weights,
+            SaveCheckpoint: self._save_checkpoint,
+            RestoreCheckpoint: self._restore_checkpoint,
             Forget: self._forget,
             Measure: self._measure,
         }
@@ -88,7 +94,7 @@ class StageExecutor:
                 torch.cuda.synchronize(self.stage.device)
         except Exception as error:
             result = StageResult(op.op_id, 0.0, 0.0, 0, error=f"{type(error).__name__}: {_message(error)}")
-            if isinstance(op, OptimizerStep | LoadWeights) and op.version == self.version:
+            if isinstance(op, VersionedChange) and op.version == self.version:
                 # The op travels on all the same: stages stay at one version although this one changed nothing.
                 self.stage.weights.advance(op.oldest_version)
         return replace(result, begin_s=begin_s, end_s=time.monotonic(), version=self.version)
@@ -173,6 +179,17 @@ class StageExecutor:
             self.stage.weights.apply(update)
         return _result(op)
 
+    def _save_checkpoint(self, op: SaveCheckpoint) -> StageResult:
+        if op.version != self.version:
+            self._refuse(op.version, (self.version,))
+        checkpoint.save(Path(op.folder), self.stage, self.training)
+        return _result(op)
+
+    def _restore_checkpoint(self, op: RestoreCheckpoint) -> StageResult:
+        self._begin_version(op)
+        checkpoint.restore(Path(op.folder), self.stage, self.training)
+        return _result(op)
+
     def _forget(self, op: Forget) -> StageResult:
         self.inference.forget(op.task_ids)
         self.training.forget(op.task_ids)
@@ -200,7 +217,7 @@ class StageExecutor:
             self._refuse(version, weights.versions)
         return weights.at(version)
 
-    def _begin_version(self, op: OptimizerStep | LoadWeights) -> None:
+    def _begin_version(self, op: VersionedChange) -> None:
         """Raised before the change: one that fails counts as well, so that all stages agree on the version."""
         if op.version != self.version:
             self._refuse(op.version, (self.version,))

@@ -84,6 +84,15 @@ class Training:
         """What each group has accumulated, in the order of the owned weights."""
         return self._gradients
 
+    @property
+    def jobs(self) -> Mapping[str, _Job]:
+        """Jobs that hold optimizer state here."""
+        return self._jobs
+
+    def adopt(self, jobs: Mapping[str, _Job]) -> None:
+        """Go on with the optimizers of these jobs, made over the owned parameters in use, and no others."""
+        self._jobs = dict(jobs)
+
     def forward(self, op: TrainForward, hidden: Tensor | None) -> ForwardOutput:
         """Run a micro-batch and keep its graph. Raises ValueError for bad examples, ArithmeticError for a loss that
         is not finite."""

@@ -1,0 +1,292 @@
+"""Checkpoints of one node on disk: `<directory>/<node id>/<incarnation>-<step>/`, appearing whole or not at all.
+
+Each holds the stages' files and `manifest.json`, which names the model, the position in the data and a SHA-256 of
+every file and of itself. Everything here blocks; call it in a thread.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lemix.errors import ErrorCode, LemixError
+from services.node_agent.checkpoint_files import state_files, weights_files
+from services.node_agent.combine import Replica, write_copy
+from services.node_agent.tensor_file import TensorFile
+
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"(\d{10})-(\d{12})")
+_PARTIAL_PREFIX = ".partial-"
+_CORRUPTED_PREFIX = ".corrupted-"
+_HASH_BLOCK_BYTES = 1 << 20
+#: What may differ between two copies of one model.
+_VOLATILE_KEYS = frozenset({"_name_or_path", "torch_dtype", "dtype", "transformers_version", "use_cache"})
+_EXPORTED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+
+#: Ascending, disjoint [first, last] pairs.
+Ranges = list[list[int]]
+
+
+class CorruptedCheckpoint(ValueError):
+    """A checkpoint whose files are not what was written; the message names the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint is. Times: unix, seconds.
+
+    positions: by job, the micro-batches whose steps it contains, as [first, last] ranges. outcomes: by task id, the
+    serialised outcomes of those that the ledger did not hold as done when it was written.
+    """
+
+    node_id: str
+    incarnation: int
+    step: int
+    created_unix_s: float
+    trained_unix_s: float | None
+    num_stages: int
+    reason: str
+    model: dict[str, Any]
+    positions: dict[str, Ranges] = field(default_factory=dict)
+    outcomes: dict[str, str] = field(default_factory=dict)
+    #: Optimizer settings of the jobs whose state it holds.
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    heldout_loss: float | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The weights version it holds: node, incarnation and step."""
+        return f"{self.node_id}:{self.incarnation}:{self.step}"
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of its files."""
+        return sum(int(file["bytes"]) for file in self.files.values())
+
+
+def model_identity(model_path: Path) -> dict[str, Any]:
+    """What makes two models exchangeable: their configuration and tokenizer. Raises OSError or ValueError."""
+    config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
+    identity = {key: value for key, value in sorted(config.items()) if key not in _VOLATILE_KEYS}
+    tokenizer = model_path / "tokenizer.json"
+    if tokenizer.is_file():
+        identity["tokenizer.json"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16]
+    return identity
+
+
+def model_differences(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """One phrase per property that differs; empty: the same model."""
+    keys = sorted(stored.keys() | mine.keys())
+    return [f"{key} is {stored.get(key)!r}, here {mine.get(key)!r}" for key in keys if stored.get(key) != mine.get(key)]
+
+
+class CheckpointStore:
+    """One node's folder. keep: complete checkpoints that stay, the newest."""
+
+    def __init__(self, directory: Path, node_id: str, model_path: Path, *, keep: int) -> None:
+        self._directory = directory
+        self._folder = directory / node_id
+        self._node_id = node_id
+        self._model_path = model_path
+        self._keep = keep
+        self.model = model_identity(model_path)
+
+    def prepare(self) -> None:
+        """Make the folder and remove what a killed process left half written. Raises OSError."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for partial in self._folder.glob(f"{_PARTIAL_PREFIX}*"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    # ------------------------------------------------------------- reading
+
+    def newest_incarnation(self) -> int:
+        """Highest incarnation of which there is a checkpoint; 0: none."""
+        return max((incarnation for (incarnation, _), _ in self._found()), default=0)
+
+    def folders(self) -> list[Path]:
+        """Complete checkpoints, the newest first."""
+        return [folder for _, folder in sorted(self._found(), reverse=True)]
+
+    def _found(self) -> list[tuple[tuple[int, int], Path]]:
+        if not self._folder.is_dir():
+            return []
+        matches = [(_NAME.fullmatch(folder.name), folder) for folder in self._folder.iterdir()]
+        return [((int(match[1]), int(match[2])), folder) for match, folder in matches if match]
+
+    def manifests(self) -> list[Manifest]:
+        """Of the readable checkpoints, the newest first. Their files are not looked at."""
+        found = []
+        for folder in self.folders():
+            try:
+                found.append(read_manifest(folder))
+            except CorruptedCheckpoint:
+                continue
+        return found
+
+    def folder_of(self, checkpoint_id: str) -> Path:
+        """Where a checkpoint lies, this node's or, in a shared directory, another's. Raises LemixError NOT_FOUND."""
+        parts = checkpoint_id.rsplit(":", 2)
+        if len(parts) == 3 and parts[1].isdecimal() and parts[2].isdecimal() and _is_name(parts[0]):
+            folder = self._directory / parts[0] / _folder_name(int(parts[1]), int(parts[2]))
+            if (folder / _MANIFEST).is_file():
+                return folder
+        raise LemixError(ErrorCode.NOT_FOUND, f"there is no checkpoint {checkpoint_id[:200]!r}", param="checkpoint_id")
+
+    def verify(self, folder: Path) -> Manifest:
+        """Read every byte of a checkpoint. Raises CorruptedCheckpoint, or LemixError CONFLICT for another model."""
+        manifest = read_manifest(folder)
+        self.check_model(manifest)
+        for name, expected in manifest.files.items():
+            try:
+                found = _digest(folder / name)
+            except OSError as error:
+                raise CorruptedCheckpoint(f"checkpoint {manifest.checkpoint_id}: {name}: {error.strerror}") from error
+            if found != expected:
+                raise CorruptedCheckpoint(f"checkpoint {manifest.checkpoint_id}: {name} is not what was written")
+        return manifest
+
+    def check_model(self, manifest: Manifest) -> None:
+        """Raises LemixError CONFLICT naming what differs when a checkpoint is of another model."""
+        differences = model_differences(manifest.model, self.model)
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            message = f"checkpoint {manifest.checkpoint_id} is of another model: {'; '.join(differences[:3])}{more}"
+            raise LemixError(ErrorCode.CONFLICT, message, param="checkpoint_id")
+
+    # ------------------------------------------------------------- writing
+
+    def begin(self) -> Path:
+        """A new folder for the stages' files. Raises OSError."""
+        return Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=self._folder))
+
+    def commit(self, partial: Path, manifest: Manifest) -> Manifest:
+        """Make what the stages wrote a checkpoint, durably, and remove the oldest beyond `keep`. Raises OSError."""
+        files = {}
+        for path in [*weights_files(partial), *state_files(partial)]:
+            _flush(path)
+            files[path.name] = _digest(path)
+        manifest = replace(manifest, files=files)
+        _write_manifest(partial, manifest)
+        os.rename(partial, self._folder / _folder_name(manifest.incarnation, manifest.step))
+        _flush(self._folder)
+        for old in self.folders()[self._keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+        return manifest
+
+    def set_aside(self, folder: Path) -> None:
+        """Keep a corrupted checkpoint for whoever wants to know why, but no longer as one; only the newest such."""
+        for earlier in self._folder.glob(f"{_CORRUPTED_PREFIX}*"):
+            shutil.rmtree(earlier, ignore_errors=True)
+        os.rename(folder, folder.with_name(_CORRUPTED_PREFIX + folder.name))
+
+    def discard(self, partial: Path) -> None:
+        """Remove what could not be completed."""
+        shutil.rmtree(partial, ignore_errors=True)
+
+    def export(self, checkpoint_id: str) -> Path:
+        """Write a checkpoint as a Hugging Face directory; returns its path.
+
+        Raises LemixError, CorruptedCheckpoint or OSError.
+        """
+        folder = self.folder_of(checkpoint_id)
+        self.verify(folder)
+        target = self._directory / "exports" / checkpoint_id.replace(":", "-")
+        partial = target.with_name(f"{_PARTIAL_PREFIX}{target.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            for path in sorted(self._model_path.iterdir()):
+                if path.suffix in _EXPORTED_SUFFIXES and not path.name.endswith(".safetensors.index.json"):
+                    shutil.copyfile(path, partial / path.name)
+            _merge(weights_files(folder), partial / "model.safetensors")
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a checkpoint says of itself. Raises CorruptedCheckpoint."""
+    try:
+        content = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT or content["sha256"] != _manifest_digest(content["manifest"]):
+            raise ValueError("it is not what was written")
+        return Manifest(**content["manifest"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptedCheckpoint(f"checkpoint {folder}: {_MANIFEST}: {error}") from error
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    fields = asdict(manifest)
+    content = {"format": _FORMAT, "sha256": _manifest_digest(fields), "manifest": fields}
+    path = folder / _MANIFEST
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    _flush(path)
+    _flush(folder)
+
+
+def _manifest_digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _folder_name(incarnation: int, step: int) -> str:
+    return f"{incarnation:010d}-{step:012d}"
+
+
+def _is_name(node_id: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", node_id) is not None
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return {"sha256": digest.hexdigest(), "bytes": size}
+
+
+def _flush(path: Path) -> None:
+    """Let a file, or the names in a folder, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _merge(shards: Sequence[Path], target: Path) -> None:
+    files: list[TensorFile] = []
+    try:
+        for shard in shards:
+            files.append(TensorFile.open(shard))
+        write_copy(target, Replica(target.name, files))
+    finally:
+        for file in files:
+            file.close()
+
+
+def add_to_ranges(ranges: Ranges, numbers: Iterable[int]) -> Ranges:
+    """The ranges of all numbers in `ranges` and `numbers`."""
+    pairs = sorted([*ranges, *([number, number] for number in numbers)])
+    joined: Ranges = []
+    for first, last in pairs:
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1][1] = max(joined[-1][1], last)
+        else:
+            joined.append([first, last])
+    return joined
+
+
+def count_of(ranges: Ranges) -> int:
+    """Numbers in the ranges."""
+    return sum(last - first + 1 for first, last in ranges)

@@ -1,0 +1,125 @@
+"""What a stage writes into a checkpoint, and takes over from one.
+
+Moments are stored by job and full-model parameter name, so that a checkpoint fits any cut into stages.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from services.node_agent.checkpoint_files import state_file, state_files, weights_file, weights_files
+from services.node_agent.engine.base import OptimizerSpec
+from services.node_agent.engine.torch.stage import Stage
+from services.node_agent.engine.torch.training import Training, make_job
+
+_RANDOM_STATE = "random_state"
+_JOBS = "jobs"
+
+
+def save(folder: Path, stage: Stage, training: Training) -> None:
+    """Write this stage's files. Raises OSError or SafetensorError when they cannot be written."""
+    weights = {name: part.contiguous() for name, part in stage.weights.named(with_borrowed=False).items()}
+    save_file(weights, folder / weights_file(stage.index, stage.num_stages), metadata={"format": "pt"})
+    tensors: dict[str, Tensor] = {_RANDOM_STATE: torch.get_rng_state()}
+    schedules = {}
+    for job_id, job in training.jobs.items():
+        schedules[job_id] = {"spec": asdict(job.spec), "steps": job.scheduler.last_epoch}
+        tensors.update(_moments(job_id, stage, job.optimizer.state))
+    metadata = {_JOBS: json.dumps(schedules)}
+    save_file(tensors, folder / state_file(stage.index, stage.num_stages), metadata=metadata)
+
+
+def _moments(job_id: str, stage: Stage, state: Any) -> Iterator[tuple[str, Tensor]]:
+    for weight in stage.weights.owned:
+        for kind, value in state.get(weight.parameter, {}).items():
+            if value.dim() == 0:
+                # Each part gets one of its own: they may belong to different parameters when they are read.
+                yield from ((f"{job_id}/{kind}/{name}", value.clone()) for name in weight.names)
+            else:
+                yield from ((f"{job_id}/{kind}/{name}", part.contiguous()) for name, part in weight.parts(value))
+
+
+def restore(folder: Path, stage: Stage, training: Training) -> None:
+    """Take over weights, optimizers, schedules and random state; a job that the checkpoint does not know is forgotten.
+
+    Raises ValueError for a checkpoint that lacks tensors, before anything has changed.
+    """
+    weights = _read(weights_files(folder), set(stage.weights.named(with_borrowed=True)))
+    _check_shapes(folder, stage, weights)
+    files = state_files(folder)
+    random_state = _read([files[min(stage.index, len(files) - 1)]], {_RANDOM_STATE})[_RANDOM_STATE]
+    training.before_change()
+    jobs = _read_jobs(files, stage)
+    with torch.no_grad():
+        stage.weights.apply(lambda name, _: weights[name])
+    training.adopt(jobs)
+    torch.set_rng_state(random_state)
+
+
+def _check_shapes(folder: Path, stage: Stage, weights: dict[str, Tensor]) -> None:
+    for name, part in stage.weights.named(with_borrowed=True).items():
+        if tuple(weights[name].shape) != tuple(part.shape):
+            shapes = f"shape {tuple(weights[name].shape)}, the model's is {tuple(part.shape)}"
+            raise ValueError(f"{name} in the checkpoint {folder.name} has {shapes}")
+
+
+def _read_jobs(files: Sequence[Path], stage: Stage) -> dict[str, Any]:
+    """Jobs with optimizers over this stage's parameters, not in use yet."""
+    jobs: dict[str, Any] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            schedules = json.loads((stored.metadata() or {}).get(_JOBS, "{}"))
+            names = set(stored.keys())
+        for job_id, schedule in schedules.items():
+            if job_id not in jobs:
+                spec = schedule["spec"]
+                spec = OptimizerSpec(**{**spec, "betas": tuple(spec["betas"])})
+                jobs[job_id] = make_job([weight.parameter for weight in stage.weights.owned], spec)
+                _set_schedule(jobs[job_id], schedule["steps"])
+        _fill_moments(file, names, stage, jobs)
+    return jobs
+
+
+def _fill_moments(file: Path, names: set[str], stage: Stage, jobs: dict[str, Any]) -> None:
+    with safe_open(file, framework="pt") as stored:
+        for job_id, job in jobs.items():
+            for weight in stage.weights.owned:
+                for kind in ("step", "exp_avg", "exp_avg_sq"):
+                    keys = [f"{job_id}/{kind}/{name}" for name in weight.names]
+                    if not names.issuperset(keys):
+                        continue
+                    parts = [stored.get_tensor(key) for key in keys]
+                    value = parts[0] if kind == "step" or len(parts) == 1 else torch.cat(parts)
+                    state = job.optimizer.state[weight.parameter]
+                    state[kind] = value.to(weight.parameter.device) if kind != "step" else value
+
+
+def _set_schedule(job: Any, steps: int) -> None:
+    """A new schedule as it is after so many steps."""
+    scheduler = job.scheduler
+    scheduler.last_epoch = steps
+    scheduler._step_count = steps + 1
+    rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler._last_lr = rates
+    for group, rate in zip(job.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _read(files: Sequence[Path], wanted: set[str]) -> dict[str, Tensor]:
+    """Tensors by name. Raises ValueError naming one that is in no file."""
+    found: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for name in wanted.intersection(stored.keys()):
+                found[name] = stored.get_tensor(name)
+    missing = sorted(wanted.difference(found))
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} tensors, first {missing[0]}")
+    return found

@@ -9,7 +9,10 @@ from lemix.errors import LemixError
 
 __all__ = [
     "Choice",
+    "Checkpoint",
+    "CheckpointPolicy",
     "ClusterStatus",
+    "ExportedCheckpoint",
     "FeedbackReceipt",
     "FinishReason",
     "Generation",

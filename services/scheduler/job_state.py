@@ -244,10 +244,8 @@ class JobState:
         self._last_steps.pop(node_id, None)
         count = sum(outcome.node_id == node_id for outcome in self._uncovered.values())
         if wait_s:
-            again = (
-                f"trains {count} micro-batches since its newest checkpoint again when it is back within {wait_s:g} s"
-            )
-            self.add_event("warn", f"{node_id} was lost; it {again}")
+            again = f"{count} micro-batches since its newest checkpoint are trained again"
+            self.add_event("warn", f"{node_id} was lost: {again}, by itself if it is back within {wait_s:g} s")
         elif count or node_id in self._record.job.steps_per_node:
             lost = "what its checkpoints contain is in no other node's weights unless they were synchronised"
             self.add_event(

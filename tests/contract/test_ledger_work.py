@@ -160,6 +160,23 @@ async def test_take_back_returns_unfinished_work_in_order_and_leaves_the_finishe
     assert await ledger.take_back("n0", token=token) == []
 
 
+async def test_the_micro_batches_of_a_lost_node_can_stay_for_its_return(ledger: Ledger, store: Store) -> None:
+    token = await ledger.acquire_leadership()
+    for item in (microbatch("j", 0), request("r"), microbatch("j", 1)):
+        await ledger.assign(item, "n0", entry_id=None, token=token)
+    await read_all(ledger, "n0")
+    taken = await ledger.take_back("n0", token=token, keep_training=True)
+    assert [item.task_id for item in taken] == ["r"]
+    assert await ledger.node_ids() == ["n0"]
+    assert await ledger.record("j/1") == TaskRecord(TaskState.ASSIGNED, "n0")
+    successor = await store.open()
+    deliveries = await read_all(successor, "n0")
+    assert ids(deliveries) == ["j/0", "j/1"]
+    assert await successor.finish("n0", deliveries[0].entry_id, outcome("j/0", "n0"))
+    assert [item.task_id for item in await ledger.take_back("n0", token=token)] == ["j/1"]
+    assert await ledger.node_ids() == []
+
+
 async def test_an_older_token_moves_nothing(store: Store) -> None:
     old, new = await store.open(), await store.open()
     assert await new.newest_token() == 0

@@ -118,6 +118,9 @@ class ScriptedScheduler(Watched, scheduler_grpc.SchedulerServiceServicer):
         self.outcomes: dict[str, work_pb2.WorkOutcome] = {}
         self.num_outcomes = 0
         self.syncs: list[scheduler_pb2.SyncFinished] = []
+        #: Task ids in the order they were told as trained and in no checkpoint, and what became of checkpoints.
+        self.trained: list[str] = []
+        self.checkpoints: list[scheduler_pb2.CheckpointReport] = []
         self.address = ""
         self._commands: dict[str, asyncio.Queue[scheduler_pb2.NodeSessionResponse]] = {}
         self._server: grpc.aio.Server | None = None
@@ -166,12 +169,21 @@ class ScriptedScheduler(Watched, scheduler_grpc.SchedulerServiceServicer):
                     self.num_outcomes += 1
                 case "sync_finished":
                     self.syncs.append(request.sync_finished)
+                case "trained":
+                    self.trained.append(request.trained.task_id)
+                case "checkpoint":
+                    self.checkpoints.append(request.checkpoint)
             await self.changed()
 
     async def outcome(self, task_id: str) -> work_pb2.WorkOutcome:
         """The reported outcome of a task, waiting for it."""
         await self.until(lambda: task_id in self.outcomes, f"the outcome of {task_id}")
         return self.outcomes[task_id]
+
+    async def checkpoint(self, count: int) -> scheduler_pb2.CheckpointReport:
+        """The report of that number, from 1, waiting for it."""
+        await self.until(lambda: len(self.checkpoints) >= count, f"{count} reports about checkpoints")
+        return self.checkpoints[count - 1]
 
     async def sync_finished(self, count: int) -> list[scheduler_pb2.SyncFinished]:
         """All ends of synchronisation phases once there are `count`."""

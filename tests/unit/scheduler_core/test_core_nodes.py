@@ -12,6 +12,7 @@ from services.scheduler.core.types import (
     OpFinished,
     TaskArrived,
     TaskEnded,
+    TaskRecovered,
 )
 from tests.unit.scheduler_core.support import assigned, core_with, microbatch, node, request
 
@@ -71,3 +72,24 @@ def test_draining_of_an_unknown_node_changes_nothing() -> None:
     before = core.snapshot()
     assert core.step(0.0, NodeDraining("x")) == []
     assert core.snapshot() == before
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_node_that_may_return_takes_its_training_along_and_nothing_else(policy: str) -> None:
+    core = core_with(node("a"), policy=policy)
+    core.step(1.0, TaskArrived(request("r")))
+    for index in range(2):
+        core.step(1.0, TaskArrived(microbatch(f"m{index}")))
+    before = core.snapshot()
+    taken = [f"m{index}" for index in range(before.nodes[0].inflight_training)]
+    core.step(2.0, NodeLost("a", "test", keeps_training=True))
+    assert core.snapshot().waiting_training == before.waiting_training
+    core.step(3.0, NodeJoined(node("a")))
+    for task_id in taken:
+        core.step(3.0, TaskRecovered(microbatch(task_id), "a"))
+    back = core.snapshot()
+    assert back.nodes[0].inflight_training + back.waiting_training == 2
+    assert back.nodes[0].inflight_training >= len(taken)
+    for task_id in taken:
+        core.step(4.0, TaskEnded(task_id, "a", ok=True))
+    assert core.snapshot().nodes[0].inflight_training + core.snapshot().waiting_training == 2 - len(taken)

@@ -50,6 +50,7 @@ from services.scheduler.inbox import (
     Offered,
     Told,
     Traced,
+    Trained,
 )
 
 LATENCY = NodeLatency(({OpKind.PREFILL: LatencyModel("constant", (0.1,))},))
@@ -117,6 +118,12 @@ class Peers:
         self.told.append(("outcome", outcome.training.sequence))
         return [JobCancelled("j")] if outcome.training.HasField("error") else []
 
+    def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
+        self.told.append(("trained", outcome.training.sequence))
+
+    def on_node_away(self, node_id: str, wait_s: float) -> None:
+        self.told.append(("away", node_id, wait_s))
+
 
 class Rig:
     """A driver and everything around it."""
@@ -132,6 +139,7 @@ class Rig:
             gateways=self.peers,  # type: ignore[arg-type]
             jobs=self.peers,
             clock=self.clock,
+            node_return_s=30.0,
         )
 
     async def lead(self) -> "Rig":
@@ -306,6 +314,55 @@ async def test_a_microbatch_is_written_for_its_node_when_it_is_assigned(rig: Rig
     await rig.handle(Offered(microbatch(3)))
     assert [item.task_id for item in await rig.ledger.unfinished("n0")] == ["j/3"]
     assert rig.peers.told == [("held", 3, True), ("held", 3, False)]
+
+
+def trained(sequence: int, node_id: str = "n0") -> work_pb2.WorkOutcome:
+    training = work_pb2.TrainingOutcome(job_id="j", sequence=sequence, weight_step=sequence + 1)
+    return work_pb2.WorkOutcome(task_id=f"j/{sequence}", node_id=node_id, training=training)
+
+
+async def test_a_trained_microbatch_leaves_the_core_and_stays_in_the_ledger(rig: Rig) -> None:
+    rig.core.answers[TaskArrived] = assign_to("n0")
+    await rig.handle(Offered(microbatch(0)), Trained(trained(0)))
+    assert rig.events(TaskEnded) == [TaskEnded("j/0", "n0", ok=True)]
+    assert rig.driver.num_tasks == 0
+    assert [item.task_id for item in await rig.ledger.unfinished("n0")] == ["j/0"]
+    assert rig.peers.told[-1] == ("trained", 0)
+
+
+async def test_a_node_that_trained_what_another_one_has_now_is_not_believed(rig: Rig) -> None:
+    rig.core.answers[TaskArrived] = assign_to("n1")
+    await rig.handle(Offered(microbatch(0)), Trained(trained(0, "n0")))
+    assert rig.events(TaskEnded) == []
+    assert ("trained", 0) not in rig.peers.told
+
+
+async def test_what_a_lost_node_trained_and_was_to_train_waits_for_it_but_not_for_ever(rig: Rig) -> None:
+    rig.core.answers[TaskArrived] = assign_to("n0")
+    await rig.handle(Offered(microbatch(0)), Trained(trained(0)), Offered(microbatch(1)), await rig.accept("r"))
+    await rig.handle(NodeGone("n0", "test", may_return=True))
+    assert rig.events(NodeLost) == [NodeLost("n0", "test", keeps_training=True)]
+    assert [item.task_id for item in await rig.ledger.unfinished("n0")] == ["j/0", "j/1"]
+    assert (await rig.ledger.record("r")).state is TaskState.WAITING
+    assert rig.peers.told[-1] == ("away", "n0", 30.0)
+    rig.clock.advance(29.0)
+    await rig.handle()
+    assert len(await rig.ledger.unfinished("n0")) == 2
+    rig.clock.advance(2.0)
+    await rig.handle()
+    assert await rig.ledger.unfinished("n0") == []
+    assert rig.peers.told[-1] == ("away", "n0", 0.0)
+
+
+async def test_a_node_that_is_back_in_time_has_what_it_was_to_train(rig: Rig) -> None:
+    rig.core.answers[TaskArrived] = assign_to("n0")
+    await rig.handle(Offered(microbatch(0)), Trained(trained(0)), Offered(microbatch(1)))
+    await rig.handle(NodeGone("n0", "test", may_return=True), NodeArrived(SPEC))
+    assert [event.task.task_id for event in rig.events(TaskRecovered)] == ["j/0", "j/1"]
+    rig.clock.advance(60.0)
+    await rig.handle()
+    assert len(await rig.ledger.unfinished("n0")) == 2
+    assert ("away", "n0", 0.0) not in rig.peers.told
 
 
 async def test_what_jobs_answer_reaches_the_core(rig: Rig) -> None:

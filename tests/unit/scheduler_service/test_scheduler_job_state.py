@@ -192,3 +192,51 @@ def test_a_history_that_was_stored_twice_is_told_once() -> None:
     job.add_event("info", "next")
     assert [event.sequence for event in job.events_after(2)] == [3, 4]
     assert job.events_after(4) == []
+
+
+def test_what_is_in_no_checkpoint_counts_as_trained_and_may_come_back() -> None:
+    job = state(4)
+    assert offers(job) == [0, 1, 2, 3]
+    for sequence in range(4):
+        job.held(sequence, waiting=False)
+        assert job.trained_unsaved(outcome(sequence, step=1 + sequence // 2))
+    assert not job.trained_unsaved(outcome(3))  # told again on a new stream
+    assert (job.num_trained, job.view().unsaved_microbatches) == (4, 4)
+    assert job.view().steps_per_node == {"n": 2}
+    assert job.only_to_save
+    assert not job.complete
+    assert job.unsaved_nodes == {"n"}
+    job.held(3, waiting=True)  # its node did not come back
+    assert (job.num_trained, job.only_to_save) == (3, False)
+    assert offers(job) == []
+    for sequence in range(4):
+        assert job.trained(outcome(sequence, step=1 + sequence // 2))
+    assert job.complete
+    assert job.view().steps_per_node == {"n": 2}
+    assert job.durable_record().next_sequence == 4
+
+
+def test_what_is_in_no_checkpoint_is_not_stored_as_trained() -> None:
+    job = state(3)
+    job.trained(outcome(0))
+    job.trained_unsaved(outcome(1, step=2))
+    assert job.durable_record().next_sequence == 1
+    assert job.durable_record().job.trained_microbatches == 1
+    assert job.view().trained_microbatches == 2
+    assert [event.message for event in job.events_after(0)] == [
+        "trained 1 of 3 micro-batches",
+        "trained 2 of 3 micro-batches",
+    ]
+    job.trained(outcome(1, step=2))
+    assert len(job.events_after(0)) == 2  # saving it is no news of its own
+
+
+def test_the_loss_of_a_node_is_told_with_what_it_took_along() -> None:
+    job = state(3)
+    job.trained_unsaved(outcome(0))
+    job.node_away("n", 30.0)
+    job.node_away("n", 0.0)
+    told = [(event.level, event.message) for event in job.events_after(1)]
+    assert [level for level, _ in told] == ["warn", "error"]
+    assert told[0][1].startswith("n was lost: 1 micro-batches since its newest checkpoint are trained again")
+    assert told[1][1].startswith("n did not come back: other nodes train 1 micro-batches again")

@@ -1,0 +1,356 @@
+"""Checkpoints of a running node: what they cover, what is trained again, and what happens when they go wrong.
+
+The emulated weights shrink by a tenth with every step, so that a weight tells how many steps it contains.
+"""
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from lemix.internal.v1 import work_pb2
+from lemix.v1 import errors_pb2
+from services.ledger import LedgerUnavailable, TaskState, open_ledger
+from services.node_agent.checkpoint_files import weights_files
+from services.node_agent.engine.base import SaveCheckpoint, StageOp, StageResult
+from services.runtime.app import StartupError
+from tests.integration.node_agent.harness import (
+    Cluster,
+    Gate,
+    Node,
+    cluster,
+    inference_item,
+    training_item,
+    write_model,
+)
+
+NO_TIME = {"checkpoint_every_s": 0.0, "checkpoint_every_steps": 0}
+
+
+def after_steps(count: int) -> float:
+    """An emulated weight after so many steps."""
+    return 4.0 * 0.9**count
+
+
+def weights(node: Node) -> list[float]:
+    return [worker.stage.weight for worker in node.engine.workers]
+
+
+async def train(made: Cluster, sequences: Sequence[int], **work: Any) -> None:
+    """Assign micro-batches of one job, in order."""
+    for sequence in sequences:
+        item = training_item("job", sequence, [[1, 2, 3]])
+        item.training.checkpoint.CopyFrom(work_pb2.TrainingWork(**work).checkpoint)
+        await made.assign(item)
+
+
+async def trained(made: Cluster, count: int) -> None:
+    await made.scheduler.until(lambda: len(made.scheduler.trained) >= count, f"{count} trained micro-batches")
+
+
+async def train_and_save(made: Cluster, count: int) -> None:
+    """That many micro-batches from the first on, with a checkpoint after every second one."""
+    for sequence in range(count):
+        await train(made, [sequence])
+        await trained(made, sequence + 1)
+        if sequence % 2:
+            await made.scheduler.checkpoint((sequence + 1) // 2)
+
+
+def command(made: Cluster, **action: str) -> None:
+    request = scheduler_pb2.CheckpointCommand(request_id="request", **action)
+    made.scheduler.command("node-0", checkpoint=request)
+
+
+async def states(made: Cluster, count: int) -> list[str]:
+    """Where the ledger says the first micro-batches are."""
+    records = [await made.ledger.record(f"job/{sequence}") for sequence in range(count)]
+    return [str(record.state) for record in records if record is not None]
+
+
+@contextlib.asynccontextmanager
+async def life(made: Cluster, folder: Path, **settings: Any) -> AsyncIterator[Node]:
+    """A node that ends with the block as if it were killed: nothing is finished, nothing is saved."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield await made.start_node(stack=stack, checkpoint_directory=str(folder), **{**NO_TIME, **settings})
+
+
+async def test_an_end_waits_for_a_checkpoint(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_steps=3) as node:
+        assert made.scheduler.hellos[0].keeps_checkpoints
+        await train(made, [0, 1])
+        await trained(made, 2)
+        assert await states(made, 2) == [TaskState.ASSIGNED] * 2
+        await train(made, [2])
+        report = await made.scheduler.checkpoint(1)
+        assert await made.scheduler.outcome("job/2")
+        assert await states(made, 3) == [TaskState.DONE] * 3
+        version = node.agent.incarnation
+        assert report.checkpoint.checkpoint_id == f"node-0:{version}:3"
+        assert dict(report.checkpoint.trained_microbatches) == {"job": 3}
+        assert report.checkpoint.reason == "interval"
+        assert [held.checkpoint_id for held in report.held] == [report.checkpoint.checkpoint_id]
+
+
+async def test_the_interval_of_the_job_counts(tmp_path: Path) -> None:
+    every_second = {"checkpoint": {"every_steps": 2}}
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_steps=100):
+        await train(made, [0, 1], **every_second)
+        assert (await made.scheduler.checkpoint(1)).checkpoint.trained_microbatches["job"] == 2
+
+
+async def test_time_alone_brings_a_checkpoint(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_s=0.05):
+        await train(made, [0])
+        assert (await made.scheduler.checkpoint(1)).checkpoint.trained_microbatches["job"] == 1
+
+
+async def test_a_killed_node_trains_again_what_its_checkpoint_lacks(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        async with life(made, tmp_path / "saved", checkpoint_every_steps=2) as node:
+            await train_and_save(made, 5)
+            await made.scheduler.outcome("job/3")
+            before = node.agent.incarnation
+        async with life(made, tmp_path / "saved", checkpoint_every_steps=2) as node:
+            hello = made.scheduler.hellos[-1]
+            assert [held.checkpoint_id for held in hello.checkpoints] == [f"node-0:{before}:4", f"node-0:{before}:2"]
+            assert hello.incarnation > before
+            assert hello.restore_note == ""
+            await trained(made, 6)
+            assert made.scheduler.trained == [f"job/{sequence}" for sequence in (0, 1, 2, 3, 4, 4)]
+            assert weights(node) == pytest.approx([after_steps(5)] * 2)
+            await train(made, [5])
+            assert await made.scheduler.outcome("job/5")
+            assert weights(node) == pytest.approx([after_steps(6)] * 2)
+
+
+async def test_a_node_killed_before_the_ledger_knew_does_not_train_again(tmp_path: Path) -> None:
+    class Away:
+        def __init__(self, ledger: Any) -> None:
+            self._ledger = ledger
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._ledger, name)
+
+        async def finish(self, *_: Any) -> bool:
+            raise LedgerUnavailable("redis://nowhere is away")
+
+    async with cluster(tmp_path) as made:
+        ledger = Away(await open_ledger(made.ledger_url))
+        async with life(made, tmp_path / "saved", checkpoint_every_steps=2, ledger=ledger):
+            await train_and_save(made, 3)
+        assert await states(made, 3) == [TaskState.ASSIGNED] * 3
+        async with life(made, tmp_path / "saved", checkpoint_every_steps=1) as node:
+            for sequence in range(3):
+                assert (await made.scheduler.outcome(f"job/{sequence}")).training.HasField("loss")
+            assert made.scheduler.trained == ["job/0", "job/1", "job/2", "job/2"]
+            assert weights(node) == pytest.approx([after_steps(3)] * 2)
+
+
+async def _two_checkpoints(made: Cluster, folder: Path) -> None:
+    async with life(made, folder, checkpoint_every_steps=2):
+        await train_and_save(made, 4)
+        await made.scheduler.outcome("job/3")
+
+
+def newest(folder: Path) -> Path:
+    return max((folder / "node-0").glob("[0-9]*"))
+
+
+async def test_a_corrupted_checkpoint_is_not_used_and_that_is_said(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        await _two_checkpoints(made, tmp_path / "saved")
+        broken = newest(tmp_path / "saved")
+        file = weights_files(broken)[0]
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        async with life(made, tmp_path / "saved") as node:
+            hello = made.scheduler.hellos[-1]
+            assert f"checkpoint {broken.name} is corrupted, it started from node-0:" in hello.restore_note
+            assert "2 of job" in hello.restore_note
+            assert weights(node) == pytest.approx([after_steps(2)] * 2)
+            assert len(hello.checkpoints) == 1
+        assert not broken.exists()
+        assert broken.with_name(f".corrupted-{broken.name}").is_dir()
+
+
+async def test_a_checkpoint_without_a_readable_manifest_is_not_used(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        await _two_checkpoints(made, tmp_path / "saved")
+        (newest(tmp_path / "saved") / "manifest.json").write_text('{"format": 1}')
+        async with life(made, tmp_path / "saved") as node:
+            assert "its list of micro-batches is corrupted as well" in made.scheduler.hellos[-1].restore_note
+            assert weights(node) == pytest.approx([after_steps(2)] * 2)
+
+
+async def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        await _two_checkpoints(made, tmp_path / "saved")
+        write_model(made.model, num_hidden_layers=6)
+        with pytest.raises(StartupError, match="is of another model: num_hidden_layers is 4, here 6; name another"):
+            async with life(made, tmp_path / "saved"):
+                pass
+
+
+class _Disk:
+    """Lets checkpoints fail on a stage as a full disk does."""
+
+    def __init__(self) -> None:
+        self.full = False
+
+    def __call__(self, stage: int, op: StageOp, result: StageResult) -> StageResult:
+        if self.full and isinstance(op, SaveCheckpoint):
+            return replace(result, error="OSError: [Errno 28] No space left on device")
+        return result
+
+
+async def test_a_full_disk_is_reported_and_the_job_goes_on(tmp_path: Path) -> None:
+    disk = _Disk()
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_steps=2, tamper=disk):
+        await train(made, [0, 1])
+        first = (await made.scheduler.checkpoint(1)).checkpoint
+        disk.full = True
+        await train(made, range(2, 7))
+        report = await made.scheduler.checkpoint(2)
+        assert report.error.code == errors_pb2.ERROR_CODE_RESOURCE_EXHAUSTED
+        assert "No space left on device" in report.error.message
+        assert [held.checkpoint_id for held in report.held] == [first.checkpoint_id]
+        await trained(made, 7)
+        assert await states(made, 7) == [TaskState.DONE] * 2 + [TaskState.ASSIGNED] * 5
+        assert not list((tmp_path / "saved" / "node-0").glob(".partial*"))
+        disk.full = False
+        command(made, save="request")
+        report = await made.scheduler.checkpoint(3)
+        assert report.request_id == "request"
+        assert report.checkpoint.trained_microbatches["job"] == 7
+        assert await made.scheduler.outcome("job/6")
+
+
+async def test_training_does_not_stop_for_ever_because_of_a_full_disk(tmp_path: Path) -> None:
+    disk = _Disk()
+    disk.full = True
+    settings = {"checkpoint_every_steps": 2, "checkpoint_give_up_s": 0.0, "tamper": disk}
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", **settings):
+        await train(made, [0, 1])
+        assert (await made.scheduler.checkpoint(1)).HasField("error")
+        assert not (await made.scheduler.outcome("job/1")).training.HasField("error")
+
+
+async def test_no_more_is_trained_than_a_crash_may_cost(tmp_path: Path) -> None:
+    disk = _Disk()
+    disk.full = True
+    async with (
+        cluster(tmp_path) as made,
+        life(made, tmp_path / "saved", max_unsaved_microbatches=2, tamper=disk) as node,
+    ):
+        await train(made, [0, 1])
+        await made.scheduler.checkpoint(1)
+        await train(made, [2, 3])
+        await made.assign(inference_item("r", [1], 1))  # read after them
+        await made.scheduler.outcome("r")
+        assert made.scheduler.trained == ["job/0", "job/1"]
+        made.scheduler.command("node-0", cancel=scheduler_pb2.CancelWork(task_id="job/3"))
+        assert (await made.scheduler.outcome("job/3")).training.error.code == errors_pb2.ERROR_CODE_CANCELLED
+        disk.full = False
+        command(made, save="request")
+        await trained(made, 3)
+        assert weights(node) == pytest.approx([after_steps(3)] * 2)
+
+
+async def test_a_node_that_is_told_to_stop_saves_first(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        async with life(made, tmp_path / "saved") as node:
+            await train(made, [0, 1, 2])
+            await trained(made, 3)
+            await node.agent.drain()
+        assert await states(made, 3) == [TaskState.DONE] * 3
+        manifest = json.loads((newest(tmp_path / "saved") / "manifest.json").read_text())["manifest"]
+        assert (manifest["reason"], manifest["step"], manifest["positions"]) == ("shutdown", 3, {"job": [[0, 2]]})
+
+
+async def test_a_node_killed_while_it_saves_has_the_one_before(tmp_path: Path) -> None:
+    gate = Gate()
+    async with cluster(tmp_path) as made:
+        async with life(made, tmp_path / "saved", checkpoint_every_steps=2, gate=gate, num_stages=1):
+            await train(made, [0, 1])
+            await made.scheduler.outcome("job/1")
+            await train(made, [2])
+            await trained(made, 3)
+            gate.close()
+            command(made, save="request")
+            await gate.until_waiting()
+            # As after a kill: the half-written folder is there, and nobody cleans it up.
+            (tmp_path / "saved" / "node-0" / ".partial-killed").mkdir()
+        assert list((tmp_path / "saved" / "node-0").glob(".partial*"))
+        async with life(made, tmp_path / "saved", num_stages=1) as node:
+            assert not list((tmp_path / "saved" / "node-0").glob(".partial*"))
+            assert len(made.scheduler.hellos[-1].checkpoints) == 1
+            await trained(made, 4)
+            assert made.scheduler.trained[3:] == ["job/2"]
+            assert weights(node) == pytest.approx([after_steps(3)])
+
+
+async def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_steps=1, checkpoint_keep=2):
+        for sequence in range(4):
+            await train(made, [sequence])
+            report = await made.scheduler.checkpoint(sequence + 1)
+        assert [held.checkpoint_id.rsplit(":", 1)[1] for held in report.held] == ["4", "3"]
+        assert len(list((tmp_path / "saved" / "node-0").iterdir())) == 2
+
+
+async def test_a_rollback_raises_the_version_and_outlives_a_crash(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        async with life(made, tmp_path / "saved", checkpoint_every_steps=2) as node:
+            await train_and_save(made, 5)
+            good = (await made.scheduler.checkpoint(1)).checkpoint
+            command(made, restore=good.checkpoint_id)
+            await made.scheduler.until(lambda: made.scheduler.checkpoints[-1].request_id == "request", "the answer")
+            report = made.scheduler.checkpoints[-1]
+            assert report.version.step == 6
+            assert report.checkpoint.reason == "rollback"
+            assert weights(node) == pytest.approx([after_steps(2)] * 2)
+            assert await made.scheduler.outcome("job/4")  # undone on purpose: it is not trained again
+        async with life(made, tmp_path / "saved") as node:
+            assert weights(node) == pytest.approx([after_steps(2)] * 2)
+            assert made.scheduler.trained == [f"job/{sequence}" for sequence in range(5)]
+
+
+async def test_a_new_session_tells_again_what_is_in_no_checkpoint(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved"):
+        await train(made, [0, 1])
+        await trained(made, 2)
+        await made.scheduler.stop()
+        await made.scheduler.start()
+        await trained(made, 4)
+        assert made.scheduler.trained == ["job/0", "job/1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("action", "code"),
+    [
+        ({"restore": "node-0:1:1"}, errors_pb2.ERROR_CODE_NOT_FOUND),
+        ({"restore": "../elsewhere:1:1"}, errors_pb2.ERROR_CODE_NOT_FOUND),
+        ({"export": "nonsense"}, errors_pb2.ERROR_CODE_NOT_FOUND),
+    ],
+)
+async def test_unknown_checkpoints_are_refused(tmp_path: Path, action: dict[str, str], code: int) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved"):
+        command(made, **action)
+        assert (await made.scheduler.checkpoint(1)).error.code == code
+
+
+async def test_a_node_without_a_folder_for_them_keeps_no_checkpoints(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        await made.start_node()
+        assert not made.scheduler.hellos[0].keeps_checkpoints
+        command(made, save="request")
+        assert (await made.scheduler.checkpoint(1)).error.code == errors_pb2.ERROR_CODE_CONFLICT
+        await train(made, [0])
+        assert await made.scheduler.outcome("job/0")

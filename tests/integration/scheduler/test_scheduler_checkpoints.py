@@ -1,0 +1,216 @@
+"""Jobs on nodes that keep checkpoints: what a lost node takes along, who trains it again, who asks for checkpoints."""
+
+import asyncio
+from typing import Any
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import scheduler_service_pb2 as pb
+from lemix.internal.v1 import work_pb2
+from lemix.v1 import types_pb2
+from services.ledger import Delivery
+from tests.integration.scheduler.cluster import Cluster, eventually
+from tests.integration.scheduler.fakes import FakeGateway, FakeNode
+from tests.integration.scheduler.test_scheduler_jobs import create, fails, job, store, watch
+
+
+def ended(node: FakeNode, delivery: Delivery) -> work_pb2.WorkOutcome:
+    """A micro-batch that was trained."""
+    work = delivery.item.training
+    node.weight_step += 1
+    training = work_pb2.TrainingOutcome(
+        job_id=work.job_id, sequence=work.sequence, loss=2.0, label_tokens=3, weight_step=node.weight_step
+    )
+    return work_pb2.WorkOutcome(task_id=delivery.item.task_id, node_id=node.node_id, training=training)
+
+
+async def train(node: FakeNode, count: int) -> list[tuple[Delivery, work_pb2.WorkOutcome]]:
+    """Take micro-batches and tell that they are trained and in no checkpoint."""
+    found = []
+    for _ in range(count):
+        delivery = await node.take()
+        found.append((delivery, ended(node, delivery)))
+        await node.send(pb.NodeSessionRequest(trained=found[-1][1]))
+    return found
+
+
+async def shows(gateway: FakeGateway, job_id: str, trained: int, unsaved: int) -> None:
+    """Wait until the job shows so much progress."""
+
+    async def is_shown() -> bool:
+        seen = await job(gateway, job_id)
+        return (seen.trained_microbatches, seen.unsaved_microbatches) == (trained, unsaved)
+
+    await eventually(is_shown)
+
+
+def sequences(pairs: list[tuple[Delivery, work_pb2.WorkOutcome]]) -> list[int]:
+    return [delivery.item.training.sequence for delivery, _ in pairs]
+
+
+def checkpoint(step: int, **trained: int) -> types_pb2.Checkpoint:
+    return types_pb2.Checkpoint(
+        checkpoint_id=f"n0:1:{step}", node_id="n0", created_unix_s=step, trained_microbatches=trained, reason="interval"
+    )
+
+
+async def test_a_job_ends_when_a_checkpoint_contains_all_of_it(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    node = await cluster.node(scheduler, keeps_checkpoints=True)
+    gateway = await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 6))
+    pairs = await train(node, 6)
+    await shows(gateway, created.job_id, 6, 6)
+    assert (await node.command()).checkpoint.save == "job_end"
+    running = await job(gateway, created.job_id)
+    assert running.status == types_pb2.JOB_STATUS_RUNNING
+    assert dict(running.steps_per_node) == {"n0": 6}
+    for delivery, outcome in pairs:
+        assert await node.end(delivery, outcome)
+    final = (await watch(gateway, created.job_id))[-1].job
+    assert final.status == types_pb2.JOB_STATUS_SUCCEEDED
+    assert (final.trained_microbatches, final.unsaved_microbatches) == (6, 0)
+    assert dict(final.steps_per_node) == {"n0": 6}
+
+
+async def test_a_node_that_comes_back_gets_what_its_checkpoint_lacks_in_order(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler(node_return_s=30.0)
+    node = await cluster.node(scheduler, keeps_checkpoints=True)
+    gateway = await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 12))
+    pairs = await train(node, 5)
+    for delivery, outcome in pairs[:2]:
+        assert await node.end(delivery, outcome)
+    await shows(gateway, created.job_id, 5, 3)
+    await node.vanish()
+    other = await cluster.node(scheduler, "n1")
+    successor = await cluster.node(scheduler, keeps_checkpoints=True)
+    again = await train(successor, 3)
+    assert sequences(again) == [2, 3, 4]
+    other.serve()
+    assert {f"{created.job_id}/{sequence}" for sequence in (2, 3, 4)}.isdisjoint(other.trained)
+    for delivery, outcome in again:
+        assert await successor.end(delivery, outcome)
+
+
+async def test_what_a_node_took_along_for_good_is_trained_by_others(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler(node_return_s=0.3)
+    node = await cluster.node(scheduler, keeps_checkpoints=True)
+    gateway = await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 4))
+    await train(node, 4)
+    await shows(gateway, created.job_id, 4, 4)
+    other = await cluster.node(scheduler, "n1")
+    await node.vanish()
+    other.serve()
+    messages = await watch(gateway, created.job_id)
+    assert other.trained == [f"{created.job_id}/{sequence}" for sequence in range(4)]
+    assert messages[-1].job.status == types_pb2.JOB_STATUS_SUCCEEDED
+    assert messages[-1].job.trained_microbatches == 4
+    told = [message.event.message for message in messages]
+    assert any("n0 was lost: 4 micro-batches since its newest checkpoint" in message for message in told)
+    assert any("n0 did not come back: other nodes train 4 micro-batches again" in message for message in told)
+
+
+async def test_a_new_session_does_not_count_trained_ones_as_work(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    node = await cluster.node(scheduler, keeps_checkpoints=True)
+    gateway = await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 12))
+    pairs = await train(node, 8)
+    await node.vanish()
+    await node.join(keeps_checkpoints=True)
+    for _, outcome in pairs:
+        await node.send(pb.NodeSessionRequest(trained=outcome))
+    pairs += await train(node, 4)
+    assert sequences(pairs) == list(range(12))
+    await shows(gateway, created.job_id, 12, 12)
+
+
+async def test_a_new_scheduler_learns_what_is_in_no_checkpoint(cluster: Cluster) -> None:
+    first = await cluster.scheduler()
+    node = await cluster.node(first, keeps_checkpoints=True)
+    gateway = await cluster.gateway(first)
+    created = await create(gateway, await store(gateway, 6))
+    pairs = await train(node, 3)
+    await shows(gateway, created.job_id, 3, 3)
+    await cluster.stop(first)
+    second = await cluster.scheduler()
+    successor = await cluster.node(second, keeps_checkpoints=True)
+    later = await cluster.gateway(second, "g1")
+    for _, outcome in pairs:
+        await successor.send(pb.NodeSessionRequest(trained=outcome))
+    await shows(later, created.job_id, 3, 3)
+
+
+async def test_checkpoints_are_saved_listed_exported_and_restored_where_they_lie(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    held = [checkpoint(4, other=2), checkpoint(2)]
+    node = await cluster.node(scheduler, keeps_checkpoints=True, checkpoints=held)
+    gateway = await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 4))
+    await train(node, 1)
+    await shows(gateway, created.job_id, 1, 1)
+
+    async def answer(action: str, value: str, **report: Any) -> None:
+        command = (await node.command()).checkpoint
+        assert (command.WhichOneof("action"), getattr(command, action)) == (action, value)
+        message = pb.CheckpointReport(request_id=command.request_id, held=[new, *held], **report)
+        await node.send(pb.NodeSessionRequest(checkpoint=message))
+
+    new = checkpoint(5, **{created.job_id: 1})
+    saving = asyncio.ensure_future(gateway.stub.SaveCheckpoint(pb.SaveCheckpointRequest(job_id=created.job_id)))
+    await answer("save", "request", checkpoint=new)
+    assert list((await saving).checkpoints) == [new]
+    listed = (await gateway.stub.ListCheckpoints(pb.ListCheckpointsRequest())).checkpoints
+    assert [found.checkpoint_id for found in listed] == ["n0:1:5", "n0:1:4", "n0:1:2"]
+    listed = (await gateway.stub.ListCheckpoints(pb.ListCheckpointsRequest(job_id="other"))).checkpoints
+    assert [found.checkpoint_id for found in listed] == ["n0:1:4"]
+
+    export = pb.ExportCheckpointRequest(checkpoint_id="n0:1:2")
+    exporting = asyncio.ensure_future(gateway.stub.ExportCheckpoint(export))
+    await answer("export", "n0:1:2", checkpoint=held[1], path="/somewhere")
+    assert await exporting == pb.ExportCheckpointResponse(node_id="n0", path="/somewhere")
+
+    restore = pb.RestoreCheckpointRequest(checkpoint_id="n0:1:4")
+    restoring = asyncio.ensure_future(gateway.stub.RestoreCheckpoint(restore))
+    version = types_pb2.WeightVersion(node_id="n0", incarnation=1, step=6)
+    await answer("restore", "n0:1:4", checkpoint=held[0], version=version)
+    assert (await restoring).version == version
+
+    refused = LemixError(ErrorCode.CONFLICT, "it is of another model")
+    restoring = asyncio.ensure_future(gateway.stub.RestoreCheckpoint(restore))
+    await answer("restore", "n0:1:4", error=refused.to_proto())
+    assert await fails(restoring) is ErrorCode.CONFLICT
+
+    restoring = asyncio.ensure_future(gateway.stub.RestoreCheckpoint(restore))
+    await node.command()
+    await node.vanish()
+    assert await fails(restoring) is ErrorCode.NODE_LOST
+    assert await fails(gateway.stub.RestoreCheckpoint(restore)) is ErrorCode.NOT_FOUND
+
+
+async def test_without_a_node_that_keeps_any_there_is_no_checkpoint(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    await cluster.node(scheduler)
+    gateway = await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 4))
+    save = gateway.stub.SaveCheckpoint(pb.SaveCheckpointRequest(job_id=created.job_id))
+    assert await fails(save) is ErrorCode.CONFLICT
+    assert await fails(gateway.stub.SaveCheckpoint(pb.SaveCheckpointRequest(job_id="none"))) is ErrorCode.NOT_FOUND
+
+
+async def test_the_owner_hears_of_a_node_that_started_from_an_older_checkpoint(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    node = await cluster.node(scheduler, keeps_checkpoints=True)
+    gateway = await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 4))
+    await train(node, 1)
+    await node.vanish()
+    await cluster.node(scheduler, keeps_checkpoints=True, restore_note="checkpoint x is corrupted")
+
+    async def is_told() -> bool:
+        request = pb.WatchJobRequest(job_id=created.job_id, existing_only=True)
+        events = [message.event async for message in gateway.stub.WatchJob(request)]
+        return ("error", "n0: checkpoint x is corrupted") in [(event.level, event.message) for event in events]
+
+    await eventually(is_told)

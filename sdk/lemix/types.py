@@ -8,9 +8,9 @@ from typing import TypedDict
 from lemix.errors import LemixError
 
 __all__ = [
-    "Choice",
     "Checkpoint",
     "CheckpointPolicy",
+    "Choice",
     "ClusterStatus",
     "ExportedCheckpoint",
     "FeedbackReceipt",

@@ -97,8 +97,7 @@ def _fill_moments(file: Path, names: set[str], stage: Stage, jobs: dict[str, Any
                         continue
                     parts = [stored.get_tensor(key) for key in keys]
                     value = parts[0] if kind == "step" or len(parts) == 1 else torch.cat(parts)
-                    state = job.optimizer.state[weight.parameter]
-                    state[kind] = value.to(weight.parameter.device) if kind != "step" else value
+                    job.optimizer.state[weight.parameter][kind] = value.to(weight.parameter.device)
 
 
 def _set_schedule(job: Any, steps: int) -> None:

@@ -323,7 +323,14 @@ class NodeAgent:
         )
 
     def _vitals(self) -> Vitals:
-        return Vitals(self._loop.ages.newest_step, self._loop.snapshot().kv_used_tokens, self._draining)
+        ages = self._loop.ages
+        trained_unix_s = ages.at(ages.newest_step)
+        return Vitals(
+            ages.newest_step,
+            self._loop.snapshot().kv_used_tokens,
+            self._draining,
+            None if trained_unix_s is None else max(0.0, self._clock.unix_s() - trained_unix_s),
+        )
 
     def _node_info(self) -> node_pb2.GetNodeInfoResponse:
         settings, info = self._settings, self._engine.info

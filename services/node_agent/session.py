@@ -58,6 +58,8 @@ class Vitals:
     weight_step: int
     kv_used_tokens: int
     draining: bool = False
+    #: Seconds since the newest optimizer step in the weights; None: never trained.
+    weights_age_s: float | None = None
 
 
 class SchedulerSession:
@@ -263,4 +265,5 @@ class SchedulerSession:
             weight_step=vitals.weight_step,
             kv_used_tokens=vitals.kv_used_tokens,
             draining=vitals.draining,
+            weights_age_s=vitals.weights_age_s,
         )

@@ -126,7 +126,13 @@ def _inference_task(task_id: str, work: work_pb2.InferenceWork, now_s: float, no
         work.slo.tpot_s if work.slo.HasField("tpot_s") else None,
     )
     return InferenceTask(
-        task_id, now_s - age_s, len(work.prompt_token_ids), work.sampling.max_tokens, slo, work.session_id
+        task_id,
+        now_s - age_s,
+        len(work.prompt_token_ids),
+        work.sampling.max_tokens,
+        slo,
+        work.session_id,
+        work.max_staleness_s if work.HasField("max_staleness_s") else None,
     )
 
 

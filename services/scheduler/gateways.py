@@ -23,6 +23,8 @@ _log = structlog.get_logger()
 
 _HELLO_TIMEOUT_S = 10.0
 _MAX_ID_CHARS = 128
+#: A client's id, and the number of one of its choices.
+_MAX_REQUEST_ID_CHARS = 132
 #: Submits and cancels of one gateway in progress at once.
 _MAX_CONCURRENT = 64
 #: Requests whose gateway is remembered; the oldest are forgotten, and then only a repeated submit finds them.
@@ -218,8 +220,8 @@ class GatewayRegistry:
 
 
 def _check(submit: pb.SubmitInference) -> None:
-    if not 0 < len(submit.request_id) <= _MAX_ID_CHARS:
-        message = f"request_id must have 1 to {_MAX_ID_CHARS} characters"
+    if not 0 < len(submit.request_id) <= _MAX_REQUEST_ID_CHARS:
+        message = f"request_id must have 1 to {_MAX_REQUEST_ID_CHARS} characters"
         raise LemixError(ErrorCode.INVALID_REQUEST, message, param="request_id")
     if not submit.work.prompt_token_ids:
         raise LemixError(ErrorCode.INVALID_REQUEST, "the prompt is empty", param="prompt")

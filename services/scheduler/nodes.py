@@ -12,7 +12,7 @@ from lemix.internal.v1 import scheduler_service_pb2 as pb
 from services.runtime.clock import Clock
 from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.convert import ops_from_traces, spec_from_hello
-from services.scheduler.core.types import NodeDraining, NodeSpec, QueueOrder, SnapshotReady, SyncEnded
+from services.scheduler.core.types import NodeDraining, NodeSpec, QueueOrder, SnapshotReady, SyncEnded, WeightsTold
 from services.scheduler.inbox import Ended, Inbox, NodeArrived, NodeGone, Told, Traced, Trained
 from services.scheduler.outbox import Outbox
 from services.scheduler.profiles import ProfileSource
@@ -21,6 +21,8 @@ _log = structlog.get_logger()
 
 _MAX_ID_CHARS = 128
 _RETRY_AFTER_S = 1.0
+#: Times of optimizer steps that differ by less count as one.
+_SAME_TIME_S = 0.01
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +33,8 @@ class _Connection:
     outbox: Outbox[pb.NodeSessionResponse]
     #: Smallest seen difference between our clock at receipt and the node's at sending: offset plus shortest delay.
     offset_s: float
-    weight_step: int = 0
+    #: What the core was told last of the node's weights: their step, and when they were trained, on our clock.
+    weights: tuple[int, float | None] | None = None
     is_draining: bool = False
     lost_reason: str = ""
     #: Since when its next message is awaited, on the event loop's clock; infinity while one is being taken in.
@@ -226,7 +229,7 @@ class NodeRegistry:
                 pass
             case "heartbeat":
                 self._observe_clock(connection, message.heartbeat.sent_monotonic_s)
-                connection.weight_step = message.heartbeat.weight_step
+                await self._observe_weights(connection, message.heartbeat)
                 if message.heartbeat.draining and not connection.is_draining:
                     connection.is_draining = True
                     _log.info("node drains", node=connection.hello.node_id)
@@ -244,6 +247,21 @@ class NodeRegistry:
 
     def _observe_clock(self, connection: _Connection, sent_monotonic_s: float) -> None:
         connection.offset_s = min(connection.offset_s, self._clock.monotonic_s() - sent_monotonic_s)
+
+    async def _observe_weights(self, connection: _Connection, heartbeat: pb.NodeHeartbeat) -> None:
+        """Tell the core when there is news: the time of the newest step wavers with the estimate of the clock."""
+        trained_s = None
+        if heartbeat.HasField("weights_age_s"):
+            trained_s = heartbeat.sent_monotonic_s + connection.offset_s - heartbeat.weights_age_s
+        if connection.weights is not None:
+            step, known_s = connection.weights
+            is_same_time = trained_s == known_s or (
+                trained_s is not None and known_s is not None and abs(trained_s - known_s) < _SAME_TIME_S
+            )
+            if step == heartbeat.weight_step and is_same_time:
+                return
+        connection.weights = heartbeat.weight_step, trained_s
+        await self._inbox.put(Told(WeightsTold(connection.hello.node_id, heartbeat.weight_step, trained_s)))
 
 
 def _sync_event(node_id: str, finished: pb.SyncFinished) -> SnapshotReady | SyncEnded:

@@ -33,6 +33,20 @@ def refuse(task: InferenceTask, serving: Sequence[NodeState]) -> Reject | None:
     )
 
 
+def refuse_stale(now_s: float, task: InferenceTask, serving: Sequence[NodeState]) -> Reject | None:
+    """Refuse a request that wants fresher weights than any serving node has. It waits for the first node, and for
+    nodes that have not told of their weights yet."""
+    wanted_s = task.max_staleness_s
+    if wanted_s is None or not serving:
+        return None
+    if any(node.is_fresh(now_s, wanted_s) or math.isnan(node.trained_s) for node in serving):
+        return None
+    newest_s = max(node.trained_s for node in serving)
+    freshest = f"the freshest are {now_s - newest_s:.1f} s old" if newest_s > -math.inf else "none were ever trained"
+    message = f"no node's weights were trained within the last {wanted_s:g} s; {freshest}"
+    return Reject(task.task_id, "STALE_WEIGHTS", message, _RETRY_AFTER_S)
+
+
 def refuse_overloaded(task: Task) -> Reject:
     """Refuse a task because too many wait already."""
     kind = "requests" if isinstance(task, InferenceTask) else "micro-batches"

@@ -9,7 +9,7 @@ import math
 
 from services.latency import OpKind
 from services.scheduler.core import policies, traces
-from services.scheduler.core.admission import deadline_s, refuse, refuse_overloaded
+from services.scheduler.core.admission import deadline_s, refuse, refuse_overloaded, refuse_stale
 from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.forecast import NodeForecast
 from services.scheduler.core.state import Cluster, HeldTime, LiveInference, LiveTask, LiveTraining, NodeState
@@ -42,6 +42,7 @@ from services.scheduler.core.types import (
     TaskRecovered,
     Tick,
     TrainingTask,
+    WeightsTold,
 )
 
 #: Reasons of a Defer.
@@ -136,13 +137,16 @@ class SchedulerCore:
                 self._sync_ended(event)
             case SyncIntervalSet(steps):
                 self._sync.set_interval(steps)
+            case WeightsTold(node_id, weight_step, trained_s):
+                if (node := self._cluster.nodes.get(node_id)) is not None:
+                    node.weights_told(weight_step, trained_s)
             case Tick():
                 pass
 
     def _task_arrived(self, now_s: float, task: Task) -> None:
         if task.task_id in self._cluster.tasks:
             return  # delivered again
-        refusal = self._refusal(task)
+        refusal = self._refusal(now_s, task)
         if refusal is not None:
             self._commands.append(refusal)
             return
@@ -151,7 +155,7 @@ class SchedulerCore:
             self._cluster.prompts.observe(task.prompt_tokens)
         self._accept(task)
 
-    def _refusal(self, task: Task) -> Reject | None:
+    def _refusal(self, now_s: float, task: Task) -> Reject | None:
         # A queue at its bound means that nothing could leave it in the last step, so the newcomer could not either.
         cluster = self._cluster
         if isinstance(task, TrainingTask):
@@ -159,7 +163,7 @@ class SchedulerCore:
             return refuse_overloaded(task) if full else None
         if len(cluster.waiting_inference) >= self._config.max_waiting_inference:
             return refuse_overloaded(task)
-        return refuse(task, cluster.serving)
+        return refuse(task, cluster.serving) or refuse_stale(now_s, task, cluster.serving)
 
     def _accept(self, task: Task) -> LiveTask:
         cluster = self._cluster
@@ -333,6 +337,13 @@ class SchedulerCore:
             task = live.task
             needed = task.prompt_tokens + task.max_tokens
             candidates = [node for node in free if needed <= node.max_request_tokens]
+            if task.max_staleness_s is not None:
+                refusal = refuse_stale(now_s, task, cluster.serving)
+                if refusal is not None:
+                    self._forget(live)
+                    self._commands.append(refusal)
+                    continue
+                candidates = [node for node in candidates if node.is_fresh(now_s, task.max_staleness_s)]
             if not candidates:
                 continue
             placement = self._policy.place_inference(now_s, live, candidates, cluster)

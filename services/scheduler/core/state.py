@@ -147,6 +147,8 @@ class NodeState:
     #: Requests sent here.
     arrivals: Arrivals = field(default_factory=Arrivals)
     weight_step: int = 0
+    #: When the newest optimizer step in its weights was made; minus infinity: never; NaN: it has not told yet.
+    trained_s: float = math.nan
     #: It is about to leave.
     is_draining: bool = False
     #: Since when training that could come here has been held back.
@@ -166,6 +168,19 @@ class NodeState:
     def max_request_tokens(self) -> int:
         """Longest prompt plus output it can ever run."""
         return min(self.spec.max_context_tokens, self.spec.kv_capacity_tokens)
+
+    def weights_told(self, weight_step: int, trained_s: float | None) -> None:
+        """What the node says of its weights."""
+        self.weight_step = max(self.weight_step, weight_step)
+        self.trained_s = -math.inf if trained_s is None else trained_s
+
+    def stepped(self, at_s: float) -> None:
+        """An optimizer step was made here."""
+        self.trained_s = at_s if math.isnan(self.trained_s) else max(self.trained_s, at_s)
+
+    def is_fresh(self, now_s: float, max_staleness_s: float) -> bool:
+        """Whether its weights are known to be at most so old."""
+        return now_s - self.trained_s <= max_staleness_s
 
     def takes_training(self, task: TrainingTask, max_inflight: int) -> bool:
         """Whether the micro-batch may leave for it now.

@@ -32,6 +32,8 @@ class InferenceTask:
     max_tokens: int
     slo: SloTarget = SloTarget()
     session_id: str = ""
+    #: Most seconds since the newest optimizer step in the weights that serve it; None: any weights will do.
+    max_staleness_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,16 @@ class SyncIntervalSet:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsTold:
+    """What a node says of its weights. trained_s: when the newest optimizer step they contain was made, wherever that
+    was; None: never."""
+
+    node_id: str
+    weight_step: int
+    trained_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed; nothing else happened. The driver sends one at the core's `next_wakeup_s`."""
 
@@ -238,6 +250,7 @@ Event = (
     | SnapshotReady
     | SyncEnded
     | SyncIntervalSet
+    | WeightsTold
     | Tick
 )
 

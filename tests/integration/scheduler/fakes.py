@@ -69,6 +69,7 @@ class FakeNode:
         self.weight_step = 0
         #: Told with every heartbeat from now on.
         self.draining = False
+        self.weights_age_s: float | None = None
 
     async def join(self, *, beats: bool = True, **hello: Any) -> "FakeNode":
         """Open a session and wait for the welcome."""
@@ -100,10 +101,16 @@ class FakeNode:
     async def _beat(self, call: Any, interval_s: float) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
-                async with self._writing:
-                    beat = pb.NodeHeartbeat(sent_monotonic_s=time.monotonic(), draining=self.draining)
-                    await call.write(pb.NodeSessionRequest(heartbeat=beat))
+                await self.beat(call)
                 await asyncio.sleep(interval_s)
+
+    async def beat(self, call: Any = None) -> None:
+        """Send one heartbeat."""
+        beat = pb.NodeHeartbeat(
+            sent_monotonic_s=time.monotonic(), draining=self.draining, weights_age_s=self.weights_age_s
+        )
+        async with self._writing:
+            await (call or self._call).write(pb.NodeSessionRequest(heartbeat=beat))
 
     async def ended(self) -> grpc.StatusCode:
         """Status the scheduler closed the session with."""

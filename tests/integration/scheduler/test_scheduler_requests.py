@@ -52,6 +52,24 @@ async def test_a_repeated_submit_is_answered_from_the_ledger(cluster: Cluster) -
     assert await node._ledger.read_node("n0", count=1, block_s=0) == []
 
 
+@pytest.mark.parametrize(("age_s", "fate"), [(1.0, "assigned"), (100.0, "rejected"), (None, "rejected")])
+async def test_freshness_is_judged_by_what_the_node_tells(cluster: Cluster, age_s: float | None, fate: str) -> None:
+    scheduler = await cluster.scheduler()
+    gateway = await cluster.gateway(scheduler)
+    node = await cluster.node(scheduler, beats=False)
+    await gateway.submit("r", work(max_staleness_s=60.0))
+    await gateway.news("r", "accepted")
+    node.weights_age_s = age_s
+    await node.beat()
+    news = await gateway.news("r", fate)
+    if fate == "rejected":
+        assert news.code == errors_pb2.ERROR_CODE_STALE_WEIGHTS
+        assert news.retry_after_s > 0
+        assert await (await cluster.ledger()).record("r") is None, "the same id may come again"
+    else:
+        assert (await node.take()).item.inference.max_staleness_s == 60.0
+
+
 async def test_requests_wait_for_the_first_node(cluster: Cluster) -> None:
     scheduler = await cluster.scheduler()
     gateway = await cluster.gateway(scheduler)
@@ -271,7 +289,7 @@ async def _has_waiting(gateway, count: int) -> bool:  # type: ignore[no-untyped-
 @pytest.mark.parametrize(
     ("request_id", "spoil", "param"),
     [
-        ("x" * 129, lambda _: None, "request_id"),
+        ("x" * 133, lambda _: None, "request_id"),
         ("r", lambda request: request.ClearField("prompt_token_ids"), "prompt"),
         ("r", lambda request: request.sampling.ClearField("max_tokens"), "max_tokens"),
     ],

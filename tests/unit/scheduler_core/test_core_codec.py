@@ -48,6 +48,7 @@ EVENTS = [
     types.SnapshotReady,
     types.SyncEnded,
     types.SyncIntervalSet,
+    types.WeightsTold,
     types.Tick,
 ]
 COMMANDS = [
@@ -105,6 +106,7 @@ def test_form_is_readable_and_stable() -> None:
             "max_tokens": 20,
             "slo": {"ttft_s": 0.2, "tpot_s": None},
             "session_id": "",
+            "max_staleness_s": None,
         },
     }
     command = types.ApplyWeights("s", "n", types.SyncMode.REPLACE, ("m",))

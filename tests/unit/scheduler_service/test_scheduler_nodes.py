@@ -11,7 +11,7 @@ from lemix.internal.v1 import profile_pb2
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.runtime.clock import FakeClock
-from services.scheduler.core.types import QueueOrder, SyncEnded
+from services.scheduler.core.types import QueueOrder, SyncEnded, WeightsTold
 from services.scheduler.inbox import Inbox, NodeArrived, NodeGone, Told, Traced
 from services.scheduler.nodes import NodeRegistry
 
@@ -102,10 +102,29 @@ async def test_the_smallest_delay_sets_the_clock_offset(registry: NodeRegistry, 
         for sent_s in (10.4, 10.1):
             stream.put(beat(sent_s))
         stream.put(trace(20.0))
+        assert await inbox.get(1.0) == Told(WeightsTold("n", 0, None))
         traced = await inbox.get(1.0)
     assert isinstance(traced, Traced)
     assert traced.ops[0].begin_s == pytest.approx(20.0 + 989.6)
     assert traced.ops[0].end_s == pytest.approx(20.5 + 989.6)
+
+
+async def test_news_of_the_weights_are_told_on_the_schedulers_clock(registry: NodeRegistry, inbox: Inbox) -> None:
+    def told(step: int, age_s: float | None) -> pb.NodeSessionRequest:
+        beat = pb.NodeHeartbeat(sent_monotonic_s=10.0, weight_step=step, weights_age_s=age_s)
+        return pb.NodeSessionRequest(heartbeat=beat)
+
+    stream = Stream()
+    stream.put(hello(sent_s=10.0))
+    # Never trained; a step 2 s old; the same, but for the clock; newer weights of a peer; back to older ones.
+    for message in (told(0, None), told(1, 2.0), told(1, 2.001), told(1, 1.0), told(1, 9.0)):
+        stream.put(message)
+    async with aclosing(registry.session(aiter(stream))) as session:
+        await anext(session)
+        await inbox.get(1.0)
+        found = [await inbox.get(1.0) for _ in range(4)]
+    expected = ((0, None), (1, 998.0), (1, 999.0), (1, 991.0))
+    assert found == [Told(WeightsTold("n", step, trained_s)) for step, trained_s in expected]
 
 
 async def test_a_failed_synchronisation_is_told(registry: NodeRegistry, inbox: Inbox) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from deploy.local.cluster import ClusterError, LocalCluster
 from deploy.local.settings import LocalClusterConfig
@@ -16,6 +17,7 @@ from services.arguments import parser_class
 _WATCH_S = 0.5
 #: Id of the model that is served when none is named.
 _TINY_NAME = "tiny"
+_SYNC = ("none", "average", "checkpoint")
 _NOISE = "(the tiny model has random weights: its text is noise; --model DIR serves a real one)"
 
 
@@ -26,6 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=_positive, default=2, help="node agents, each with a replica (default 2)")
     parser.add_argument("--stages", type=_positive, default=1, help="pipeline stages per node (default 1)")
     parser.add_argument("--policy", default="lemix", help="scheduling policy (default lemix)")
+    parser.add_argument("--sync", choices=_SYNC, help="how replicas are kept together (default: as the policy does it)")
+    parser.add_argument("--sync-every", type=int, metavar="K", help="optimizer steps of a node between; -1: by the job")
     parser.add_argument("--port", type=int, default=8000, help="port of the REST API; 0: a free one (default 8000)")
     parser.add_argument("--grpc-port", type=int, default=50051, help="port of the gRPC API; 0: a free one")
     parser.add_argument("--directory", type=Path, default=Path("out/up"), help="logs, profiles, data (default out/up)")
@@ -51,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         num_stages=options.stages,
         policy=options.policy,
         model_name=model_name,
+        core=sync_settings(options),
         http_port=options.port,
         grpc_port=options.grpc_port,
         redis_url=options.redis_url,
@@ -63,6 +68,12 @@ def main(arguments: Sequence[str]) -> int:
         print(f"\nThe cluster stopped: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def sync_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the scheduler's core for --sync and --sync-every; the scheduler checks them."""
+    given = {"sync": options.sync, "sync_every_steps": options.sync_every}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 async def _run(cluster: LocalCluster) -> None:

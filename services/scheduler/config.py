@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from services.runtime.config import ConfigError, ServiceSettings, Settings
-from services.scheduler.core.types import CoreConfig, SloTarget
+from services.scheduler.core.types import CoreConfig, SloTarget, SyncChoice
 
 
 class SloSettings(Settings):
@@ -30,18 +30,31 @@ class CoreSettings(Settings):
     max_sessions: int = _CORE.max_sessions
     initial_output_tokens: int = _CORE.initial_output_tokens
     hold_s: float = _CORE.hold_s
+    #: How replicas are kept together: none, average, checkpoint, or policy (whichever of the last two the policy uses).
+    sync: SyncChoice = _CORE.sync
     #: -1: derived from the newest job, max(1, min(100, examples // 2)).
     sync_every_steps: int = Field(default=_CORE.sync_every_steps, ge=-1)
     sync_timeout_s: float = _CORE.sync_timeout_s
 
     def to_core(self) -> CoreConfig:
         """The core's own form. Raises ConfigError naming the key whose value the core refuses."""
+        self._check_sync()
         values = self.model_dump(exclude={"default_slo", "sync_every_steps"})
         slo = SloTarget(self.default_slo.ttft_s, self.default_slo.tpot_s)
         try:
             return CoreConfig(**values, default_slo=slo, sync_every_steps=max(0, self.sync_every_steps))
         except ValueError as error:
             raise ConfigError(f"core.{error}") from error
+
+    def _check_sync(self) -> None:
+        """An interval that is asked for must have something to do, and the other way round."""
+        steps = self.sync_every_steps
+        if self.sync is SyncChoice.NONE and steps != 0:
+            raise ConfigError(f'core.sync_every_steps must be 0 with core.sync "none", got {steps}')
+        if self.sync in (SyncChoice.AVERAGE, SyncChoice.CHECKPOINT) and steps == 0:
+            raise ConfigError(
+                f'core.sync "{self.sync}" needs core.sync_every_steps: at least 1, or -1 (from the newest job)'
+            )
 
 
 class SchedulerSettings(ServiceSettings):

@@ -16,7 +16,7 @@ SERVICES = ("gateway", "node_agent", "profiler", "scheduler")
 #: Frozen: people's scripts use these. A change here is a change of the interface.
 UP_OPTIONS = {
     "--help", "--model", "--nodes", "--stages", "--policy", "--port", "--grpc-port", "--directory", "--redis-url",
-    "--nice", "--no-pin",
+    "--nice", "--no-pin", "--sync", "--sync-every",
 }  # fmt: skip
 TARGETS = {
     "help", "install", "demo", "up", "test", "nightly", "check", "fmt", "lint", "types", "imports", "protos",

@@ -23,7 +23,7 @@ from services.scheduler.core.policies import POLICIES
 from services.scheduler.core.policies.base import TrainingPlacement
 from services.scheduler.core.policies.round_robin import RoundRobin
 from services.scheduler.core.state import Cluster, LiveTraining, NodeState
-from services.scheduler.core.types import CoreConfig, SloTarget, SnapshotReady, SyncIntervalSet, TaskEnded
+from services.scheduler.core.types import CoreConfig, SloTarget, SnapshotReady, SyncChoice, SyncIntervalSet, TaskEnded
 from services.simulator.types import Microbatch, Request
 from tests.simulation.live_cluster import LiveCluster, virtual_node
 
@@ -46,6 +46,7 @@ class ClusterMachine(RuleBasedStateMachine):
     @initialize(
         ttft_s=st.sampled_from([None, 0.02, 0.3]),
         max_hold_back_s=st.sampled_from([0.0, 0.5, 2.0]),
+        sync=st.sampled_from(SyncChoice),
         sync_every_steps=st.sampled_from([0, 1, 1, 2]),
         max_inflight_training=st.integers(1, 3),
         num_nodes=st.integers(0, 3),

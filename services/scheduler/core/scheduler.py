@@ -14,7 +14,7 @@ from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.forecast import NodeForecast
 from services.scheduler.core.state import Cluster, HeldTime, LiveInference, LiveTask, LiveTraining, NodeState
 from services.scheduler.core.status import CoreSnapshot, take_snapshot
-from services.scheduler.core.synchronisation import Synchroniser
+from services.scheduler.core.synchronisation import Synchroniser, sync_mode
 from services.scheduler.core.types import (
     Assign,
     CancelOnNode,
@@ -33,6 +33,7 @@ from services.scheduler.core.types import (
     QueueOrder,
     Reject,
     SnapshotReady,
+    SyncChoice,
     SyncEnded,
     SyncIntervalSet,
     Task,
@@ -65,9 +66,8 @@ class SchedulerCore:
         self._policy = policies.create(config.policy, config.policy_options)
         self._observer = self._policy if isinstance(self._policy, policies.Observer) else None
         self._cluster = Cluster(config)
-        self._sync = Synchroniser(
-            self._policy.sync_mode, every_steps=config.sync_every_steps, timeout_s=config.sync_timeout_s
-        )
+        mode = sync_mode(config.sync, self._policy.sync_mode)
+        self._sync = Synchroniser(mode, every_steps=config.sync_every_steps, timeout_s=config.sync_timeout_s)
         self._now_s = -math.inf
         self._num_accepted = 0
         self._hold_back_retry_s = math.inf
@@ -284,6 +284,7 @@ class SchedulerCore:
             forecast=NodeForecast(spec.num_stages) if self._policy.uses_forecast else None,
         )
         self._set_roles()
+        self._commands += self._sync.catch_up(self._now_s)
         self._look_again()
 
     def _node_lost(self, node_id: str, *, keeps_training: bool = False) -> None:
@@ -313,6 +314,8 @@ class SchedulerCore:
     def _set_roles(self) -> None:
         nodes = self._cluster.nodes.values()
         roles = self._policy.roles(sorted(node.node_id for node in nodes if not node.is_draining))
+        if self._config.sync is SyncChoice.CHECKPOINT:
+            roles = self._sync.with_one_trainer(roles)
         self._cluster.set_roles(roles, fastest_first=self._policy.fastest_first)
         self._sync.set_roles(roles)
 

@@ -325,6 +325,15 @@ class SyncMode(StrEnum):
     AVERAGE = "average"
 
 
+class SyncChoice(StrEnum):
+    """How replicas are kept together: as the policy does it, not at all, by averaging, by copying from one trainer."""
+
+    POLICY = "policy"
+    NONE = "none"
+    AVERAGE = "average"
+    CHECKPOINT = "checkpoint"
+
+
 @dataclass(frozen=True, slots=True)
 class TakeSnapshot:
     """Phase one: the node copies its weights so that peers may fetch them."""
@@ -376,7 +385,8 @@ class CoreConfig:
     initial_output_tokens: int = 64
     #: Seconds without activity after which a node no longer counts as held.
     hold_s: float = 10.0
-    #: Average replicas, or copy weights, every so many optimizer steps of a node; 0: never.
+    #: What is done every `sync_every_steps` optimizer steps of a node (0: never).
+    sync: SyncChoice = SyncChoice.POLICY
     sync_every_steps: int = 0
     #: Give up on a synchronisation after this long, seconds.
     sync_timeout_s: float = 30.0

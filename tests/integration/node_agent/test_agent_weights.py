@@ -1,5 +1,6 @@
 """Synchronisation of weights between two agents."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,24 @@ async def test_a_peer_that_is_away_is_reported_within_the_deadline(tmp_path: Pat
         finished = (await made.scheduler.sync_finished(before + 1))[before]
         assert finished.error.code in (errors_pb2.ERROR_CODE_UNAVAILABLE, errors_pb2.ERROR_CODE_DEADLINE_EXCEEDED)
         assert _weights(node) == [4.0, 4.0]
+
+
+async def test_a_peer_lost_between_the_phases_leaves_the_others_whole_and_later_rounds_work(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made, contextlib.AsyncExitStack() as leaving:
+        one = await made.start_node("node-0", sync_timeout_s=5.0)
+        two = await made.start_node("node-1", sync_timeout_s=5.0)
+        three = await made.start_node("node-2", stack=leaving)
+        await _train(made, "node-0", "a", 5e-3)  # 4 -> 2
+        await _snapshot(made, "s1", "node-0", "node-1", "node-2")
+        await leaving.aclose()
+        for node_id, peer in (("node-0", two), ("node-1", one)):
+            finished = await _apply(made, "s1", scheduler_pb2.SYNC_MODE_AVERAGE, node_id, peer, three)
+            assert finished.error.code in (errors_pb2.ERROR_CODE_UNAVAILABLE, errors_pb2.ERROR_CODE_DEADLINE_EXCEEDED)
+        assert (_weights(one), _weights(two)) == ([2.0, 2.0], [4.0, 4.0])
+        await _snapshot(made, "s2", "node-0", "node-1")
+        for node_id, peer in (("node-0", two), ("node-1", one)):
+            assert not (await _apply(made, "s2", scheduler_pb2.SYNC_MODE_AVERAGE, node_id, peer)).HasField("error")
+        assert _weights(one) == _weights(two) == [3.0, 3.0]
 
 
 async def test_weights_of_some_stages_only_break_the_node(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_configuration_round_trips() -> None:
         policy="paper_additive",
         policy_options={"tau_s": 0.1, "flag": True, "count": 3, "name": "x"},
         default_slo=types.SloTarget(0.3, None),
+        sync=types.SyncChoice.AVERAGE,
         sync_every_steps=5,
     )
     back = config_from_json(through_json(config_to_json(config)))

@@ -156,3 +156,25 @@ def test_every_knob_of_the_core_can_be_set_and_has_its_default() -> None:
     with pytest.raises(ConfigError, match="max_waiting_inference"):
         CoreSettings.model_validate({"max_waiting_inference": 0}).to_core()
     assert SchedulerSettings().node_lease_s == 5.0
+
+
+@pytest.mark.parametrize("given", [
+    {"sync": "none"},
+    {"sync": "average", "sync_every_steps": 10},
+    {"sync": "checkpoint", "sync_every_steps": 100},
+    {"sync": "average", "sync_every_steps": -1},
+    {"sync_every_steps": 3},
+])  # fmt: skip
+def test_synchronisation_can_be_chosen(given: dict[str, object]) -> None:
+    core = CoreSettings.model_validate(given).to_core()
+    assert (core.sync, core.sync_every_steps) == (given.get("sync", "policy"), max(0, given.get("sync_every_steps", 0)))
+
+
+@pytest.mark.parametrize(("given", "problem"), [
+    ({"sync": "none", "sync_every_steps": 5}, 'core.sync_every_steps must be 0 with core.sync "none", got 5'),
+    ({"sync": "average"}, 'core.sync "average" needs core.sync_every_steps'),
+    ({"sync": "checkpoint", "sync_every_steps": 0}, 'core.sync "checkpoint" needs core.sync_every_steps'),
+])  # fmt: skip
+def test_a_choice_that_contradicts_its_interval_is_refused(given: dict[str, object], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        CoreSettings.model_validate(given).to_core()

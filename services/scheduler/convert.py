@@ -72,7 +72,7 @@ def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency
         "gradient_buffers": hello.gradient_buffers,
     }
     told: dict[str, Any] = {name: value for name, value in bounds.items() if value}
-    return NodeSpec(hello.node_id, hello.num_stages, latency, **told)
+    return NodeSpec(hello.node_id, hello.num_stages, latency, is_restored=bool(hello.checkpoints), **told)
 
 
 def ops_from_traces(

@@ -317,7 +317,7 @@ class SchedulerCore:
         if self._config.sync is SyncChoice.CHECKPOINT:
             roles = self._sync.with_one_trainer(roles)
         self._cluster.set_roles(roles, fastest_first=self._policy.fastest_first)
-        self._sync.set_roles(roles)
+        self._sync.set_roles(roles, restored={node.node_id for node in nodes if node.spec.is_restored})
 
     def _look_again(self) -> None:
         """Nodes came or went: who waits may wait for another reason now, or may never fit again."""

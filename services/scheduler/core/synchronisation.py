@@ -8,7 +8,7 @@ A node that joins when others have trained is behind: it would pull an average b
 source, and takes over the weights of the source with most steps, in a round that begins as soon as none runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from services.scheduler.core.types import (
@@ -69,13 +69,16 @@ class Synchroniser:
         """Start rounds every so many steps of a node from now on; 0: none. A running round goes on."""
         self._every_steps = every_steps
 
-    def set_roles(self, roles: dict[str, NodeRole]) -> None:
-        """Nodes came or got another role. Lost nodes are told through `node_lost`."""
+    def set_roles(self, roles: dict[str, NodeRole], *, restored: Collection[str]) -> None:
+        """Nodes came or got another role. Lost nodes are told through `node_lost`. restored: nodes that started from a
+        checkpoint, and so are never behind."""
         self._roles = dict(sorted(roles.items()))
         for node_id in self._roles:
             if node_id not in self._steps:
                 self._steps[node_id] = self._steps_since_round[node_id] = 0
-                if self._trained:
+                if node_id in restored:
+                    self._trained.add(node_id)
+                elif self._trained:
                     self._behind.add(node_id)
                     self._is_catch_up_due = True
 

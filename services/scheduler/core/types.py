@@ -95,6 +95,8 @@ class NodeSpec:
     max_inflight_training: int = 2
     weight_handling: str = "drain"
     gradient_buffers: int = 1
+    #: It started from a checkpoint: its weights hold what it trained in an earlier life.
+    is_restored: bool = False
 
     @property
     def synchronous_training(self) -> bool:

@@ -210,6 +210,14 @@ def test_a_new_node_is_a_source_when_all_who_knew_more_are_gone() -> None:
     assert [command.node_id for command in start_round(core, "b")] == ["b", "c"]
 
 
+def test_a_node_that_comes_back_from_a_checkpoint_is_a_source_at_once() -> None:
+    core = averaging("a", "b")
+    start_round(core, "a", steps=1)
+    core.step(1.5, NodeLost("b"))
+    assert core.step(1.6, NodeJoined(node("b", is_restored=True))) == []
+    assert [command.node_id for command in start_round(core, "a", steps=1)] == ["a", "b"]
+
+
 def test_nodes_that_join_before_anybody_trained_are_equals() -> None:
     core = averaging("a", "b")
     assert core.step(1.0, NodeJoined(node("c"))) == []

@@ -158,6 +158,13 @@ def test_every_knob_of_the_core_can_be_set_and_has_its_default() -> None:
     assert SchedulerSettings().node_lease_s == 5.0
 
 
+def test_a_node_with_checkpoints_has_started_from_one() -> None:
+    latency = latency_from_profile(profile(fit(profile_pb2.OP_KIND_PREFILL, "constant", [1.0])))
+    new = pb.NodeHello(node_id="n", num_stages=1)
+    back = pb.NodeHello(node_id="n", num_stages=1, checkpoints=[types_pb2.Checkpoint(checkpoint_id="n:1:5")])
+    assert [spec_from_hello(hello, latency).is_restored for hello in (new, back)] == [False, True]
+
+
 @pytest.mark.parametrize("given", [
     {"sync": "none"},
     {"sync": "average", "sync_every_steps": 10},

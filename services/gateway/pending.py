@@ -6,6 +6,7 @@ from enum import Enum
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import work_pb2
+from lemix.v1 import types_pb2
 
 
 class Stage(Enum):
@@ -32,6 +33,8 @@ class PendingRequest:
         self.node_id = ""
         self.node_address = ""
         self.cancel_sent = False
+        #: Times it was begun anew because an earlier attempt under its id had been cancelled.
+        self.num_restarts = 0
         self.outcome: work_pb2.InferenceOutcome | None = None
         #: One per token received, or none at all.
         self.logprobs: list[work_pb2.TokenLogprobs] = []
@@ -90,6 +93,15 @@ class PendingRequest:
         if outcome.HasField("error"):
             self._error = LemixError.from_proto(outcome.error)
         self._end()
+
+    def is_foreign_cancel(self, outcome: work_pb2.InferenceOutcome) -> bool:
+        """Whether this is the end of an earlier attempt under the same id, whose client left."""
+        return outcome.finish_reason == types_pb2.FINISH_REASON_CANCELLED and not (self.cancel_sent or self.finished)
+
+    def on_restart(self) -> None:
+        """It is submitted anew; what was received stays, as after a reassignment."""
+        self.num_restarts += 1
+        self.stage, self.node_id, self.node_address = Stage.SUBMITTED, "", ""
 
     def on_failed(self, error: LemixError) -> None:
         """The request was refused or cannot be finished."""

@@ -9,13 +9,16 @@ import structlog
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import scheduler_service_pb2_grpc as pb_grpc
-from services.gateway.pending import PendingRequest
+from lemix.internal.v1 import work_pb2
+from services.gateway.pending import PendingRequest, Stage
 from services.gateway.reconnecting import ReconnectingStream
 from services.gateway.token_streams import TokenStreams
 
 _log = structlog.get_logger()
 
 _RETRY_AFTER_S = 1.0
+#: The cancellation of an earlier attempt under way, and one that a node remembered, can each end a request once.
+_MAX_RESTARTS = 2
 
 
 class SchedulerLink:
@@ -151,9 +154,30 @@ class SchedulerLink:
             if not pending.finished:
                 self._streams.attach(pending)
         elif kind == "rejected":
-            pending.on_failed(LemixError.from_proto(message.rejected))
+            self._on_rejected(pending, LemixError.from_proto(message.rejected))
         elif kind == "finished":
-            pending.on_finished(message.finished)
+            self._on_finished(pending, message.finished)
+
+    def _on_rejected(self, pending: PendingRequest, error: LemixError) -> None:
+        """A request that was accepted is durable: when the scheduler cannot say where it stands, it goes on all the
+        same, and is asked for again until its deadline."""
+        if error.code is not ErrorCode.UNAVAILABLE or pending.stage is Stage.SUBMITTED:
+            pending.on_failed(error)
+            return
+        delay_s = error.retry_after_s or _RETRY_AFTER_S
+        asyncio.get_running_loop().call_later(delay_s, self._ask_again, pending)
+
+    def _ask_again(self, pending: PendingRequest) -> None:
+        is_wanted = self._pending.get(pending.request_id) is pending and not (pending.finished or pending.cancel_sent)
+        if is_wanted and self.connected:  # else the next session's greeting asks
+            self._session.send(_submit(pending))
+
+    def _on_finished(self, pending: PendingRequest, outcome: work_pb2.InferenceOutcome) -> None:
+        if pending.is_foreign_cancel(outcome) and pending.num_restarts < _MAX_RESTARTS:
+            pending.on_restart()
+            self._session.send(_submit(pending))
+        else:
+            pending.on_finished(outcome)
 
 
 def _submit(pending: PendingRequest) -> pb.GatewaySessionRequest:

@@ -108,7 +108,8 @@ class _NodeStream:
             if pending is None:
                 continue
             pending.on_tokens(self.address, chunk.offset, chunk.token_ids, chunk.logprobs)
-            if chunk.HasField("outcome"):
+            # What an earlier attempt ended with is for the scheduler's link, which submits anew.
+            if chunk.HasField("outcome") and not pending.is_foreign_cancel(chunk.outcome):
                 pending.on_finished(chunk.outcome)
             if pending.finished:
                 self.forget(chunk.request_id)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
-from services.ledger.types import MAX_JOB_EVENTS, Delivery, StaleToken, TaskRecord, TaskState
+from services.ledger.types import MAX_JOB_EVENTS, Delivery, StaleToken, TaskRecord, TaskState, may_come_again
 from services.runtime.clock import Clock, SystemClock
 
 _ENDED = frozenset({types_pb2.JOB_STATUS_SUCCEEDED, types_pb2.JOB_STATUS_FAILED, types_pb2.JOB_STATUS_CANCELLED})
@@ -50,6 +50,7 @@ class _Task:
     entry: int = 0
     outcome: bytes | None = None
     expires_s: float = float("inf")
+    may_come_again: bool = False
 
 
 @dataclass(slots=True)
@@ -132,7 +133,7 @@ class MemoryLedger:
     async def submit(self, item: work_pb2.WorkItem) -> TaskRecord | None:
         """Accept a task."""
         known = self._store.task(item.task_id)
-        if known is not None:
+        if known is not None and not known.may_come_again:
             return _task_record(known)
         entry = self._store.global_stream.add(item.SerializeToString())
         self._store.tasks[item.task_id] = _Task(TaskState.WAITING, entry=entry)
@@ -330,7 +331,9 @@ class MemoryLedger:
 
     def _done(self, node_id: str, outcome: work_pb2.WorkOutcome) -> _Task:
         expires_s = self._store.clock.monotonic_s() + self._result_ttl_s
-        return _Task(TaskState.DONE, node_id, outcome=outcome.SerializeToString(), expires_s=expires_s)
+        data = outcome.SerializeToString()
+        again = may_come_again(outcome)
+        return _Task(TaskState.DONE, node_id, outcome=data, expires_s=expires_s, may_come_again=again)
 
     def _check_token(self, token: int) -> None:
         if token < self._store.token:

@@ -26,6 +26,7 @@ from services.ledger.types import (
     StaleToken,
     TaskRecord,
     TaskState,
+    may_come_again,
 )
 
 T = TypeVar("T")
@@ -113,7 +114,7 @@ class RedisLedger:
         await self._run(
             scripts.CLOSE,
             [scripts.task_key(outcome.task_id), scripts.GLOBAL],
-            [outcome.SerializeToString(), ttl_ms, entry_id or "", scripts.GLOBAL_GROUP],
+            [outcome.SerializeToString(), ttl_ms, entry_id or "", scripts.GLOBAL_GROUP, int(may_come_again(outcome))],
         )
 
     async def unfinished(self, node_id: str) -> list[work_pb2.WorkItem]:
@@ -161,7 +162,10 @@ class RedisLedger:
         reply = await self._run(
             scripts.FINISH,
             [scripts.task_key(outcome.task_id), scripts.node_key(node_id)],
-            [node_id, entry_id, outcome.SerializeToString(), self._result_ttl_ms, _op(), scripts.NODE_GROUP],
+            [
+                *(node_id, entry_id, outcome.SerializeToString(), self._result_ttl_ms, _op(), scripts.NODE_GROUP),
+                int(may_come_again(outcome)),
+            ],
         )
         return bool(reply == 1)
 

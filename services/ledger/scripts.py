@@ -29,7 +29,10 @@ def node_key(node_id: str) -> str:
 
 
 def task_key(task_id: str) -> str:
-    """Hash of a task: state, node, entry, outcome, op. TTL: none while unfinished, the result TTL when done."""
+    """Hash of a task: state, node, entry, outcome, op, again ("1": it may be submitted anew).
+
+    TTL: none while unfinished, the result TTL when done.
+    """
     return f"{_PREFIX}task:{task_id}"
 
 
@@ -65,10 +68,11 @@ def job_events_key(job_id: str) -> str:
 
 #: KEYS task, global; ARGV item, op. Nil: accepted now; else state, node, outcome.
 SUBMIT: Final = """
-local known = redis.call('HMGET', KEYS[1], 'state', 'node', 'outcome', 'op')
+local known = redis.call('HMGET', KEYS[1], 'state', 'node', 'outcome', 'op', 'again')
 if known[1] then
   if known[4] == ARGV[2] then return false end
-  return {known[1], known[2], known[3]}
+  if known[5] ~= '1' then return {known[1], known[2], known[3]} end
+  redis.call('DEL', KEYS[1])
 end
 local entry = redis.call('XADD', KEYS[2], '*', 'item', ARGV[1])
 redis.call('HSET', KEYS[1], 'state', 'waiting', 'node', '', 'entry', entry, 'op', ARGV[2])
@@ -96,7 +100,7 @@ redis.call('SADD', KEYS[5], ARGV[3])
 return 1
 """
 
-#: KEYS task, global; ARGV outcome, result TTL in ms (0: forget the task), entry, group.
+#: KEYS task, global; ARGV outcome, result TTL in ms (0: forget the task), entry, group, whether it may come again.
 CLOSE: Final = """
 local known = redis.call('HMGET', KEYS[1], 'state', 'entry')
 if known[1] == 'assigned' then return 0 end
@@ -110,7 +114,7 @@ for _, entry in ipairs({last, ARGV[3]}) do
 end
 if known[1] == 'done' then return 0 end
 if ARGV[2] == '0' then return redis.call('DEL', KEYS[1]) end
-redis.call('HSET', KEYS[1], 'state', 'done', 'node', '', 'outcome', ARGV[1])
+redis.call('HSET', KEYS[1], 'state', 'done', 'node', '', 'outcome', ARGV[1], 'again', ARGV[5])
 redis.call('HDEL', KEYS[1], 'entry')
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
@@ -139,7 +143,8 @@ if redis.call('XLEN', KEYS[2]) == 0 then redis.call('SREM', KEYS[4], ARGV[2]) en
 return moved
 """
 
-#: KEYS task, node stream; ARGV node, entry, outcome, result TTL in ms, op, group. 1: this call ended the task.
+#: KEYS task, node stream; ARGV node, entry, outcome, result TTL in ms, op, group, whether it may come again.
+#: 1: this call ended the task.
 #: A refused entry is removed: whoever holds the task has an entry of its own.
 FINISH: Final = """
 local known = redis.call('HMGET', KEYS[1], 'state', 'node', 'entry', 'op')
@@ -147,7 +152,7 @@ redis.call('XACK', KEYS[2], ARGV[6], ARGV[2])
 redis.call('XDEL', KEYS[2], ARGV[2])
 if known[1] == 'done' and known[4] == ARGV[5] then return 1 end
 if known[1] ~= 'assigned' or known[2] ~= ARGV[1] or known[3] ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'done', 'outcome', ARGV[3], 'op', ARGV[5])
+redis.call('HSET', KEYS[1], 'state', 'done', 'outcome', ARGV[3], 'op', ARGV[5], 'again', ARGV[7])
 redis.call('HDEL', KEYS[1], 'entry')
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1

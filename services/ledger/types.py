@@ -55,6 +55,11 @@ class TaskRecord:
     outcome: work_pb2.WorkOutcome | None = None
 
 
+def may_come_again(outcome: work_pb2.WorkOutcome) -> bool:
+    """Whether a task that ended so is accepted anew when it is submitted again."""
+    return outcome.inference.finish_reason == types_pb2.FINISH_REASON_CANCELLED
+
+
 class Ledger(Protocol):
     """Accepted work, files and jobs."""
 
@@ -77,7 +82,8 @@ class Ledger(Protocol):
     async def submit(self, item: work_pb2.WorkItem) -> TaskRecord | None:
         """Accept a task: atomically add it to the global stream and set its state to WAITING.
 
-        Returns None when accepted now; the existing record when the task id is known already (nothing is added).
+        Returns None when accepted now; the existing record when the task id is known already (nothing is added). A
+        request that was cancelled counts as not known: who asks again wants it.
         """
         ...
 

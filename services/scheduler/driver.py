@@ -119,6 +119,8 @@ class _Held:
     item: work_pb2.WorkItem
     entry_id: str | None = None
     node_id: str = ""
+    #: Submitted anew after its cancellation on the node, which has not been reported yet.
+    again: Delivery | None = None
 
 
 class Driver:
@@ -249,6 +251,7 @@ class Driver:
         known = self._tasks.get(item.task_id)
         if known is not None:
             known.entry_id = delivery.entry_id  # delivered again, or back from a lost node
+            known.again = delivery if known.node_id else None
             return
         error = self._refusal(item)
         if error is not None:
@@ -301,13 +304,17 @@ class Driver:
 
     async def _ended(self, outcome: work_pb2.WorkOutcome) -> None:
         held = self._tasks.get(outcome.task_id)
+        again = None
         if held is not None and held.node_id == outcome.node_id:
             del self._tasks[outcome.task_id]
+            again = held.again
         if self._signatures is not None and _ran_out_of_memory(outcome):
             self._signatures.memory_failed(self._clock.monotonic_s(), outcome.node_id)
         # Held elsewhere or waiting: the ledger will say so when it is assigned again.
         self._tell_end(outcome)
         await self._step(ended_from_outcome(outcome))
+        if again is not None:
+            await self._delivered(again)
 
     async def _trained(self, outcome: work_pb2.WorkOutcome) -> None:
         """The core is done with it. The ledger is not: when the node is lost it comes back from there."""
@@ -413,7 +420,7 @@ class Driver:
         if not moved:
             self._followups.append(await self._learn_end(task_id, node_id))
             return
-        held.node_id, held.entry_id = node_id, None
+        held.node_id, held.entry_id, held.again = node_id, None, None
         if held.item.HasField("training"):
             self._jobs.on_held(held.item.training, waiting=False)
         else:

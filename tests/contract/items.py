@@ -26,6 +26,12 @@ def outcome(task_id: str, node_id: str = "", tokens: tuple[int, ...] = (7, 8)) -
     return work_pb2.WorkOutcome(task_id=task_id, node_id=node_id, inference=inference)
 
 
+def cancelled(task_id: str, node_id: str = "") -> work_pb2.WorkOutcome:
+    """An inference task whose client left."""
+    inference = work_pb2.InferenceOutcome(finish_reason=types_pb2.FINISH_REASON_CANCELLED)
+    return work_pb2.WorkOutcome(task_id=task_id, node_id=node_id, inference=inference)
+
+
 def job(job_id: str, *, request_id: str = "", created_unix_s: float = 1.0, trained: int = 0) -> work_pb2.JobRecord:
     """A running job."""
     status = types_pb2.JOB_STATUS_RUNNING

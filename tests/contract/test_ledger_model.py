@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from services.ledger import Delivery, Ledger, StaleToken, TaskRecord, TaskState
 from services.ledger.memory import MemoryLedger, MemoryStore
 from services.ledger.redis import RedisLedger
-from tests.contract.items import outcome, request
+from tests.contract.items import cancelled, outcome, request
 
 TASKS = st.sampled_from(["t0", "t1", "t2"])
 NODES = st.sampled_from(["n0", "n1"])
@@ -21,7 +21,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("assign"), TASKS, NODES, st.booleans()),
         st.tuples(st.just("close"), TASKS, st.booleans()),
         st.tuples(st.just("take_back"), NODES),
-        st.tuples(st.just("finish"), TASKS, NODES),
+        st.tuples(st.just("finish"), TASKS, NODES, st.booleans()),
         st.tuples(st.just("read_global"), st.integers(1, 3)),
         st.tuples(st.just("read_node"), NODES, st.integers(1, 3)),
         st.tuples(
@@ -60,9 +60,10 @@ class Run:
                 return await self.ledger.close_task(outcome(task), entry_id=None, forget=forget)
             case ("take_back", str(node)):
                 return [item.task_id for item in await self.ledger.take_back(node, token=self.token)]
-            case ("finish", str(task), str(node)):
+            case ("finish", str(task), str(node), bool(well)):
                 entry = self.entries.get((node, task))
-                return entry and await self.reader.finish(node, entry, outcome(task, node))
+                end = outcome if well else cancelled
+                return entry and await self.reader.finish(node, entry, end(task, node))
             case ("read_global", int(count)):
                 return self.seen("", await self.reader.read_global(count=count, block_s=0))
             case ("read_node", str(node), int(count)):

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from services.ledger import Delivery, Ledger, StaleToken, TaskRecord, TaskState
-from tests.contract.items import microbatch, outcome, request
+from tests.contract.items import cancelled, microbatch, outcome, request
 from tests.contract.stores import Store, gone
 
 
@@ -51,6 +51,34 @@ async def test_a_repeated_submit_tells_the_node_and_then_the_outcome(ledger: Led
     await ledger.finish("n0", delivery.entry_id, outcome("a", "n0"))
     assert await ledger.submit(request("a")) == TaskRecord(TaskState.DONE, "n0", outcome("a", "n0"))
     assert await read_all(ledger) == []
+
+
+async def test_a_request_cancelled_on_its_node_may_be_submitted_anew(store: Store) -> None:
+    ledger = await store.open()
+    token = await ledger.acquire_leadership()
+    await ledger.submit(request("a", (1,)))
+    await ledger.assign(request("a", (1,)), "n0", entry_id=None, token=token)
+    assert await ledger.submit(request("a", (2,))) == TaskRecord(TaskState.ASSIGNED, "n0"), "it has not ended yet"
+    (delivery,) = await ledger.read_node("n0", count=1, block_s=0)
+    assert await ledger.finish("n0", delivery.entry_id, cancelled("a", "n0"))
+    assert await ledger.record("a") == TaskRecord(TaskState.DONE, "n0", cancelled("a", "n0"))
+    assert await ledger.submit(request("a", (3,))) is None
+    assert await ledger.record("a") == TaskRecord(TaskState.WAITING)
+    assert await ledger.submit(request("a", (4,))) == TaskRecord(TaskState.WAITING)
+    await ledger.assign(request("a", (3,)), "n0", entry_id=None, token=token)
+    assert not await ledger.finish("n0", delivery.entry_id, outcome("a", "n0")), "the entry of the attempt before"
+    (again,) = await ledger.read_node("n0", count=1, block_s=0)
+    assert await ledger.finish("n0", again.entry_id, outcome("a", "n0"))
+    assert await ledger.submit(request("a")) == TaskRecord(TaskState.DONE, "n0", outcome("a", "n0"))
+
+
+async def test_a_request_cancelled_while_it_waited_may_be_submitted_anew(ledger: Ledger) -> None:
+    await ledger.submit(request("a", (1,)))
+    await ledger.close_task(cancelled("a"), entry_id=None)
+    assert await ledger.record("a") == TaskRecord(TaskState.DONE, "", cancelled("a"))
+    assert await ledger.submit(request("a", (2,))) is None
+    (delivery,) = await read_all(ledger)
+    assert list(delivery.item.inference.prompt_token_ids) == [2]
 
 
 async def test_concurrent_submits_of_one_task_are_accepted_once(store: Store) -> None:

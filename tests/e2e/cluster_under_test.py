@@ -60,10 +60,14 @@ class User:
         serving = self.http.get("/readyz").status_code == 200
         return serving and sum(node.ready for node in nodes) == self.cluster.config.num_nodes
 
+    def post_chat(self, text, **values):
+        """The response to a chat, whatever its status."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **values}
+        return self.http.post("/v1/chat/completions", json=body)
+
     def chat(self, text, **values):
         """A whole chat answer."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **values}
-        response = self.http.post("/v1/chat/completions", json=body)
+        response = self.post_chat(text, **values)
         assert response.status_code == 200, response.text
         return response.json()
 

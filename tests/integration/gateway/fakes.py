@@ -62,6 +62,10 @@ class FakeNode(node_grpc.NodeAgentServiceServicer):
     def cancel(self, request_id: str) -> None:
         self._run(request_id).cancel()
 
+    def forget(self, request_id: str) -> None:
+        """As if it had never been here."""
+        del self._runs[request_id]
+
     def outcome(self, request_id: str) -> work_pb2.InferenceOutcome | None:
         run = self._run(request_id)
         return run.outcome(self.node_id) if run.done else None
@@ -225,6 +229,10 @@ class FakeScheduler(pb_grpc.SchedulerServiceServicer):
     def assign(self, request_id: str, node: FakeNode) -> None:
         """Tell the gateway that a node has the request."""
         self._say(request_id, assigned=pb.InferenceAssigned(node_id=node.node_id, node_address=node.address))
+
+    def finish(self, request_id: str, outcome: work_pb2.InferenceOutcome) -> None:
+        """Tell the gateway how a request ended."""
+        self._say(request_id, finished=outcome)
 
     async def GatewaySession(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.GatewaySessionRequest], context: Any

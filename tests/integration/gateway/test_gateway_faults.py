@@ -73,6 +73,38 @@ async def test_a_lost_session_is_opened_again_and_requests_survive(gateway: Gate
     assert gateway.scheduler.num_sessions == 2
 
 
+async def test_a_retry_that_meets_its_own_cancellation_runs_anew(gateway: Gateway) -> None:
+    """The first attempt's client left, and its cancellation ends what the second one was attached to."""
+    first = gateway.scheduler.script = Script(hold_after=4)
+    call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
+    await eventually(lambda: _received(gateway) == 4)
+    gateway.node.cancel("r")
+    await eventually(lambda: len(gateway.scheduler.submitted) == 1)
+    outcome = gateway.node.outcome("r")
+    assert outcome is not None
+    gateway.scheduler.finish("r", outcome)  # not by this gateway's wish
+    gateway.node.forget("r")
+    await eventually(lambda: len(gateway.scheduler.submitted) == 2)
+    first.go.set()
+    gateway.node.begin("r", gateway.scheduler.submitted[1][1], Script())
+    gateway.scheduler.assign("r", gateway.node)
+    answer = await call
+    assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, "hello world")
+
+
+async def test_an_accepted_request_goes_on_while_the_scheduler_cannot_say_where_it_stands(gateway: Gateway) -> None:
+    script = gateway.scheduler.script = Script(hold_after=4)
+    call = asyncio.create_task(gateway.http.post("/v1/completions", json=_BODY))
+    await eventually(lambda: _received(gateway) == 4)
+    gateway.scheduler.reject = LemixError(ErrorCode.UNAVAILABLE, "the ledger is away", retry_after_s=0.01)
+    gateway.scheduler.drop_session()
+    await eventually(lambda: len(gateway.scheduler.submitted) >= 3)
+    other = await gateway.http.post("/v1/completions", json={**_BODY, "lemix": {"request_id": "new"}})
+    assert (other.status_code, other.json()["error"]["code"]) == (503, "unavailable"), "this one was never accepted"
+    script.go.set()
+    assert (await call).json()["choices"][0]["text"] == "hello world"
+
+
 async def test_a_restarted_scheduler_is_found_again(gateway: Gateway) -> None:
     address = gateway.scheduler.address
     await gateway.scheduler.stop()

@@ -197,6 +197,21 @@ def assign_to(node_id: str) -> Callable[[TaskArrived], list[Command]]:
     return lambda event: [Assign(event.task.task_id, node_id)]
 
 
+async def test_a_request_submitted_anew_before_its_cancellation_is_reported_runs(rig: Rig) -> None:
+    rig.core.answers[TaskArrived] = assign_to("n0")
+    await rig.handle(await rig.accept("r"))
+    (first,) = await rig.ledger.read_node("n0", count=9, block_s=0)
+    inference = work_pb2.InferenceOutcome(finish_reason=types_pb2.FINISH_REASON_CANCELLED)
+    cancelled = work_pb2.WorkOutcome(task_id="r", node_id="n0", inference=inference)
+    assert await rig.ledger.finish("n0", first.entry_id, cancelled)
+    rig.core.answers[TaskArrived] = assign_to("n1")
+    await rig.handle(await rig.accept("r"), Ended(cancelled))
+    assert rig.events(TaskEnded) == [TaskEnded("r", "n0", ok=False)]
+    assert len(rig.events(TaskArrived)) == 2
+    (again,) = await rig.ledger.read_node("n1", count=9, block_s=0)
+    assert again.item.task_id == "r"
+
+
 async def test_an_assignment_is_in_the_ledger_before_the_gateway_hears(rig: Rig) -> None:
     rig.core.answers[TaskArrived] = assign_to("n0")
     await rig.handle(await rig.accept("r"))

@@ -95,6 +95,7 @@ class NodeAgent:
             stops=StopTexts(Path(settings.model_path), engine.info.eos_token_ids),
             clock=clock,
             max_tasks=settings.max_inflight_inference + settings.max_queued_training,
+            max_training_parts=settings.max_training_parts,
             report=self._session.report_outcome,
             checkpoints=self._checkpoints,
         )
@@ -317,6 +318,8 @@ class NodeAgent:
             max_inflight_training=settings.max_inflight_training,
             weight_handling=settings.weight_handling,
             gradient_buffers=settings.gradient_buffers,
+            training_schedule=settings.training_schedule,
+            max_training_parts=settings.max_training_parts,
             keeps_checkpoints=self._checkpoints is not None,
             checkpoints=() if self._checkpoints is None else self._checkpoints.held(),
             restore_note="" if self._checkpoints is None else self._checkpoints.note,
@@ -359,6 +362,7 @@ def _core_config(settings: NodeAgentSettings) -> NodeCoreConfig:
         max_inflight_training=settings.max_inflight_training,
         weight_handling=settings.weight_handling,
         gradient_buffers=settings.gradient_buffers,
+        training_schedule=settings.training_schedule,
     )
 
 

@@ -71,8 +71,18 @@ class NodeAgentSettings(ServiceSettings):
     #: "stash": accumulation groups whose gradients a stage holds at once, one copy of its weights each. With one per
     #: stage no backward waits for a step. No effect with "drain".
     gradient_buffers: int = Field(1, ge=1, le=64)
-    #: "async" (A-PP). The simulator knows "gpipe" and "1f1b" (S-PP) too; no engine runs them yet.
+    #: "async" (A-PP): micro-batches follow each other without end. "gpipe", "1f1b" (S-PP): those of an optimizer step
+    #: run together, and the next ones after it; gpipe all forwards first, 1f1b as few in flight as there are stages.
     training_schedule: Literal["async", "gpipe", "1f1b"] = "async"
+    #: Most pieces a micro-batch's forward and backward are cut into, each an op of its own, so that requests get in
+    #: between. The scheduler chooses how many, up to this; 1: never cut.
+    max_training_parts: int = Field(8, ge=1, le=64)
+    #: "bfloat16": training computes its matrix products so, with weights, gradients and optimizer state in float32
+    #: (mixed precision; `dtype` must be float32). Empty: everything in `dtype`.
+    training_dtype: Literal["", "bfloat16"] = ""
+    #: Keep only what enters each layer between forward and backward and compute the rest again: the forward runs
+    #: twice for a fraction of the memory.
+    activation_checkpointing: bool = False
     #: Memory of a stage for KV caches and activations, accounted for with wait-or-offload. 0: it is not; no engine
     #: offloads yet, only the simulator does.
     stage_memory_bytes: int = Field(0, ge=0)
@@ -114,13 +124,6 @@ class NodeAgentSettings(ServiceSettings):
         if self.kv_block_tokens > self.kv_capacity_tokens:
             raise ValueError(f"kv_block_tokens ({self.kv_block_tokens}) exceeds kv_capacity_tokens")
         return self
-
-    @field_validator("training_schedule")
-    @classmethod
-    def _is_run_by_engines(cls, value: str) -> str:
-        if value != "async":
-            raise ValueError(f'no engine runs "{value}", only the simulator does; a node trains "async"')
-        return value
 
     @field_validator("stage_memory_bytes")
     @classmethod

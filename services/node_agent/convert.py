@@ -84,9 +84,18 @@ def _sampling_from_proto(sampling: work_pb2.ResolvedSampling) -> Sampling:
 
 
 def microbatch_from_proto(
-    task_id: str, work: work_pb2.TrainingWork, info: ModelInfo, *, now_s: float
+    task_id: str,
+    work: work_pb2.TrainingWork,
+    info: ModelInfo,
+    *,
+    now_s: float,
+    num_stages: int = 1,
+    most_parts: int = 1,
 ) -> tuple[MicrobatchTask, TrainingMicrobatch]:
-    """A micro-batch for the agent and for its core. Raises LemixError when the model cannot train on it."""
+    """A micro-batch for the agent and for its core, cut into at most `most_parts` pieces, none of which is empty.
+
+    Raises LemixError when the model cannot train on it.
+    """
     if not work.examples:
         raise LemixError(ErrorCode.INVALID_REQUEST, "a micro-batch needs an example")
     examples = tuple(example_from_proto(example, info) for example in work.examples)
@@ -109,6 +118,7 @@ def microbatch_from_proto(
         length=max(len(example.token_ids) for example in examples),
         accumulation=accumulation,
         last=work.last,
+        parts=max(1, min(work.parts, most_parts, len(examples) * (info.num_layers // num_stages))),
     )
     return task, microbatch
 
@@ -237,4 +247,6 @@ def trace_to_proto(op: Op, stage: int, result: StageResult, *, is_last: bool) ->
         weight_step=op.version,
         first_token=op.kind is OpKind.PREFILL and is_last,
         context_tokens=op.context_tokens,
+        part=op.part,
+        parts=op.parts,
     )

@@ -36,6 +36,8 @@ def _engine_config(settings: NodeAgentSettings) -> EngineConfig:
         num_stages=settings.num_stages,
         devices=settings.devices,
         dtype=settings.dtype,
+        training_dtype=settings.training_dtype,
+        activation_checkpointing=settings.activation_checkpointing,
         threads_per_stage=settings.threads_per_stage,
         nice=settings.nice,
         cpus=settings.cpus,

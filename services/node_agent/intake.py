@@ -47,6 +47,7 @@ class Intake:
         stops: StopTexts,
         clock: Clock,
         max_tasks: int,
+        max_training_parts: int,
         report: Report,
         checkpoints: Checkpointer | None = None,
     ) -> None:
@@ -58,6 +59,7 @@ class Intake:
         self._stops = stops
         self._clock = clock
         self._max_tasks = max_tasks
+        self._max_training_parts = max_training_parts
         self._report = report
         self._checkpoints = checkpoints
         #: Micro-batches that wait for a checkpoint before they are started; bounded like all that is taken.
@@ -211,7 +213,15 @@ class Intake:
             case "training":
                 if self._checkpoints is not None:
                     self._checkpoints.expect(item.training)
-                self._loop.add_microbatch(*microbatch_from_proto(item.task_id, item.training, self._info, now_s=now_s))
+                task_and_core = microbatch_from_proto(
+                    item.task_id,
+                    item.training,
+                    self._info,
+                    now_s=now_s,
+                    num_stages=self._loop.num_stages,
+                    most_parts=self._max_training_parts,
+                )
+                self._loop.add_microbatch(*task_and_core)
             case _:
                 raise LemixError(ErrorCode.UNSUPPORTED, "the node does not know this kind of work")
 

@@ -111,6 +111,8 @@ class AgentLoop:
             StageRunner(stage, worker, self.fail, op_timeout_s=op_timeout_s) for stage, worker in enumerate(workers)
         ]
         self._weight_ops: dict[str, tuple[WeightOp, asyncio.Future[WeightOp]]] = {}
+        # Optimizer steps on their way up: whether the stages so far have changed their weights.
+        self._steps: dict[int, bool] = {}
         # Events that wait for a measurement; None when none runs.
         self._held: list[Event] | None = None
         self._queue_order: QueueOrder | None = None
@@ -319,6 +321,8 @@ class AgentLoop:
             self._weight_op_ended(stage, op, result)
         else:
             self._payloads.ended(op, stage, result)
+            if op.kind is OpKind.OPTIMIZER_STEP:
+                self._check_step(stage, op, error)
             if is_last and op.changes_weights:
                 if error:
                     self.ages.record(op.version + 1, self.ages.at(op.version))
@@ -361,13 +365,23 @@ class AgentLoop:
             task.loss, task.label_tokens = result.loss, result.label_tokens
             metrics.TRAINING_LOSS.labels(self.node_id).set(result.loss)
 
+    def _check_step(self, stage: int, op: Op, error: str) -> None:
+        """A step changes the weights of all stages or of none. It has what it needs before it starts, so one that fails
+        where others did not is never expected; if it happens, the weights belong to no version."""
+        is_last = stage == self.num_stages - 1
+        changed = self._steps.pop(op.op_id, not error) if is_last else self._steps.setdefault(op.op_id, not error)
+        if changed == bool(error):
+            raise NodeBroken(f"optimizer step {op.version + 1} changed the weights of some stages only: {error}")
+
     def _note_failure(self, stage: int, op: Op, error: str) -> None:
         _log.error("op failed", op=str(op.kind), stage=stage, tasks=op.task_ids[:8], subject=op.subject, error=error)
         kind = error.partition(":")[0]
         out_of_memory = kind in ("MemoryError", "OutOfMemoryError")
         code = ErrorCode.RESOURCE_EXHAUSTED if out_of_memory else ErrorCode.INTERNAL
         for task_id in op.task_ids:
-            self._tasks[task_id].error = LemixError(code, f"{op.kind} failed on stage {stage}: {_public(error)}")
+            task = self._tasks[task_id]
+            # Of a step that fails on one stage and is skipped on the next ones the first is the cause.
+            task.error = task.error or LemixError(code, f"{op.kind} failed on stage {stage}: {_public(error)}")
 
     def _weight_op_ended(self, stage: int, op: Op, result: StageResult) -> None:
         weight_op, future = self._weight_ops[op.subject]

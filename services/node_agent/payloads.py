@@ -70,6 +70,7 @@ class PayloadBuilder:
         if state is None:
             state = self._begin(op)
             self._travelling[op.op_id] = state
+        # Of a cut op the first piece takes what the stage before left, and the last one leaves it for the next.
         handle, state.output = state.output, None
         match op.kind:
             case OpKind.PREFILL:
@@ -77,11 +78,10 @@ class PayloadBuilder:
             case OpKind.DECODE:
                 return Decode(op.op_id, op.version, state.newest_tokens, handle)
             case OpKind.TRAIN_FORWARD:
-                task = self._microbatch(op.task_ids[0])
-                scale = 1.0 / task.accumulation
-                return TrainForward(op.op_id, op.version, task.task_id, task.examples, scale, handle)
+                return self._train_forward(op, handle)
             case OpKind.TRAIN_BACKWARD:
-                return TrainBackward(op.op_id, op.task_ids[0], handle, state.tied if stage == 0 else None, op.group)
+                tied = state.tied if stage == 0 and op.part == 0 else None
+                return TrainBackward(op.op_id, op.task_ids[0], handle, tied, op.group, op.part)
             case OpKind.OPTIMIZER_STEP:
                 return self._optimizer_step(op, stage, state)
             case _:
@@ -93,7 +93,7 @@ class PayloadBuilder:
         if op.kind is OpKind.TRAIN_BACKWARD:
             # A failed one is followed by a step as well.
             gradients = self._gradients.setdefault(op.group, _Gradients(op.subject, [None] * self.num_stages))
-            if not result.error:
+            if not result.error and op.part + 1 == op.parts:
                 gradients.norms_sq[stage] = result.grad_norm_sq
         elif op.kind is OpKind.OPTIMIZER_STEP and stage == self.num_stages - 1:
             self._gradients.pop(op.group, None)
@@ -101,10 +101,13 @@ class PayloadBuilder:
             return
         if op.kind is OpKind.OPTIMIZER_STEP:
             state.tied = state.tied or result.output
+            if result.error:
+                # A stage could not step: those above it must not either.
+                state.grad_norm_sq_total = math.nan
         else:
             state.output = result.output
             state.tied = state.tied or result.tied_gradient
-        state.stages_left -= 1
+        state.stages_left -= op.part + 1 == op.parts
         travels_on = op.changes_weights or not result.error
         if state.stages_left == 0 or not travels_on:
             del self._travelling[op.op_id]
@@ -163,15 +166,29 @@ class PayloadBuilder:
     def _begin_step(self, op: Op, state: _Travelling) -> None:
         """All stages clip by one norm: the whole model's, summed over the stages' last backwards of the group.
 
-        When some stages hold no gradient (the only micro-batches were dropped on their way down) it is NaN: every
-        stage skips the step then, instead of some changing their weights without the others.
+        When some stages hold no gradient, or a part of one (the only micro-batches were dropped on their way down), it
+        is NaN: every stage skips the step then, instead of some changing their weights without the others.
         """
         gradients = self._gradients.get(op.group)
         norms = [norm for norm in gradients.norms_sq if norm is not None] if gradients is not None else []
-        if norms:
-            state.grad_norm_sq_total = sum(norms) if len(norms) == self.num_stages else math.nan
+        state.grad_norm_sq_total = sum(norms) if len(norms) == self.num_stages else math.nan
         for task_id in op.task_ids:
             self._microbatch(task_id).weight_step = op.version + 1
+
+    def _train_forward(self, op: Op, handle: Handle | None) -> TrainForward:
+        task = self._microbatch(op.task_ids[0])
+        return TrainForward(
+            op.op_id,
+            op.version,
+            task.task_id,
+            task.examples,
+            1.0 / task.accumulation,
+            handle,
+            op.part,
+            op.parts,
+            task.job_id,
+            self._optimizers[task.job_id] if op.part == 0 else None,
+        )
 
     def _optimizer_step(self, op: Op, stage: int, state: _Travelling) -> OptimizerStep:
         return OptimizerStep(

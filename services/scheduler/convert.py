@@ -70,6 +70,8 @@ def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency
         "max_inflight_training": hello.max_inflight_training,
         "weight_handling": hello.weight_handling,
         "gradient_buffers": hello.gradient_buffers,
+        "max_training_parts": hello.max_training_parts,
+        "training_schedule": hello.training_schedule,
     }
     told: dict[str, Any] = {name: value for name, value in bounds.items() if value}
     return NodeSpec(hello.node_id, hello.num_stages, latency, is_restored=bool(hello.checkpoints), **told)
@@ -91,6 +93,8 @@ def ops_from_traces(
             context_tokens=op.context_tokens,
             first_token=op.first_token,
             weight_step=op.weight_step,
+            part=op.part,
+            parts=max(1, op.parts),
         )
         for op in ops
         if op.op in _OPS
@@ -113,7 +117,8 @@ def task_from_item(item: work_pb2.WorkItem, *, now_s: float, now_unix_s: float) 
         case "training":
             work = item.training
             length = max((len(example.token_ids) for example in work.examples), default=0)
-            return TrainingTask(item.task_id, now_s, work.job_id, len(work.examples), length)
+            accumulation = max(1, work.hyperparameters.gradient_accumulation_steps)
+            return TrainingTask(item.task_id, now_s, work.job_id, len(work.examples), length, accumulation)
         case _:
             raise ValueError(f"task {item.task_id} holds no work that this version knows")
 

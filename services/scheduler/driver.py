@@ -391,7 +391,7 @@ class Driver:
     async def _perform(self, command: Command) -> None:
         match command:
             case Assign(task_id, node_id):
-                await self._assign(task_id, node_id)
+                await self._assign(task_id, node_id, command.parts)
             case Reject():
                 await self._reject(command)
             case Drop(task_id):
@@ -405,7 +405,7 @@ class Driver:
             case ApplyWeights():
                 self._apply_weights(command)
 
-    async def _assign(self, task_id: str, node_id: str) -> None:
+    async def _assign(self, task_id: str, node_id: str, parts: int) -> None:
         held = self._tasks[task_id]
         overdue = self._overdue(held.item)
         if overdue is not None:
@@ -414,6 +414,8 @@ class Driver:
             self._followups.append(TaskEnded(task_id, node_id, ok=False))
             return
         held.item.fencing_token = self._token
+        if held.item.HasField("training"):
+            held.item.training.parts = parts
         moved = await self._guard.until_done(
             lambda: self._ledger.assign(held.item, node_id, entry_id=held.entry_id, token=self._token)
         )

@@ -74,17 +74,28 @@ class Pipeline:
         """One iteration."""
         return await self.up(lambda hidden: Decode(0, self.version, sequences, hidden))
 
-    async def forward(self, task_id: str, examples: Sequence[Example], loss_scale: float = 1.0) -> StageResult:
-        """Training forward of a micro-batch."""
+    async def forward(
+        self, task_id: str, examples: Sequence[Example], loss_scale: float = 1.0, *, parts: int = 1
+    ) -> StageResult:
+        """Training forward of a micro-batch, in pieces on every stage."""
         batch = tuple(examples)
-        return await self.up(lambda hidden: TrainForward(0, self.version, task_id, batch, loss_scale, hidden))
+        hidden: Handle | None = None
+        for stage in range(len(self.engine.workers)):
+            for part in range(parts):
+                given = hidden if part == 0 else None
+                op = TrainForward(0, self.version, task_id, batch, loss_scale, given, part, parts)
+                result = await self.run(stage, op)
+            hidden = result.output
+        return result
 
-    async def backward(self, task_id: str, group: int = 0) -> None:
-        """Backward of a micro-batch on all stages."""
+    async def backward(self, task_id: str, group: int = 0, *, parts: int = 1) -> None:
+        """Backward of a micro-batch on all stages, in as many pieces as its forward."""
         gradient = tied = None
         self.grad_norms_sq[group] = 0.0
         for stage in reversed(range(len(self.engine.workers))):
-            result = await self.run(stage, TrainBackward(0, task_id, gradient, tied if stage == 0 else None, group))
+            for part in range(parts):
+                given = (gradient, tied if stage == 0 else None) if part == 0 else (None, None)
+                result = await self.run(stage, TrainBackward(0, task_id, *given, group, part))
             gradient, tied = result.output, result.tied_gradient or tied
             assert result.grad_norm_sq is not None
             self.grad_norms_sq[group] += result.grad_norm_sq

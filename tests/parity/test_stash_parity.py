@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -184,8 +185,8 @@ class Watched:
         return run
 
 
-def add_work(node: VirtualNode) -> list[RequestTask]:
-    """Two jobs of micro-batches, requests that arrive meanwhile, and two snapshots."""
+def add_work(node: VirtualNode, parts: Callable[[int], int] = lambda index: 1) -> list[RequestTask]:
+    """Two jobs of micro-batches in `parts` pieces, requests that arrive meanwhile, and two snapshots."""
     for index in range(12):
         job, sequence = f"job{index % 2}", index // 2
         task = MicrobatchTask(
@@ -197,7 +198,7 @@ def add_work(node: VirtualNode) -> list[RequestTask]:
             accumulation=1 + index % 2,
             last=sequence == 5,
         )
-        node.at(0.3 * index, lambda task=task: node.microbatch(task))
+        node.at(0.3 * index, partial(node.microbatch, task, parts(index)))
     source = random.Random(1)
     requests = []
     for index in range(6):
@@ -267,8 +268,8 @@ def replay_training(node: VirtualNode, loop: PlainLoop) -> tuple[list[dict[str, 
     Returns the weights of every version, and how many steps a gradient was late at most.
     """
     ops = [ran.op for ran in node.ran if ran.stage == 0]
-    forwards = [op for op in ops if isinstance(op, TrainForward)]
-    backwards = [op for op in ops if isinstance(op, TrainBackward)]
+    forwards = [op for op in ops if isinstance(op, TrainForward) and op.part == 0]
+    backwards = [op for op in ops if isinstance(op, TrainBackward) and op.part == 0]
     steps = sorted((op for op in ops if isinstance(op, OptimizerStep)), key=lambda op: op.version)
     assert [step.version for step in steps] == list(range(len(steps)))
     gradients: dict[str, dict[str, Tensor]] = {}

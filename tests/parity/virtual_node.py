@@ -67,8 +67,8 @@ class VirtualNode:
         )
         self.loop.add_request(task, need)
 
-    def microbatch(self, task: MicrobatchTask) -> None:
-        """Take a micro-batch now."""
+    def microbatch(self, task: MicrobatchTask, parts: int = 1) -> None:
+        """Take a micro-batch now, cut into pieces."""
         length = max(len(example.token_ids) for example in task.examples)
         work = TrainingMicrobatch(
             task.task_id,
@@ -79,6 +79,7 @@ class VirtualNode:
             length,
             task.accumulation,
             task.last,
+            parts,
         )
         self.loop.add_microbatch(task, work)
 

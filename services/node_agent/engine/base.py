@@ -112,9 +112,11 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class TrainForward:
-    """Forward of a micro-batch; keeps what its backward needs. On the last stage the loss is computed.
+    """Forward of a micro-batch, or one of the `parts` pieces it is cut into; keeps what its backward needs.
 
-    `loss_scale` multiplies the loss before backward (1 / accumulation).
+    Pieces run in order and each repeats the examples. The first takes `hidden`, the last returns the output, and on the
+    last stage the loss of the whole micro-batch. `loss_scale` multiplies the loss before backward (1 / accumulation).
+    optimizer: of the job; memory for its state is taken now, so that its step cannot lack it. None: at the step.
     """
 
     op_id: int
@@ -123,15 +125,20 @@ class TrainForward:
     examples: tuple[Example, ...]
     loss_scale: float = 1.0
     hidden: Handle | None = None
+    part: int = 0
+    parts: int = 1
+    job_id: str = ""
+    optimizer: OptimizerSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBackward:
-    """Backward of a micro-batch; `gradient` is None on the last stage.
+    """Backward of a micro-batch, or a piece of it, in as many as its forward; `gradient` is None on the last stage.
 
     group: gradients accumulate per group, until the group's optimizer step.
     tied_gradient: for stage 0 of a model with tied embeddings cut into several stages, what the last stage returned in
-    `StageResult.tied_gradient` for this micro-batch; stage 0 owns the embedding.
+    `StageResult.tied_gradient` for this micro-batch; stage 0 owns the embedding. The first piece takes both, the last
+    returns the output.
     """
 
     op_id: int
@@ -139,6 +146,7 @@ class TrainBackward:
     gradient: Handle | None = None
     tied_gradient: Handle | None = None
     group: int = 0
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,10 +303,11 @@ class StageResult:
     tokens: tuple[SampledToken, ...] = ()
     #: Last stage, prefill: mean reference loss by request id.
     reference_losses: tuple[tuple[str, float], ...] = ()
-    #: Last stage, train forward: mean loss over the labels, unscaled, and their number.
+    #: Last stage, (last piece of a) train forward: mean loss over the labels, unscaled, and their number.
     loss: float | None = None
     label_tokens: int = 0
-    #: Backward: squared norm of what its group has accumulated on this stage. Optimizer step: norm used for clipping.
+    #: (Last piece of a) backward: squared norm of what its group has accumulated on this stage. Optimizer step: norm
+    #: used for clipping.
     grad_norm_sq: float | None = None
     #: Snapshot: path of a safetensors file with this stage's parameters under full-model names.
     weights_path: str = ""
@@ -341,6 +350,11 @@ class EngineConfig:
     #: One device per stage, or one for all: "cpu", "cuda:0", ...
     devices: tuple[str, ...] = ("cpu",)
     dtype: str = "float32"
+    #: Training computes its matrix products in this type ("bfloat16"), with weights, gradients and optimizer state in
+    #: `dtype`, which is "float32" then. Empty: everything in `dtype`.
+    training_dtype: str = ""
+    #: Keep only what enters each layer between a micro-batch's forward and backward, and compute the rest again.
+    activation_checkpointing: bool = False
     threads_per_stage: int = 1
     #: Added to the niceness of every worker process (0: unchanged).
     nice: int = 0

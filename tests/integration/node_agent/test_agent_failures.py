@@ -161,7 +161,7 @@ def _fail(kind: type, stage: int, **changes: Any) -> Any:
         (_fail(TrainForward, 1, loss=math.nan), "loss is nan"),
         (_fail(TrainForward, 0, error="RuntimeError: secret path"), "train_forward failed on stage 0: RuntimeError"),
         (_fail(TrainBackward, 0, error="RuntimeError: boom"), "train_backward failed on stage 0: RuntimeError"),
-        (_fail(OptimizerStep, 1, error="ArithmeticError: the norm is inf"), "the norm is inf"),
+        (_fail(OptimizerStep, 0, error="ArithmeticError: the norm is inf"), "the norm is inf"),
     ],
 )
 async def test_training_failures_are_reported_and_the_node_goes_on(tmp_path: Path, tamper: Any, expected: str) -> None:
@@ -176,6 +176,26 @@ async def test_training_failures_are_reported_and_the_node_goes_on(tmp_path: Pat
         assert not outcome.HasField("loss")
         assert list((await made.scheduler.outcome("r1")).inference.token_ids) == expected_tokens([1], 3)
         await made.scheduler.until(lambda: not node.held_by_stages(), "freed memory")
+
+
+async def test_a_step_that_fails_below_is_skipped_above(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(tamper=_fail(OptimizerStep, 0, error="OutOfMemoryError: 1 GiB"))
+        await made.assign(training_item("job", 0, [[1, 2]]))
+        outcome = (await made.scheduler.outcome("job/0")).training
+        assert outcome.error.code == errors_pb2.ERROR_CODE_RESOURCE_EXHAUSTED
+        assert node.engine.workers[1].stage.weight == 4.0, "unchanged"
+        assert math.isnan(node.engine.workers[1].stage.clip_norms_sq[0] or 0.0)
+
+
+async def test_a_step_on_some_stages_only_breaks_the_node(tmp_path: Path) -> None:
+    """The weights belong to no version then: the work stays in the ledger for a node whose weights do."""
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(tamper=_fail(OptimizerStep, 1, error="OutOfMemoryError: 1 GiB"))
+        await made.assign(training_item("job", 0, [[1, 2]]))
+        with pytest.raises(NodeBroken, match="optimizer step 1 changed the weights of some stages only"):
+            await node.agent.broken
+        assert [item.task_id for item in await made.ledger.unfinished("node-0")] == ["job/0"]
 
 
 async def test_a_failed_decode_ends_its_requests_with_what_they_have(tmp_path: Path) -> None:

@@ -44,6 +44,24 @@ async def test_a_request_runs_streams_and_is_finished_in_the_ledger(tmp_path: Pa
         await made.scheduler.until(lambda: not node.held_by_stages(), "freed KV caches")
 
 
+@pytest.mark.parametrize("schedule", ["async", "gpipe", "1f1b"])
+async def test_every_schedule_trains_cut_microbatches(tmp_path: Path, schedule: str) -> None:
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(num_stages=2, training_schedule=schedule, max_training_parts=3)
+        hello = made.scheduler.hellos[0]
+        assert (hello.training_schedule, hello.max_training_parts) == (schedule, 3)
+        for sequence in range(6):
+            item = training_item("job", sequence, [[1, 2], [3, 4]], gradient_accumulation_steps=3)
+            item.training.parts = sequence
+            await made.assign(item)
+        steps = [(await made.scheduler.outcome(f"job/{index}")).training.weight_step for index in range(6)]
+        assert steps == [1, 1, 1, 2, 2, 2]
+        pieces = {(trace.task_ids[0], trace.part, trace.parts) for trace in made.scheduler.traces if trace.task_ids}
+        wanted = {f"job/{index}": min(3, max(1, index)) for index in range(6)}
+        assert pieces == {(task, part, parts) for task, parts in wanted.items() for part in range(parts)}
+        await made.scheduler.until(lambda: not node.held_by_stages(), "freed activations")
+
+
 async def test_stop_at_the_end_of_sequence_token(tmp_path: Path) -> None:
     end = expected_tokens([7], 4)[2]
     async with cluster(tmp_path) as made:

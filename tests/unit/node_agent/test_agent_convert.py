@@ -1,5 +1,7 @@
 """Protobuf <-> the agent's types."""
 
+from dataclasses import replace
+
 import pytest
 
 from lemix.errors import ErrorCode, LemixError
@@ -107,6 +109,19 @@ def test_microbatches_and_their_hyperparameters() -> None:
         learning_rate=0.0, lr_schedule="cosine", warmup_steps=3, total_steps=20, max_grad_norm=0.0
     )
     assert optimizer_from_proto(types_pb2.Hyperparameters(), 0) == OptimizerSpec()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "most", "stages", "expected"), [(0, 8, 1, 1), (3, 8, 1, 3), (9, 4, 1, 4), (64, 64, 1, 8), (64, 64, 2, 4)]
+)
+def test_microbatches_are_cut_into_as_many_pieces_as_there_is_work_for(
+    wanted: int, most: int, stages: int, expected: int
+) -> None:
+    """Two examples through four layers: a stage has so many examples times its layers."""
+    work = work_pb2.TrainingWork(parts=wanted, examples=[work_pb2.TrainingExample(token_ids=[1, 2])] * 2)
+    info = replace(INFO, num_layers=4)
+    _, microbatch = microbatch_from_proto("t", work, info, now_s=0.0, num_stages=stages, most_parts=most)
+    assert microbatch.parts == expected
 
 
 @pytest.mark.parametrize(("tokens", "context"), [([1], 0), ([1, 2], 2), ([1, 2, 50], 0), ([1] * 11, 0)])

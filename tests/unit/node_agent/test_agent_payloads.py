@@ -1,6 +1,7 @@
 """What stage workers get for the ops the core decides."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -130,7 +131,41 @@ def test_a_step_of_cancelled_microbatches_keeps_the_job_s_optimizer() -> None:
     assert builder._travelling == {}
     del builder.tasks["job/0"]
     payload = builder.build(Op(2, OpKind.OPTIMIZER_STEP, (), 0, subject="job", changes_weights=True), 0)
-    assert payload == OptimizerStep(2, 0, "job", SPEC, None, oldest_version=0)
+    assert isinstance(payload, OptimizerStep)
+    assert payload.optimizer == SPEC
+    assert payload.grad_norm_sq_total is not None
+    assert math.isnan(payload.grad_norm_sq_total), "no stage has a whole gradient: none may step"
+
+
+def test_pieces_of_a_cut_microbatch() -> None:
+    """The first takes what the other stage left, and only the last one leaves something."""
+    builder = _builder(_microbatch("m"))
+
+    def op(kind: OpKind, part: int) -> Op:
+        return Op(int(kind is OpKind.TRAIN_BACKWARD), kind, ("m",), 3, subject="job", group=5, part=part, parts=2)
+
+    first = builder.build(op(OpKind.TRAIN_FORWARD, 0), 0)
+    examples = (Example((1, 2)),)
+    assert first == TrainForward(0, 3, "m", examples, 0.5, None, 0, 2, "job", SPEC)
+    builder.ended(op(OpKind.TRAIN_FORWARD, 0), 0, _result(op(OpKind.TRAIN_FORWARD, 0)))
+    assert builder.build(op(OpKind.TRAIN_FORWARD, 1), 0) == TrainForward(0, 3, "m", examples, 0.5, None, 1, 2, "job")
+    builder.ended(op(OpKind.TRAIN_FORWARD, 1), 0, _result(op(OpKind.TRAIN_FORWARD, 1), output=Handle("h")))
+    assert builder.build(op(OpKind.TRAIN_FORWARD, 0), 1) == replace(first, hidden=Handle("h"))
+    builder.ended(op(OpKind.TRAIN_FORWARD, 0), 1, _result(op(OpKind.TRAIN_FORWARD, 0)))
+    builder.ended(op(OpKind.TRAIN_FORWARD, 1), 1, _result(op(OpKind.TRAIN_FORWARD, 1), loss=1.0))
+    assert builder._travelling == {}
+
+    for part in range(2):
+        assert builder.build(op(OpKind.TRAIN_BACKWARD, part), 1) == TrainBackward(1, "m", None, None, 5, part)
+        fields = {"output": Handle("g"), "tied_gradient": Handle("t"), "grad_norm_sq": 4.0} if part else {}
+        builder.ended(op(OpKind.TRAIN_BACKWARD, part), 1, _result(op(OpKind.TRAIN_BACKWARD, part), **fields))
+    assert builder.build(op(OpKind.TRAIN_BACKWARD, 0), 0) == TrainBackward(1, "m", Handle("g"), Handle("t"), 5, 0)
+    builder.ended(op(OpKind.TRAIN_BACKWARD, 0), 0, _result(op(OpKind.TRAIN_BACKWARD, 0)))
+    assert builder.build(op(OpKind.TRAIN_BACKWARD, 1), 0) == TrainBackward(1, "m", None, None, 5, 1)
+    assert builder._gradients[5].norms_sq == [None, 4.0], "stage 0 has a part of its gradient"
+    builder.ended(op(OpKind.TRAIN_BACKWARD, 1), 0, _result(op(OpKind.TRAIN_BACKWARD, 1), grad_norm_sq=2.0))
+    assert builder._gradients[5].norms_sq == [2.0, 4.0]
+    assert builder._travelling == {}
 
 
 def test_failed_ops_stay_only_when_they_travel_on() -> None:

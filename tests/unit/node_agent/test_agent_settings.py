@@ -3,6 +3,7 @@
 import pytest
 
 from services.node_agent.config import NodeAgentSettings
+from services.node_agent.core.types import SCHEDULES
 from services.runtime.config import ConfigError, validate
 
 
@@ -10,14 +11,17 @@ from services.runtime.config import ConfigError, validate
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("training_schedule", "gpipe", 'no engine runs "gpipe"'),
-        ("training_schedule", "1f1b", 'no engine runs "1f1b"'),
         ("stage_memory_bytes", 1 << 30, "no engine offloads"),
     ],
 )
 def test_what_only_the_simulator_can_do_is_refused_at_start(engine: str, key: str, value: object, problem: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}.*{problem}"):
         validate(NodeAgentSettings, {"engine": engine, key: value})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_of_the_node_core_can_be_chosen(schedule: str) -> None:
+    assert validate(NodeAgentSettings, {"training_schedule": schedule}).training_schedule == schedule
 
 
 def test_the_defaults_are_what_engines_do() -> None:

@@ -66,6 +66,7 @@ def test_a_node_keeps_defaults_for_what_it_does_not_tell() -> None:
     spec = spec_from_hello(pb.NodeHello(node_id="n", num_stages=1, max_context_tokens=128, max_batch=3), latency)
     assert (spec.max_context_tokens, spec.max_batch, spec.max_inflight_inference) == (128, 3, 64)
     assert (spec.prefix_cache_tokens, spec.epoch_steps) == (0, 64)
+    assert (spec.synchronous_training, spec.max_training_parts) == (False, 1)
     hello = pb.NodeHello(node_id="n", num_stages=1, prefix_cache_tokens=4096, epoch_steps=8)
     spec = spec_from_hello(hello, latency)
     assert (spec.prefix_cache_tokens, spec.epoch_steps) == (4096, 8)
@@ -84,6 +85,20 @@ def test_a_node_keeps_defaults_for_what_it_does_not_tell() -> None:
     assert (spec.weight_handling, spec.gradient_buffers) == ("stash", 2)
     with pytest.raises(ValueError, match="2 stages"):
         spec_from_hello(pb.NodeHello(node_id="n", num_stages=2), latency)
+
+
+@pytest.mark.parametrize(("schedule", "synchronous"), [("async", False), ("gpipe", True), ("1f1b", True)])
+def test_a_node_tells_how_it_trains(schedule: str, synchronous: bool) -> None:
+    latency = latency_from_profile(profile(fit(profile_pb2.OP_KIND_PREFILL, "constant", [1.0])))
+    hello = pb.NodeHello(node_id="n", num_stages=1, training_schedule=schedule, max_training_parts=6)
+    spec = spec_from_hello(hello, latency)
+    assert (spec.synchronous_training, spec.max_training_parts) == (synchronous, 6)
+
+
+def test_pieces_of_training_keep_their_place() -> None:
+    cut = pb.OpTrace(op=profile_pb2.OP_KIND_TRAIN_FORWARD, part=2, parts=3)
+    whole = pb.OpTrace(op=profile_pb2.OP_KIND_TRAIN_FORWARD)
+    assert [(op.part, op.parts) for op in ops_from_traces("n", [cut, whole], offset_s=0.0)] == [(2, 3), (0, 1)]
 
 
 def test_traces_move_to_the_schedulers_clock() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -385,6 +386,16 @@ async def test_what_jobs_answer_reaches_the_core(rig: Rig) -> None:
     training = work_pb2.TrainingOutcome(job_id="j", sequence=0, error=error)
     await rig.handle(Ended(work_pb2.WorkOutcome(task_id="j/0", node_id="n0", training=training)))
     assert rig.events(JobCancelled) == [JobCancelled("j")]
+
+
+async def test_a_node_is_told_how_far_to_cut(rig: Rig) -> None:
+    """And a node that takes the micro-batch over from a lost one is told anew."""
+    for node_id, parts in (("n0", 5), ("n1", 2)):
+        answer = partial(lambda command, event: [command], Assign("j/0", node_id, parts=parts))
+        rig.core.answers = {TaskArrived: answer, NodeLost: answer}
+        await rig.handle(Offered(microbatch()) if node_id == "n0" else NodeGone("n0", "lost"))
+        (item,) = await rig.ledger.unfinished(node_id)
+        assert item.training.parts == parts
 
 
 async def test_an_overdue_request_is_not_assigned(rig: Rig) -> None:

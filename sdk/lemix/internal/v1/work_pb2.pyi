@@ -84,13 +84,14 @@ class TrainingExample(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
 
 class TrainingWork(_message.Message):
-    __slots__ = ("job_id", "sequence", "examples", "hyperparameters", "total_steps", "last", "checkpoint")
+    __slots__ = ("job_id", "sequence", "examples", "hyperparameters", "total_steps", "last", "parts", "checkpoint")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     sequence: int
@@ -98,8 +99,9 @@ class TrainingWork(_message.Message):
     hyperparameters: _types_pb2.Hyperparameters
     total_steps: int
     last: bool
+    parts: int
     checkpoint: _types_pb2.CheckpointPolicy
-    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., examples: _Optional[_Iterable[_Union[TrainingExample, _Mapping]]] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., total_steps: _Optional[int] = ..., last: _Optional[bool] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., examples: _Optional[_Iterable[_Union[TrainingExample, _Mapping]]] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., total_steps: _Optional[int] = ..., last: _Optional[bool] = ..., parts: _Optional[int] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ...) -> None: ...
 
 class WorkItem(_message.Message):
     __slots__ = ("task_id", "inference", "training", "fencing_token")

@@ -30,8 +30,8 @@ class EmulatedTiming:
         model = self.models.get(kind)
         return model.predict_s(batch, length) if model is not None else 0.0
 
-    def op_s(self, op: StageOp, train_shapes: Mapping[str, tuple[int, int]]) -> float:
-        """Seconds for this op. train_shapes: batch and padded length of the micro-batches a backward may name."""
+    def op_s(self, op: StageOp, train_shapes: Mapping[str, tuple[int, int, int]]) -> float:
+        """Seconds for this op. train_shapes: of the micro-batches a backward may name, see `train_shape`."""
         match op:
             case Prefill():
                 return self._prefill_s(op)
@@ -39,9 +39,11 @@ class EmulatedTiming:
                 contexts = [sequence.position + 1 for sequence in op.sequences]
                 return self.predict_s(OpKind.DECODE, len(contexts), sum(contexts) / max(1, len(contexts)))
             case TrainForward():
-                return self.predict_s(OpKind.TRAIN_FORWARD, *train_shape(op))
+                batch, length, parts = train_shape(op)
+                return self.predict_s(OpKind.TRAIN_FORWARD, batch, length) / parts
             case TrainBackward():
-                return self.predict_s(OpKind.TRAIN_BACKWARD, *train_shapes.get(op.task_id, (0, 0)))
+                batch, length, parts = train_shapes.get(op.task_id, (0, 0, 1))
+                return self.predict_s(OpKind.TRAIN_BACKWARD, batch, length) / parts
             case OptimizerStep():
                 return self.predict_s(OpKind.OPTIMIZER_STEP, 1, 1)
             case Snapshot() | LoadWeights() | SaveCheckpoint() | RestoreCheckpoint():
@@ -64,9 +66,9 @@ class EmulatedTiming:
         return whole_s - saved_s + self.predict_s(OpKind.PREFILL, batch, 0)
 
 
-def train_shape(op: TrainForward) -> tuple[int, int]:
-    """Examples and padded length of a micro-batch."""
-    return len(op.examples), max(len(example.token_ids) for example in op.examples)
+def train_shape(op: TrainForward) -> tuple[int, int, int]:
+    """Examples and padded length of a micro-batch, and the pieces it is cut into."""
+    return len(op.examples), max(len(example.token_ids) for example in op.examples), op.parts
 
 
 def measured_kinds(kind: str) -> tuple[OpKind, ...]:

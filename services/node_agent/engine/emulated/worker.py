@@ -72,7 +72,7 @@ class EmulatedStage:
         self.is_last = index == num_stages - 1
         self.version = 0
         self.kv_tokens: dict[str, int] = {}
-        self.train_shapes: dict[str, tuple[int, int]] = {}
+        self.train_shapes: dict[str, tuple[int, int, int]] = {}
         self.grad_norms_sq: dict[int, float] = {}
         self.clip_norms_sq: list[float | None] = []
         self._num_stages = num_stages
@@ -82,7 +82,10 @@ class EmulatedStage:
         self._timing = timing
         #: By request: how it is sampled, and the tokens of its prompt.
         self._samplings: dict[str, tuple[Sampling, int]] = {}
-        self._losses: dict[str, float] = {}
+        #: Pieces of a micro-batch that have run, of forward and backward together.
+        self._pieces: dict[str, int] = {}
+        #: What entered a micro-batch with its first piece.
+        self._partials: dict[str, float] = {}
         self._snapshots: dict[str, npt.NDArray[Any]] = {}
         # By version: the current one, and older ones that ops on their way need.
         self._weights = {0: np.full(_ELEMENTS, _INITIAL_WEIGHT, dtype=np.float32)}
@@ -193,28 +196,46 @@ class EmulatedStage:
             self.kv_tokens.pop(task_id, None)
             self._samplings.pop(task_id, None)
             self.train_shapes.pop(task_id, None)
-            self._losses.pop(task_id, None)
+            self._pieces.pop(task_id, None)
+            self._partials.pop(task_id, None)
         return {}
 
     # ------------------------------------------------------------- training
 
     def _train_forward(self, op: TrainForward) -> dict[str, Any]:
-        partial = self._partial(op)
-        if op.task_id in self.train_shapes:
-            raise BookkeepingError(f"{op.task_id} has saved activations already")
-        self.train_shapes[op.task_id] = train_shape(op)
+        if op.part == 0:
+            if op.task_id in self.train_shapes:
+                raise BookkeepingError(f"{op.task_id} has saved activations already")
+            self._partials[op.task_id] = self._partial(op)
+            self.train_shapes[op.task_id] = train_shape(op)
+        self._weight_of(op.version)
+        self._count_piece(op.task_id, op.part)
+        if op.part + 1 < op.parts:
+            return {}
+        partial = self._partials.pop(op.task_id)
         if not self.is_last:
             return {"output": Handle(partial)}
         labels = sum(len(example.token_ids) - max(1, example.num_context_tokens) for example in op.examples)
         return {"loss": partial, "label_tokens": labels}
 
     def _train_backward(self, op: TrainBackward) -> dict[str, Any]:
-        if self.is_last != (op.gradient is None):
-            raise BookkeepingError("a gradient comes from the next stage, and only from there")
-        if self.train_shapes.pop(op.task_id, None) is None:
+        if (op.gradient is not None) != (op.part == 0 and not self.is_last):
+            raise BookkeepingError("a gradient comes from the next stage with the first piece, and only from there")
+        if op.task_id not in self.train_shapes:
             raise BookkeepingError(f"{op.task_id} has no saved activations")
+        parts = self.train_shapes[op.task_id][2]
+        self._count_piece(op.task_id, parts + op.part)
+        if op.part + 1 < parts:
+            return {}
+        del self.train_shapes[op.task_id], self._pieces[op.task_id]
         norm_sq = self.grad_norms_sq[op.group] = self.grad_norms_sq.get(op.group, 0.0) + 1.0
         return {"grad_norm_sq": norm_sq, "output": None if self.is_first else Handle("gradient")}
+
+    def _count_piece(self, task_id: str, place: int) -> None:
+        ran = self._pieces.get(task_id, 0)
+        if ran != place:
+            raise BookkeepingError(f"{task_id} runs piece {place} after {ran} pieces")
+        self._pieces[task_id] = ran + 1
 
     def _optimizer_step(self, op: OptimizerStep) -> dict[str, Any]:
         self._check_is_current(op.version)

@@ -129,6 +129,7 @@ def profile_fingerprint(config: EngineConfig, info: ModelInfo) -> str:
         "num_stages": config.num_stages,
         "devices": config.devices,
         "dtype": config.dtype,
+        "training": (config.training_dtype, config.activation_checkpointing),
         "threads_per_stage": config.threads_per_stage,
         "processor": _processor_name(),
         "gpus": _gpu_names() if any(device.startswith("cuda") for device in config.devices) else [],

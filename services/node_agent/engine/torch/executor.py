@@ -32,7 +32,8 @@ from services.node_agent.engine.torch import checkpoint
 from services.node_agent.engine.torch.inference import Inference, InferenceOutput
 from services.node_agent.engine.torch.load import ModelSpec
 from services.node_agent.engine.torch.measure import StageTimer, resident_bytes
-from services.node_agent.engine.torch.stage import Stage, widen
+from services.node_agent.engine.torch.microbatch import TrainingOptions
+from services.node_agent.engine.torch.stage import Stage, parse_dtype, widen
 from services.node_agent.engine.torch.training import Training
 from services.node_agent.engine.torch.transport import Transport
 from services.node_agent.engine.torch.weights import Snapshots, read_weights
@@ -59,9 +60,10 @@ class StageExecutor:
             max_context_tokens=context,
             kv_block_tokens=config.kv_block_tokens,
         )
-        self.training = Training(self.stage, max_context_tokens=context)
+        options = training_options(config, self.stage)
+        self.training = Training(self.stage, max_context_tokens=context, options=options)
         self._snapshots = Snapshots(snapshot_folder)
-        self._timer = StageTimer(self.stage, snapshot_folder, context, config.kv_block_tokens)
+        self._timer = StageTimer(self.stage, snapshot_folder, context, config.kv_block_tokens, options)
         self._handlers: dict[type, Callable[[Any], StageResult]] = {
             Prefill: self._prefill,
             Decode: self._decode,
@@ -124,7 +126,9 @@ class StageExecutor:
         )
 
     def _train_forward(self, op: TrainForward) -> StageResult:
-        hidden = self._input(op.hidden)
+        hidden = self._input(op.hidden, first=op.part == 0)
+        if op.optimizer is not None:
+            self.training.prepare(op.job_id, op.optimizer)
         with self._weights_of(op.version):
             output = self.training.forward(op, hidden)
         return _result(
@@ -137,9 +141,10 @@ class StageExecutor:
     def _train_backward(self, op: TrainBackward) -> StageResult:
         # Its version does not matter: the graph holds the weights its forward ran with.
         gradient, tied = self._input(op.gradient, first=False), self._input(op.tied_gradient, first=False)
-        if (gradient is None) != self.stage.is_last:
+        begins = op.part == 0
+        if (gradient is not None) != (begins and not self.stage.is_last):
             raise ValueError("a backward takes a gradient on every stage but the last")
-        if (tied is None) == (self.training.tied_embedding() is not None):
+        if (tied is not None) != (begins and self.training.tied_embedding() is not None):
             raise ValueError(
                 "a backward takes a tied gradient exactly on stage 0 of a split model with tied embeddings"
             )
@@ -226,6 +231,20 @@ class StageExecutor:
     def _refuse(self, version: int, held: Sequence[int]) -> NoReturn:
         versions = ", ".join(map(str, held))
         raise VersionMismatch(f"the op is for weights version {version}, stage {self.stage.index} holds {versions}")
+
+
+def training_options(config: EngineConfig, stage: Stage) -> TrainingOptions:
+    """How a stage trains. Raises ValueError for a training_dtype that it cannot use."""
+    if config.training_dtype in ("", config.dtype):
+        return TrainingOptions(checkpointing=config.activation_checkpointing)
+    if (config.training_dtype, config.dtype) != ("bfloat16", "float32"):
+        raise ValueError(
+            f'training_dtype is {config.training_dtype!r} with dtype {config.dtype!r}; mixed precision is "bfloat16" '
+            'with "float32"'
+        )
+    if stage.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f'{stage.device} does not compute in bfloat16; leave training_dtype ""')
+    return TrainingOptions(parse_dtype(config.training_dtype), config.activation_checkpointing)
 
 
 def _result(op: StageOp, **fields: Any) -> StageResult:

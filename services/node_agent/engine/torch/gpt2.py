@@ -51,11 +51,11 @@ class Gpt2Family:
         assert self._positions is not None
         return self._boundary.embed(token_ids) + functional.embedding(positions, self._positions.parameter)
 
-    def run_layers(self, rows: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def run_layers(self, rows: Tensor, positions: Tensor, attend: Attend, layers: range | None = None) -> Tensor:
         """See stage.Family."""
         del positions
-        for index, layer in enumerate(self._layers):
-            rows = self._run_layer(index, layer, rows, attend)
+        for index in range(len(self._layers)) if layers is None else layers:
+            rows = self._run_layer(index, self._layers[index], rows, attend)
         return rows
 
     def project(self, rows: Tensor) -> Tensor:

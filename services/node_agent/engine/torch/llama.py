@@ -48,12 +48,12 @@ class LlamaFamily:
         del positions
         return self._boundary.embed(token_ids)
 
-    def run_layers(self, rows: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def run_layers(self, rows: Tensor, positions: Tensor, attend: Attend, layers: range | None = None) -> Tensor:
         """See stage.Family."""
         cos = self._cos[positions].unsqueeze(1)
         sin = self._sin[positions].unsqueeze(1)
-        for index, layer in enumerate(self._layers):
-            rows = self._run_layer(index, layer, rows, cos, sin, attend)
+        for index in range(len(self._layers)) if layers is None else layers:
+            rows = self._run_layer(index, self._layers[index], rows, cos, sin, attend)
         return rows
 
     def project(self, rows: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from services.node_agent.engine.base import (
     Sampling,
 )
 from services.node_agent.engine.torch.inference import Inference
+from services.node_agent.engine.torch.microbatch import Microbatch, TrainingOptions
 from services.node_agent.engine.torch.stage import Stage
-from services.node_agent.engine.torch.training import check_examples, make_job, run_backward, run_forward
+from services.node_agent.engine.torch.training import check_examples, make_job
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,11 +36,14 @@ _WARM_UP_TOKENS = 16
 class StageTimer:
     """Runs `Measure` ops on a stage. `folder` takes the file a weight synchronisation writes."""
 
-    def __init__(self, stage: Stage, folder: Path, max_context_tokens: int, kv_block_tokens: int) -> None:
+    def __init__(
+        self, stage: Stage, folder: Path, max_context_tokens: int, kv_block_tokens: int, options: TrainingOptions
+    ) -> None:
         self._stage = stage
         self._kv_block_tokens = kv_block_tokens
         self._folder = folder
         self._max_context_tokens = max_context_tokens
+        self._options = options
 
     def measure(self, op: Measure) -> tuple[tuple[str, tuple[float, ...]], ...]:
         """Durations in seconds of the timed repetitions by op kind. Raises ValueError for a bad point."""
@@ -115,10 +119,11 @@ class StageTimer:
 
         def once() -> Durations:
             begin = time.monotonic()
-            saved, output = run_forward(self._stage, examples, 1.0, hidden)
+            microbatch = Microbatch(self._stage, examples, 1.0, hidden, options=self._options)
+            output = microbatch.forward()
             middle = time.monotonic()
             gradient = None if output.hidden is None else torch.randn_like(output.hidden)
-            backward = _timed(lambda: run_backward(saved, gradient))
+            backward = _timed(lambda: microbatch.backward(0, gradient))
             return {OpKind.TRAIN_FORWARD.value: [middle - begin], OpKind.TRAIN_BACKWARD.value: [backward]}
 
         return once

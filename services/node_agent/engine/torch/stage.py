@@ -33,8 +33,8 @@ class Family(Protocol):
         """Rows that enter the first layer."""
         ...
 
-    def run_layers(self, rows: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Rows behind this stage's layers."""
+    def run_layers(self, rows: Tensor, positions: Tensor, attend: Attend, layers: range | None = None) -> Tensor:
+        """Rows behind this stage's layers, or behind those of them in `layers`, counted from 0 within the stage."""
         ...
 
     def project(self, rows: Tensor) -> Tensor:

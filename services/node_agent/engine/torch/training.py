@@ -8,17 +8,15 @@ step of this one (weight stashing): a step works on new parameter objects and le
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.optimization import get_scheduler
 
 from services.node_agent.engine.base import Example, OptimizerSpec, OptimizerStep, TrainBackward, TrainForward
-from services.node_agent.engine.torch.attention import PackedRuns, TrainingAttention
-from services.node_agent.engine.torch.stage import Stage, widen
+from services.node_agent.engine.torch.microbatch import ForwardOutput, Microbatch, TrainingOptions, num_labels
+from services.node_agent.engine.torch.stage import Stage
 
 #: Jobs whose AdamW moments (twice the parameters each) a stage keeps at most. A backstop: the agent has jobs forgotten
 #: long before, but never one with micro-batches on the node.
@@ -26,33 +24,16 @@ MAX_JOBS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class ForwardOutput:
-    """`hidden` (T, hidden) for the next stage, or on the last stage the mean loss in nats and its label count."""
-
-    hidden: Tensor | None
-    loss: float | None
-    label_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class BackwardOutput:
     """`hidden`: gradient for the previous stage. `tied`: last stage's part of the tied embedding's gradient.
 
-    grad_norm_sq: squared norm of everything its group has accumulated on this stage so far.
+    grad_norm_sq: squared norm of everything its group has accumulated on this stage so far. Nothing, when pieces are to
+    come.
     """
 
-    hidden: Tensor | None
-    tied: Tensor | None
-    grad_norm_sq: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """A micro-batch between forward and backward: its graph's ends, and the parameters it ran with."""
-
-    inputs: Tensor | None
-    output: Tensor
-    parameters: list[nn.Parameter]
+    hidden: Tensor | None = None
+    tied: Tensor | None = None
+    grad_norm_sq: float | None = None
 
 
 @dataclass(slots=True)
@@ -65,10 +46,13 @@ class _Job:
 class Training:
     """Training state of a stage: micro-batches in flight, gradients by accumulation group, one AdamW per job."""
 
-    def __init__(self, stage: Stage, *, max_context_tokens: int) -> None:
+    def __init__(self, stage: Stage, *, max_context_tokens: int, options: TrainingOptions) -> None:
         self._stage = stage
         self._max_context_tokens = max_context_tokens
-        self._saved: dict[str, _Saved] = {}
+        self._options = options
+        self._saved: dict[str, Microbatch] = {}
+        #: What the last stage of a split model with tied embeddings has for stage 0, by micro-batch in its backward.
+        self._tied: dict[str, Tensor] = {}
         # In the order of the owned weights.
         self._gradients: dict[int, list[Tensor]] = {}
         self._jobs: dict[str, _Job] = {}
@@ -93,36 +77,77 @@ class Training:
         """Go on with the optimizers of these jobs, made over the owned parameters in use, and no others."""
         self._jobs = dict(jobs)
 
+    def prepare(self, job_id: str, optimizer: OptimizerSpec) -> None:
+        """Take the memory of a job's steps, at the newest weights. Raises ValueError when the optimizer changed, or for
+        too many jobs."""
+        self._job(job_id, optimizer)
+
     def forward(self, op: TrainForward, hidden: Tensor | None) -> ForwardOutput:
-        """Run a micro-batch and keep its graph. Raises ValueError for bad examples, ArithmeticError for a loss that
-        is not finite."""
-        if op.task_id in self._saved:
-            raise ValueError(f"micro-batch {op.task_id} is in flight already")
-        check_examples(op.examples, self._stage, self._max_context_tokens)
-        saved, result = run_forward(self._stage, op.examples, op.loss_scale, hidden)
-        self._saved[op.task_id] = saved
-        return result
+        """Run (a piece of) a micro-batch and keep its graph. Raises ValueError for bad examples or a wrong piece,
+        ArithmeticError for a loss that is not finite; the micro-batch is dropped then."""
+        if op.part == 0:
+            if op.task_id in self._saved:
+                raise ValueError(f"micro-batch {op.task_id} is in flight already")
+            check_examples(op.examples, self._stage, self._max_context_tokens)
+            microbatch = Microbatch(
+                self._stage, op.examples, op.loss_scale, hidden, options=self._options, parts=op.parts
+            )
+        else:
+            microbatch = self._in_flight(op.task_id)
+        try:
+            output = microbatch.forward(op.part)
+        except BaseException:
+            self._saved.pop(op.task_id, None)
+            raise
+        self._saved[op.task_id] = microbatch
+        return output
 
     def backward(self, op: TrainBackward, gradient: Tensor | None, tied: Tensor | None) -> BackwardOutput:
-        """Add a micro-batch's gradient to its group's; `tied` is the last stage's part of the tied embedding's (stage 0
-        only)."""
-        saved = self._saved.pop(op.task_id, None)
-        if saved is None:
-            raise KeyError(f"micro-batch {op.task_id} is not in flight on this stage")
-        gradients = run_backward(saved, gradient)
-        entering = None if saved.inputs is None else gradients[0]
-        by_weight = list(zip(self._stage.weights.weights, gradients[-len(saved.parameters) :], strict=True))
-        accumulated = self._accumulate(op.group, [value for weight, value in by_weight if not weight.borrowed])
+        """Add (a piece of) a micro-batch's gradient to its group's; `tied` is the last stage's part of the tied
+        embedding's (stage 0 only). A micro-batch that fails is dropped; what its group has of it stays there."""
+        microbatch = self._in_flight(op.task_id)
+        del self._saved[op.task_id]
+        found = microbatch.backward(op.part, gradient)
+        weights = self._stage.weights.weights
+        owned = [value for weight, value in zip(weights, found.parameters, strict=True) if not weight.borrowed]
         if tied is not None:
-            accumulated[0].add_(tied)
-        exported = next((value for weight, value in by_weight if weight.borrowed), None)
-        return BackwardOutput(entering, exported, _norm_sq(accumulated))
+            owned[0] = tied if owned[0] is None else owned[0].add_(tied)
+        accumulated = self._accumulate(op.group, owned)
+        exported = self._export(op.task_id, found.parameters)
+        if op.part + 1 < microbatch.parts:
+            self._saved[op.task_id] = microbatch
+            return BackwardOutput()
+        self._tied.pop(op.task_id, None)
+        return BackwardOutput(found.entering, exported, _norm_sq(accumulated))
 
-    def _accumulate(self, group: int, gradients: list[Tensor]) -> list[Tensor]:
-        accumulated = self._gradients.setdefault(group, gradients)
-        if accumulated is not gradients:
-            torch._foreach_add_(accumulated, gradients)
+    def _in_flight(self, task_id: str) -> Microbatch:
+        microbatch = self._saved.get(task_id)
+        if microbatch is None:
+            raise KeyError(f"micro-batch {task_id} is not in flight on this stage")
+        return microbatch
+
+    def _accumulate(self, group: int, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        accumulated = self._gradients.get(group)
+        if accumulated is None:
+            owned = self._stage.weights.owned
+            accumulated = self._gradients[group] = [
+                torch.zeros_like(weight.parameter, requires_grad=False) if value is None else value
+                for weight, value in zip(owned, gradients, strict=True)
+            ]
+            return accumulated
+        pairs = [(old, new) for old, new in zip(accumulated, gradients, strict=True) if new is not None]
+        if pairs:
+            torch._foreach_add_([old for old, _ in pairs], [new for _, new in pairs])
         return accumulated
+
+    def _export(self, task_id: str, gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """What the pieces so far have for the borrowed weight; nothing on a stage without one."""
+        weights = self._stage.weights.weights
+        for weight, value in zip(weights, gradients, strict=True):
+            if weight.borrowed and value is not None:
+                before = self._tied.get(task_id)
+                self._tied[task_id] = value if before is None else before.add_(value)
+        return self._tied.get(task_id)
 
     def step(self, op: OptimizerStep, tied_weight: Tensor | None) -> float:
         """Apply a group's gradients; returns the squared norm used for clipping. They are dropped in any case.
@@ -176,6 +201,7 @@ class Training:
         """Drop micro-batches in flight and optimizers of jobs by id; unknown ids are ignored."""
         for name in ids:
             self._saved.pop(name, None)
+            self._tied.pop(name, None)
             self._jobs.pop(name, None)
 
     def _job(self, job_id: str, spec: OptimizerSpec) -> _Job:
@@ -200,7 +226,8 @@ class Training:
 
 
 def make_job(parameters: list[nn.Parameter], spec: OptimizerSpec) -> _Job:
-    """AdamW and schedule over parameters. Raises ValueError for a schedule that cannot be built."""
+    """AdamW, with its state in place, and schedule over parameters. Raises ValueError for a schedule that cannot be
+    built."""
     optimizer = torch.optim.AdamW(
         parameters,
         lr=spec.learning_rate,
@@ -209,6 +236,13 @@ def make_job(parameters: list[nn.Parameter], spec: OptimizerSpec) -> _Job:
         weight_decay=spec.weight_decay,
         fused=True,
     )
+    for parameter in parameters:
+        # As the first step would: it must not be the one that finds no memory.
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
     scheduler = get_scheduler(
         spec.lr_schedule,
         optimizer,
@@ -218,41 +252,9 @@ def make_job(parameters: list[nn.Parameter], spec: OptimizerSpec) -> _Job:
     return _Job(spec, optimizer, scheduler)
 
 
-def run_forward(
-    stage: Stage, examples: Sequence[Example], loss_scale: float, hidden: Tensor | None
-) -> tuple[_Saved, ForwardOutput]:
-    """Forward of a micro-batch with its graph."""
-    lengths = [len(example.token_ids) for example in examples]
-    positions = stage.tensor(list(chain.from_iterable(range(length) for length in lengths)))
-    inputs = None
-    if stage.is_first:
-        entering = stage.tensor(list(chain.from_iterable(example.token_ids for example in examples)))
-    else:
-        assert hidden is not None
-        entering = inputs = hidden.requires_grad_()
-    parameters = stage.weights.parameters()
-    rows = stage.forward(entering, positions, TrainingAttention(PackedRuns.of(lengths)))
-    if not stage.is_last:
-        return _Saved(inputs, rows, parameters), ForwardOutput(rows.detach(), None, 0)
-    places, targets = _labels(examples)
-    loss = functional.cross_entropy(widen(stage.logits(rows[places])), stage.tensor(targets))
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ArithmeticError(f"the loss is {value}")
-    return _Saved(inputs, loss * loss_scale, parameters), ForwardOutput(None, value, len(targets))
-
-
-def run_backward(saved: _Saved, gradient: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients of (inputs if there are any, then the parameters)."""
-    wanted: list[Tensor] = [*saved.parameters]
-    if saved.inputs is not None:
-        wanted.insert(0, saved.inputs)
-    return torch.autograd.grad(saved.output, wanted, gradient)
-
-
 def check_examples(examples: Sequence[Example], stage: Stage, max_context_tokens: int) -> None:
     """Raise ValueError for examples that cannot be trained on."""
-    if not any(_num_labels(example) for example in examples):
+    if not any(num_labels(example) for example in examples):
         raise ValueError("the micro-batch has no label token")
     for example in examples:
         length = len(example.token_ids)
@@ -260,22 +262,6 @@ def check_examples(examples: Sequence[Example], stage: Stage, max_context_tokens
             raise ValueError(f"an example has {length} tokens; the context holds 1 to {max_context_tokens}")
         if min(example.token_ids) < 0 or max(example.token_ids) >= stage.spec.vocab_size:
             raise ValueError(f"an example has a token id outside the vocabulary of {stage.spec.vocab_size}")
-
-
-def _num_labels(example: Example) -> int:
-    return max(0, len(example.token_ids) - max(1, example.num_context_tokens))
-
-
-def _labels(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
-    """Packed rows whose logits are scored, and the token each must predict."""
-    starts = [0, *accumulate(len(example.token_ids) for example in examples)]
-    places: list[int] = []
-    targets: list[int] = []
-    for start, example in zip(starts, examples, strict=False):
-        first = max(1, example.num_context_tokens)
-        places.extend(range(start + first - 1, start + len(example.token_ids) - 1))
-        targets.extend(example.token_ids[first:])
-    return places, targets
 
 
 def _norm_sq(gradients: list[Tensor]) -> float:

@@ -115,8 +115,14 @@ class WeightSet:
         if version == self.version:
             yield
             return
-        kept, current = self._kept[version], self.parameters()
-        self._put(kept)
+        with self.using(self._kept[version]):
+            yield
+
+    @contextmanager
+    def using(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Every reader of the weights sees these, in the order of `weights`."""
+        current = self.parameters()
+        self._put(parameters)
         try:
             yield
         finally:

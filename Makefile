@@ -72,6 +72,7 @@ compose-config: install
 
 bench: install  ## Run the benchmarks behind the published figures
 	@$(BIN)/python -m bench.decision
+	@$(BIN)/python -m bench.engine
 	@$(BIN)/python -m bench.simulator
 
 clean:  ## Remove what the commands made

@@ -309,7 +309,6 @@ class AgentLoop:
         if op.changes_weights and result.version != op.version + 1:
             raise NodeBroken(f"stage {stage} is at version {result.version} after an op that leads to {op.version + 1}")
         error = result.error or _unusable(op, result)
-        self._count(stage, op, result, bool(error))
         stopped: list[str] = []
         if error:
             self._note_failure(stage, op, error)
@@ -328,8 +327,10 @@ class AgentLoop:
                     self.ages.record(op.version + 1, self.ages.at(op.version))
                 else:
                     self.ages.record(op.version + 1, self._clock.unix_s(), op.subject)
-        self._listener.on_trace(trace_to_proto(op, stage, result, is_last=is_last))
         self._step(OpDone(stage, op.op_id, tuple(stopped), bool(error)))
+        # The next ops are on their way by now: nobody waits for what follows.
+        self._count(stage, op, result, bool(error))
+        self._listener.on_trace(trace_to_proto(op, stage, result, is_last=is_last))
 
     def _take_tokens(self, op: Op, result: StageResult) -> list[str]:
         """Append the new tokens to their requests; returns those that ended the output."""

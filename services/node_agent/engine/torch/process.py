@@ -17,6 +17,7 @@ from services.node_agent.engine.torch.load import ModelDirectoryError
 from services.node_agent.engine.torch.wire import FRAME, Ready, StartFailed, WorkerSetup
 
 _LOG = logging.getLogger(__name__)
+WORKER_MODULE = "services.node_agent.engine.torch.worker"
 _CLOSE_S = 3.0
 _STDERR_LINES = 20
 #: Longest line of a worker's stderr that is read whole, bytes.
@@ -35,12 +36,14 @@ class ProcessStageWorker:
         self._death: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, setup: WorkerSetup, inherited_fds: Sequence[int]) -> "ProcessStageWorker":
+    async def start(
+        cls, setup: WorkerSetup, inherited_fds: Sequence[int], *, module: str = WORKER_MODULE
+    ) -> "ProcessStageWorker":
         """Start a process and wait until its stage is loaded. Raises what kept it from loading, or WorkerDied."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                process = await _spawn(theirs.fileno(), inherited_fds, setup.config.threads_per_stage)
+                process = await _spawn(module, theirs.fileno(), inherited_fds, setup.config.threads_per_stage)
         except BaseException:
             ours.close()
             raise
@@ -171,13 +174,13 @@ class _Connection(asyncio.Protocol):
             self._on_lost()
 
 
-async def _spawn(socket_fd: int, inherited_fds: Sequence[int], threads: int) -> Process:
+async def _spawn(module: str, socket_fd: int, inherited_fds: Sequence[int], threads: int) -> Process:
     """Start the process. A cancelled start waits until there is a process to kill, so that none is left behind."""
     starting = asyncio.create_task(
         asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "services.node_agent.engine.torch.worker",
+            module,
             str(socket_fd),
             stdin=DEVNULL,
             stdout=DEVNULL,

@@ -111,7 +111,8 @@ class Training:
         weights = self._stage.weights.weights
         owned = [value for weight, value in zip(weights, found.parameters, strict=True) if not weight.borrowed]
         if tied is not None:
-            owned[0] = tied if owned[0] is None else owned[0].add_(tied)
+            # A copy: what was taken from another stage goes when its micro-batch is forgotten.
+            owned[0] = tied.clone() if owned[0] is None else owned[0].add_(tied)
         accumulated = self._accumulate(op.group, owned)
         exported = self._export(op.task_id, found.parameters)
         if op.part + 1 < microbatch.parts:

@@ -1,13 +1,17 @@
 """How activations and gradients get from one stage worker to another.
 
 Each worker writes into its own arena, an anonymous shared memory file the parent created and every worker inherited:
-it has no name, so nothing is left behind however the processes end. CUDA tensors are copied through it as well. A
-block is freed by its reader (a mark in the block's header) or when all of its tasks are forgotten; a reader whose
-block was reused meanwhile notices by the sequence number.
+it has no name, so nothing is left behind however the processes end. CUDA tensors are copied through it as well.
+
+A reader on the CPU works on the block itself. A block is freed by its reader (a mark in the block's header), when
+nothing refers to what was read any more, or when all of its tasks are forgotten: the node core sends no op of a
+forgotten task, so nobody looks at it again. A reader that comes too late notices by the sequence number.
 """
 
+import contextlib
 import mmap
 import struct
+import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +27,8 @@ from services.node_agent.engine.torch.stage import parse_dtype
 _ALIGNMENT = 64
 #: Block header: sequence number of the content, sequence number last released.
 _HEADER = struct.Struct("<QQ")
+#: Where a block's tensor begins: aligned, because it is computed with where it lies.
+_DATA = _ALIGNMENT
 _RELEASED = struct.Struct("<Q")
 
 
@@ -53,7 +59,7 @@ class Transport(Protocol):
         ...
 
     def take(self, handle: Handle, device: torch.device) -> Tensor:
-        """A private copy of a published tensor, which is released. Raises ActivationLost."""
+        """A published tensor, the caller's own from now on; it can be taken once. Raises ActivationLost."""
         ...
 
     def forget(self, task_ids: Collection[str]) -> None:
@@ -103,16 +109,18 @@ class SharedTransport:
         self._arenas = [mmap.mmap(fd, arena_bytes) for fd in arena_fds]
         self._blocks: list[_Block] = []
         self._sequence = 0
+        #: What was taken and is in use: stage and sequence number.
+        self._taken: set[tuple[int, int]] = set()
 
     def put(self, tensor: Tensor, task_ids: Collection[str]) -> Handle:
         """See Transport."""
         num_bytes = tensor.numel() * tensor.element_size()
-        offset = self._allocate(_HEADER.size + num_bytes, set(task_ids))
+        offset = self._allocate(_DATA + num_bytes, set(task_ids))
         arena = self._arenas[self._stage]
         dtype = str(tensor.dtype).removeprefix("torch.")
         # The header first: a reader whose block was forgotten and is reused here must see that in time.
         _HEADER.pack_into(arena, offset, self._sequence, 0)
-        view = torch.frombuffer(arena, dtype=tensor.dtype, count=tensor.numel(), offset=offset + _HEADER.size)
+        view = torch.frombuffer(arena, dtype=tensor.dtype, count=tensor.numel(), offset=offset + _DATA)
         view.view(tensor.shape).copy_(tensor)
         return Handle(_Place(self._stage, offset, self._sequence, dtype, tuple(tensor.shape)))
 
@@ -121,15 +129,26 @@ class SharedTransport:
         place = handle.token
         assert isinstance(place, _Place)
         arena = self._arenas[place.stage]
-        dtype, start = parse_dtype(place.dtype), place.offset + _HEADER.size
-        view = torch.frombuffer(arena, dtype=dtype, count=prod(place.shape), offset=start)
-        copy = view.view(place.shape).to(device, copy=True)
-        # Checked after the copy: the block may be reused at any time once all its tasks are forgotten.
+        start, count, dtype = place.offset + _DATA, prod(place.shape), parse_dtype(place.dtype)
+        # The tensor's storage, and whatever shares it, keeps this object alive, and nothing else does.
+        block = memoryview(arena)[start : start + count * dtype.itemsize]
+        tensor = torch.frombuffer(block, dtype=dtype, count=count).view(place.shape)
+        if device.type != "cpu":
+            tensor = tensor.to(device)
+        # Checked after a copy: the block may be reused at any time once all its tasks are forgotten.
         found, released = _HEADER.unpack_from(arena, place.offset)
-        if found != place.sequence or released == place.sequence:
+        if found != place.sequence or released == place.sequence or (place.stage, place.sequence) in self._taken:
             raise ActivationLost(f"an activation from stage {place.stage} was released before it was read")
-        _RELEASED.pack_into(arena, place.offset + _RELEASED.size, place.sequence)
-        return copy
+        self._taken.add((place.stage, place.sequence))
+        weakref.finalize(block, self._release, place).atexit = False
+        return tensor
+
+    def _release(self, place: _Place) -> None:
+        """Nothing refers to a taken tensor any more. Its block may hold another one already."""
+        self._taken.discard((place.stage, place.sequence))
+        arena = self._arenas[place.stage]
+        if not arena.closed and _HEADER.unpack_from(arena, place.offset)[0] == place.sequence:
+            _RELEASED.pack_into(arena, place.offset + _RELEASED.size, place.sequence)
 
     def forget(self, task_ids: Collection[str]) -> None:
         """See Transport."""
@@ -140,7 +159,9 @@ class SharedTransport:
     def close(self) -> None:
         """See Transport."""
         for arena in self._arenas:
-            arena.close()
+            # What was taken and is still in use keeps its arena mapped.
+            with contextlib.suppress(BufferError):
+                arena.close()
 
     def _allocate(self, num_bytes: int, tasks: set[str]) -> int:
         """First gap that is large enough, lowest address first."""

@@ -13,13 +13,26 @@ import pickle
 import signal
 import socket
 import sys
-from typing import cast
+from collections.abc import Callable
+from typing import Protocol, cast
 
-from services.node_agent.engine.base import EngineConfig, StageOp
+from services.node_agent.engine.base import EngineConfig, StageOp, StageResult
 from services.node_agent.engine.torch.wire import FRAME, Ready, StartFailed, WorkerSetup
 
 
-def main() -> None:
+class Executor(Protocol):
+    """What runs the ops of a stage."""
+
+    def run(self, op: StageOp) -> StageResult:
+        """Run one op to its end."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        ...
+
+
+def serve(make: Callable[[WorkerSetup], Executor]) -> None:
     """Serve ops until the parent closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A crash inside a kernel leaves its stack on stderr, which the parent quotes.
@@ -29,21 +42,11 @@ def main() -> None:
     if not isinstance(setup, WorkerSetup):
         return
     _limit_process(setup.config, setup.stage)
-    # Imported here so that thread counts and niceness are set before torch starts its threads.
-    import torch
-
-    from services.node_agent.engine.torch.executor import StageExecutor
-    from services.node_agent.engine.torch.transport import SharedTransport
-
-    torch.set_num_threads(setup.config.threads_per_stage)
     try:
-        transport = SharedTransport(setup.stage, setup.arena_fds)
-        executor = StageExecutor(setup.config, setup.spec, setup.stage, transport, setup.snapshot_folder)
-        executor.warm_up()
+        executor = make(setup)
     except Exception as error:
         _send(connection, StartFailed(type(error).__name__, str(error)))
         return
-    torch.manual_seed(setup.config.seed)
     # What is loaded stays: keep the collector from walking it during ops.
     gc.collect()
     gc.freeze()
@@ -58,6 +61,22 @@ def main() -> None:
         # The parent removes the engine's folder; when it was killed, its last worker does.
         with contextlib.suppress(OSError):
             setup.snapshot_folder.parent.rmdir()
+
+
+def load(setup: WorkerSetup) -> Executor:
+    """The stage, warmed up."""
+    # Imported here so that thread counts and niceness are set before torch starts its threads.
+    import torch
+
+    from services.node_agent.engine.torch.executor import StageExecutor
+    from services.node_agent.engine.torch.transport import SharedTransport
+
+    torch.set_num_threads(setup.config.threads_per_stage)
+    transport = SharedTransport(setup.stage, setup.arena_fds)
+    executor = StageExecutor(setup.config, setup.spec, setup.stage, transport, setup.snapshot_folder)
+    executor.warm_up()
+    torch.manual_seed(setup.config.seed)
+    return executor
 
 
 def _limit_process(config: EngineConfig, stage: int) -> None:
@@ -90,4 +109,4 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(load)

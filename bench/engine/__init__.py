@@ -1,0 +1,1 @@
+"""Speed of the engine and of the runtime around it, against plain PyTorch and transformers."""

@@ -1,0 +1,87 @@
+"""Speed of the engine and of the runtime: `python -m bench.engine`.
+
+Training and decoding of a Llama of 14 million random parameters against plain PyTorch and transformers, interleaved in
+one run with one thread each; what the runtime adds to an op; idle time of a pipeline under a training backlog. Writes
+`out/bench/engine.json`. Runs about four minutes.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from bench.engine import bubble, overhead, speed
+from bench.engine.figures import Figure
+from bench.machine import git_commit, machine
+from bench.report.verdict import STYLES
+
+
+async def measure(pairs: int, repetitions: int) -> tuple[list[Figure], int]:
+    """Every figure, and the number of parameters of the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        speeds = await speed.measure(pairs, Path(folder))
+        costs = await overhead.measure(repetitions, Path(folder))
+    return [*speeds.figures, *costs, *bubble.measure()], speeds.num_parameters
+
+
+def report(figures: list[Figure], num_parameters: int, args: argparse.Namespace, started_at: str) -> dict[str, Any]:
+    """The summary."""
+    return {
+        "git_commit": git_commit(),
+        "started_at": started_at,
+        "machine": machine(),
+        "config": {
+            "num_parameters": num_parameters,
+            "threads": 1,
+            "batch": speed.BATCH,
+            "train_tokens": speed.TRAIN_TOKENS,
+            "prompt_tokens": speed.PROMPT_TOKENS,
+            "output_tokens": speed.OUTPUT_TOKENS,
+            "pairs": args.pairs,
+            "repetitions": args.repetitions,
+            #: Runnable processes of the machine over the last minute: above its cores, times are those of a busy one.
+            "load": os.getloadavg()[0],
+        },
+        "engine": [figure.as_json() for figure in figures],
+    }
+
+
+def table(figures: list[Figure]) -> Table:
+    """For the terminal."""
+    result = Table(box=None, pad_edge=False)
+    for title in ("figure", "median", "middle half", "samples", "target", "verdict"):
+        result.add_column(title, justify="left" if title in ("figure", "verdict") else "right")
+    for figure in figures:
+        *cells, verdict = figure.as_row()
+        result.add_row(*cells, verdict, style=STYLES.get(verdict, ""))
+    return result
+
+
+def main() -> None:
+    """Measure, print the table, write the summary."""
+    parser = argparse.ArgumentParser(prog="python -m bench.engine", description="Speed of the engine.")
+    parser.add_argument("--pairs", type=int, default=9, help="times each side of a comparison runs")
+    parser.add_argument("--repetitions", type=int, default=400, help="micro-batches behind the cost of an op")
+    parser.add_argument("--out", type=Path, default=Path("out/bench/engine.json"))
+    args = parser.parse_args()
+    if args.pairs < 1 or args.repetitions < 1:
+        parser.error("--pairs and --repetitions must be at least 1")
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    figures, num_parameters = uvloop.run(measure(args.pairs, args.repetitions))
+    summary = report(figures, num_parameters, args, started_at)
+    Console().print(table(figures))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(f"Model: {num_parameters:,} parameters. Load of the machine: {summary['config']['load']:.1f}.")
+    print(f"Wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

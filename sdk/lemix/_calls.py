@@ -106,6 +106,8 @@ def create_job(
     hyperparameters: types.Hyperparameters | None,
     request_id: str,
     checkpoint: types.CheckpointPolicy | None = None,
+    validation_file: str = "",
+    quality_gate: types.QualityGate | None = None,
 ) -> Call[types.TrainingJob]:
     """TrainingService.CreateJob."""
     return Call(
@@ -116,6 +118,8 @@ def create_job(
             hyperparameters=_convert.hyperparameters(hyperparameters),
             request_id=request_id or uuid.uuid4().hex,
             checkpoint=_convert.checkpoint_policy(checkpoint),
+            validation_file=validation_file,
+            quality_gate=_convert.quality_gate(quality_gate),
         ),
         response=training_pb.CreateJobResponse,
         read=lambda message: _convert.job(message.job),
@@ -201,6 +205,17 @@ def restore_checkpoint(checkpoint_id: str, node_id: str) -> Call[types.WeightVer
         request=training_pb.RestoreCheckpointRequest(checkpoint_id=checkpoint_id, node_id=node_id),
         response=training_pb.RestoreCheckpointResponse,
         read=lambda message: _convert.weight_version(message.version),
+        idempotent=False,
+    )
+
+
+def publish_checkpoint(checkpoint_id: str, node_ids: Sequence[str], force: bool) -> Call[list[types.WeightVersion]]:
+    """TrainingService.PublishCheckpoint; repeated, it would undo what the others trained in between."""
+    return Call(
+        method=_TRAINING + "PublishCheckpoint",
+        request=training_pb.PublishCheckpointRequest(checkpoint_id=checkpoint_id, node_ids=node_ids, force=force),
+        response=training_pb.PublishCheckpointResponse,
+        read=lambda message: [_convert.weight_version(version) for version in message.versions],
         idempotent=False,
     )
 

@@ -150,6 +150,10 @@ def job(message: types_pb2.TrainingJob) -> types.TrainingJob:
         last_loss=message.last_loss if message.HasField("last_loss") else None,
         steps_per_node=dict(message.steps_per_node),
         unsaved_microbatches=message.unsaved_microbatches,
+        validation_file=message.validation_file,
+        heldout_loss=message.heldout_loss if message.HasField("heldout_loss") else None,
+        best_heldout_loss=message.best_heldout_loss if message.HasField("best_heldout_loss") else None,
+        best_checkpoint_id=message.best_checkpoint_id,
         error=LemixError.from_proto(message.error) if message.HasField("error") else None,
     )
 
@@ -162,6 +166,18 @@ def checkpoint_policy(policy: types.CheckpointPolicy | None) -> types_pb2.Checkp
         return types_pb2.CheckpointPolicy(every_steps=policy.every_steps, every_s=policy.every_s)
     except (TypeError, ValueError) as error:
         raise LemixError(ErrorCode.INVALID_REQUEST, f"checkpoint: {error}", param="checkpoint") from error
+
+
+def quality_gate(gate: types.QualityGate | None) -> types_pb2.QualityGate | None:
+    """Raises LemixError INVALID_REQUEST for a number outside its range."""
+    if gate is None:
+        return None
+    try:
+        return types_pb2.QualityGate(
+            tolerance=gate.tolerance, max_bad_evaluations=gate.max_bad_evaluations, publish=gate.publish
+        )
+    except (TypeError, ValueError) as error:
+        raise LemixError(ErrorCode.INVALID_REQUEST, f"quality_gate: {error}", param="quality_gate") from error
 
 
 def checkpoints(messages: Iterable[types_pb2.Checkpoint]) -> list[types.Checkpoint]:

@@ -98,12 +98,20 @@ class Client:
         model: str = "",
         hyperparameters: types.Hyperparameters | None = None,
         checkpoint: types.CheckpointPolicy | None = None,
+        validation_file: str = "",
+        quality_gate: types.QualityGate | None = None,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> types.TrainingJob:
-        """Start training the served model on a stored file. Returns when the job is durable."""
+        """Start training the served model on a stored file. Returns when the job is durable.
+
+        validation_file: examples whose loss is measured for every checkpoint, for the quality gate.
+        """
         return await self._unary(
-            _calls.create_job(training_file, model, hyperparameters, request_id, checkpoint), timeout_s
+            _calls.create_job(
+                training_file, model, hyperparameters, request_id, checkpoint, validation_file, quality_gate
+            ),
+            timeout_s,
         )
 
     async def submit_training(
@@ -164,6 +172,15 @@ class Client:
         Raises LemixError NOT_FOUND, CONFLICT (another model, or corrupted).
         """
         return await self._unary(_calls.restore_checkpoint(checkpoint_id, node_id), timeout_s)
+
+    async def publish_checkpoint(
+        self, checkpoint_id: str, *, node_ids: Sequence[str] = (), force: bool = False, timeout_s: float | None = None
+    ) -> list[types.WeightVersion]:
+        """Let other nodes (none named: all) take over the weights of a checkpoint; returns their versions.
+
+        Raises LemixError NOT_FOUND, CONFLICT (its held-out loss is bad, unless forced), UNAVAILABLE (a node is away).
+        """
+        return await self._unary(_calls.publish_checkpoint(checkpoint_id, node_ids, force), timeout_s)
 
     async def feedback(
         self,

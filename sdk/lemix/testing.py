@@ -181,6 +181,11 @@ class FakeLemix:
         version = types_pb2.WeightVersion(node_id=request.node_id or "fake-node", incarnation=1, step=2)
         return [training_pb.RestoreCheckpointResponse(version=version)]
 
+    def _PublishCheckpoint(self, request: training_pb.PublishCheckpointRequest) -> list[Any]:  # noqa: N802
+        self._check_checkpoint(request.checkpoint_id)
+        versions = [types_pb2.WeightVersion(node_id=node_id, incarnation=1, step=1) for node_id in request.node_ids]
+        return [training_pb.PublishCheckpointResponse(versions=versions)]
+
     def _checkpoints(self, job_id: str) -> list[types_pb2.Checkpoint]:
         """One that holds every job."""
         trained = {job.job_id: job.trained_microbatches for job in self._jobs.values()}

@@ -25,6 +25,7 @@ __all__ = [
     "Model",
     "NodeStatus",
     "OutputLogprob",
+    "QualityGate",
     "ServingReport",
     "Slo",
     "TokenLogprob",
@@ -241,6 +242,19 @@ class CheckpointPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QualityGate:
+    """What is done with the loss on a job's held-out examples; None takes the server's default.
+
+    tolerance: a checkpoint is bad when its loss is above the best by more, nats per token. max_bad_evaluations: after
+    so many in a row the node goes back to the best; 0: never. publish: every new best one to the other nodes.
+    """
+
+    tolerance: float | None = None
+    max_bad_evaluations: int | None = None
+    publish: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """A checkpoint on a node. trained_microbatches: those it contains, by job. reason: why it was saved.
 
@@ -268,7 +282,8 @@ class ExportedCheckpoint:
 class TrainingJob:
     """A training job. last_loss: nats per token of the newest micro-batch. error: why it failed.
 
-    unsaved_microbatches: of the trained ones, those that no checkpoint contains yet.
+    unsaved_microbatches: of the trained ones, those that no checkpoint contains yet. heldout_loss: newest loss on the
+    examples of validation_file, nats per token; best_heldout_loss is that of best_checkpoint_id.
     """
 
     job_id: str
@@ -286,6 +301,10 @@ class TrainingJob:
     steps_per_node: Mapping[str, int] = field(default_factory=dict)
     error: LemixError | None = None
     unsaved_microbatches: int = 0
+    validation_file: str = ""
+    heldout_loss: float | None = None
+    best_heldout_loss: float | None = None
+    best_checkpoint_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from lemix.errors import ErrorCode, LemixError
+from lemix.v1 import training_service_pb2
 from services.gateway import translate_training as translate
 from services.gateway.http_body import read_json
 from services.gateway.http_stream import EventStream, event
@@ -93,6 +94,16 @@ class _TrainingRoutes:
         name = f"{version.node_id}:{version.incarnation}:{version.step}"
         return JSONResponse({"object": "checkpoint.restored", "node_id": version.node_id, "weight_version": name})
 
+    async def publish_checkpoint(self, request: Request) -> JSONResponse:
+        wanted = training_service_pb2.PublishCheckpointRequest(
+            checkpoint_id=request.path_params["checkpoint_id"],
+            node_ids=request.query_params.getlist("node_id"),
+            force=request.query_params.get("force", "").lower() in ("true", "1"),
+        )
+        versions = await self._training.publish_checkpoint(wanted)
+        names = [f"{version.node_id}:{version.incarnation}:{version.step}" for version in versions]
+        return JSONResponse({"object": "checkpoint.published", "weight_versions": names})
+
     async def feedback(self, request: Request) -> JSONResponse:
         body = await read_json(request, FeedbackBody)
         example = await asyncio.to_thread(translate.feedback_example, body, self._training.examples)
@@ -118,6 +129,7 @@ def training_routes(training: TrainingService) -> list[Route]:
         Route("/v1/checkpoints", handlers.list_checkpoints, methods=["GET"]),
         Route("/v1/checkpoints/{checkpoint_id}/export", handlers.export_checkpoint, methods=["POST"]),
         Route("/v1/checkpoints/{checkpoint_id}/restore", handlers.restore_checkpoint, methods=["POST"]),
+        Route("/v1/checkpoints/{checkpoint_id}/publish", handlers.publish_checkpoint, methods=["POST"]),
         Route("/v1/feedback", handlers.feedback, methods=["POST"]),
     ]
 

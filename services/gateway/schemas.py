@@ -18,7 +18,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
     "reasoning_effort": (), "verbosity": (), "web_search_options": (), "store": (False,), "moderation": (),
     "service_tier": ("auto", "default"), "use_beam_search": (False,), "skip_special_tokens": (True,),
-    "seed": (), "validation_file": (), "integrations": ([],), "metadata": ({},), "expires_after": (),
+    "seed": (), "integrations": ([],), "metadata": ({},), "expires_after": (),
 }  # fmt: skip
 #: Parameters that say something about the caller, not about the answer: taken and ignored.
 _IGNORED = frozenset(
@@ -172,6 +172,14 @@ class CheckpointBody(Strict):
     every_s: Number | None = None
 
 
+class QualityGateBody(Strict):
+    """What is done with the loss on held-out examples."""
+
+    tolerance: Number | None = None
+    max_bad_evaluations: StrictInt | None = None
+    publish: StrictBool = False
+
+
 class LemixTraining(Strict):
     """Our extension of jobs; meanings and defaults as in types.proto."""
 
@@ -183,6 +191,7 @@ class LemixTraining(Strict):
     weight_decay: Number | None = None
     max_grad_norm: Number | None = None
     checkpoint: CheckpointBody | None = None
+    quality_gate: QualityGateBody | None = None
 
 
 class JobBody(Body):
@@ -190,6 +199,7 @@ class JobBody(Body):
 
     model: StrictStr
     training_file: StrictStr
+    validation_file: StrictStr | None = None
     hyperparameters: HyperparametersBody | None = None
     method: MethodBody | None = None
     lemix: LemixTraining = LemixTraining()

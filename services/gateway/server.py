@@ -148,6 +148,13 @@ class TrainingHandlers(training_grpc.TrainingServiceServicer):
         version = await self._training.restore_checkpoint(request.checkpoint_id, request.node_id)
         return training_pb.RestoreCheckpointResponse(version=version)
 
+    async def PublishCheckpoint(  # noqa: N802
+        self, request: training_pb.PublishCheckpointRequest, context: Context
+    ) -> training_pb.PublishCheckpointResponse:
+        """Other nodes take over a checkpoint."""
+        versions = await self._training.publish_checkpoint(request)
+        return training_pb.PublishCheckpointResponse(versions=versions)
+
 
 class ClusterHandlers(cluster_grpc.ClusterServiceServicer):
     """lemix.v1.ClusterService."""

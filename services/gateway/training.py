@@ -97,6 +97,7 @@ class TrainingService:
         """Raises NOT_FOUND (file), MODEL_NOT_FOUND, INVALID_REQUEST, OVERLOADED."""
         self._prompts.check_model(request.model)
         check_required_id(request.training_file, "training_file")
+        check_id(request.validation_file, "validation_file")
         check_id(request.request_id, "request_id")
         check_hyperparameters(request.hyperparameters)
         checked = training_service_pb2.CreateJobRequest()
@@ -178,6 +179,18 @@ class TrainingService:
         check_id(node_id, "node_id")
         request = pb.RestoreCheckpointRequest(checkpoint_id=checkpoint_id, node_id=node_id)
         return (await call(self._stub.RestoreCheckpoint, request, self._upload_timeout_s)).version
+
+    async def publish_checkpoint(
+        self, request: training_service_pb2.PublishCheckpointRequest
+    ) -> list[types_pb2.WeightVersion]:
+        """Raises NOT_FOUND, CONFLICT, UNAVAILABLE (a node is away), DEADLINE_EXCEEDED."""
+        check_required_id(request.checkpoint_id, "checkpoint_id")
+        for node_id in request.node_ids:
+            check_required_id(node_id, "node_ids")
+        asked = pb.PublishCheckpointRequest(
+            checkpoint_id=request.checkpoint_id, node_ids=request.node_ids, force=request.force
+        )
+        return list((await call(self._stub.PublishCheckpoint, asked, self._upload_timeout_s)).versions)
 
     async def submit_feedback(
         self, model: str, example: work_pb2.TrainingExample, request_id: str

@@ -1,11 +1,12 @@
 """Between OpenAI's JSON and the application layer: files, jobs, events and feedback."""
 
+import math
 from typing import Any
 
 from lemix.errors import LemixError
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
-from services.gateway.schemas import CheckpointBody, FeedbackBody, HyperparametersBody, JobBody
+from services.gateway.schemas import CheckpointBody, FeedbackBody, HyperparametersBody, JobBody, QualityGateBody
 from services.gateway.training_examples import ExampleBuilder
 from services.gateway.translate import turns
 from services.gateway.validation import invalid
@@ -47,6 +48,8 @@ def job_request(body: JobBody, request_id: str) -> training_service_pb2.CreateJo
         hyperparameters=_hyperparameters(body, body.hyperparameters or in_method or HyperparametersBody()),
         request_id=request_id,
         checkpoint=_checkpoint_policy(body.lemix.checkpoint),
+        validation_file=body.validation_file or "",
+        quality_gate=_quality_gate(body.lemix.quality_gate),
     )
 
 
@@ -59,8 +62,17 @@ def _checkpoint_policy(body: CheckpointBody | None) -> types_pb2.CheckpointPolic
         raise invalid(f"lemix.checkpoint is out of range: {error}", "lemix.checkpoint") from error
 
 
+def _quality_gate(body: QualityGateBody | None) -> types_pb2.QualityGate | None:
+    if body is None:
+        return None
+    try:
+        return types_pb2.QualityGate(**body.model_dump(exclude_none=True))
+    except ValueError as error:  # a number outside its protobuf type
+        raise invalid(f"lemix.quality_gate is out of range: {error}", "lemix.quality_gate") from error
+
+
 def _hyperparameters(body: JobBody, openai: HyperparametersBody) -> types_pb2.Hyperparameters:
-    values: dict[str, Any] = body.lemix.model_dump(exclude={"kind", "checkpoint"}, exclude_none=True)
+    values: dict[str, Any] = body.lemix.model_dump(exclude={"kind", "checkpoint", "quality_gate"}, exclude_none=True)
     multiplier = openai.learning_rate_multiplier
     if multiplier not in (None, "auto"):
         if "learning_rate" in values:
@@ -96,7 +108,7 @@ def job_object(job: types_pb2.TrainingJob) -> dict[str, Any]:
         "organization_id": "",
         "status": _JOB_STATUS.get(job.status, "queued"),
         "training_file": job.training_file,
-        "validation_file": None,
+        "validation_file": job.validation_file or None,
         "result_files": [],
         "seed": 0,
         "trained_tokens": job.trained_tokens if ended is not None else None,
@@ -117,6 +129,9 @@ def _job_extension(job: types_pb2.TrainingJob) -> dict[str, Any]:
         "unsaved_microbatches": job.unsaved_microbatches,
         "trained_tokens": job.trained_tokens,
         "last_loss": job.last_loss if job.HasField("last_loss") else None,
+        "heldout_loss": _finite(job.heldout_loss) if job.HasField("heldout_loss") else None,
+        "best_heldout_loss": job.best_heldout_loss if job.HasField("best_heldout_loss") else None,
+        "best_checkpoint_id": job.best_checkpoint_id or None,
         "steps_per_node": dict(sorted(job.steps_per_node.items())),
         "learning_rate": values.learning_rate,
         "gradient_accumulation_steps": values.gradient_accumulation_steps,
@@ -137,8 +152,13 @@ def checkpoint_object(checkpoint: types_pb2.Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.size_bytes,
         "reason": checkpoint.reason,
         "trained_microbatches": dict(sorted(checkpoint.trained_microbatches.items())),
-        "heldout_loss": checkpoint.heldout_loss if checkpoint.HasField("heldout_loss") else None,
+        "heldout_loss": _finite(checkpoint.heldout_loss) if checkpoint.HasField("heldout_loss") else None,
     }
+
+
+def _finite(loss: float) -> float | None:
+    """JSON has no infinity: a model that has diverged has no loss there."""
+    return loss if math.isfinite(loss) else None
 
 
 def event_object(job_id: str, event: types_pb2.JobEvent) -> dict[str, Any]:

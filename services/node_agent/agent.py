@@ -20,6 +20,7 @@ from services.node_agent.checkpoints import Checkpointer, CheckpointLimits
 from services.node_agent.config import NodeAgentSettings
 from services.node_agent.core.types import NodeCoreConfig, QueueOrder
 from services.node_agent.engine.base import Engine
+from services.node_agent.evaluation import evaluate
 from services.node_agent.intake import Intake
 from services.node_agent.loop import AgentLoop
 from services.node_agent.measure import Measurer
@@ -36,6 +37,8 @@ _log = structlog.get_logger()
 
 #: Longest a stopping node tries to store outcomes, seconds.
 _FLUSH_S = 2.0
+#: Held-out losses measured at once.
+_MAX_EVALUATIONS = 8
 
 
 class NodeAgent:
@@ -104,9 +107,11 @@ class NodeAgent:
             address=lambda: self.address,
             report=self._session.report_sync,
             timeout_s=settings.sync_timeout_s,
+            checkpoints=self._checkpoints,
         )
         self._measurer = Measurer(self._loop, engine.info)
         self._welcomed = asyncio.Event()
+        self._evaluations: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._draining = False
@@ -196,9 +201,10 @@ class NodeAgent:
     async def stop(self) -> None:
         """Leave the session, take nothing more, close the server. Tasks are not ended: they stay in the ledger."""
         self._stopping = True
-        for task in self._tasks:
+        running = [*self._tasks, *self._evaluations]
+        for task in running:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
         await self._loop.stop()
         if self._checkpoints is not None:
             await self._checkpoints.close()
@@ -282,6 +288,20 @@ class NodeAgent:
     def on_apply_weights(self, command: scheduler_pb2.ApplyWeights) -> None:
         """See session.Commands."""
         self._weights.start_apply(command.sync_id, command.mode, command.source_addresses)
+
+    def on_evaluate(self, command: scheduler_pb2.EvaluateCommand) -> None:
+        """See session.Commands."""
+        if len(self._evaluations) >= _MAX_EVALUATIONS:
+            error = LemixError(ErrorCode.OVERLOADED, "this node measures other held-out losses")
+            report = scheduler_pb2.EvaluationReport(request_id=command.request_id, error=error.to_proto())
+            self._session.report_evaluation(report)
+            return
+        task = asyncio.create_task(self._evaluate(command))
+        self._evaluations.add(task)
+        task.add_done_callback(self._evaluations.discard)
+
+    async def _evaluate(self, command: scheduler_pb2.EvaluateCommand) -> None:
+        self._session.report_evaluation(await evaluate(self._loop, self._engine.info, command))
 
     def on_checkpoint(self, command: scheduler_pb2.CheckpointCommand) -> None:
         """See session.Commands."""

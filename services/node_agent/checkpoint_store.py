@@ -25,6 +25,7 @@ _FORMAT = 1
 _NAME = re.compile(r"(\d{10})-(\d{12})")
 _PARTIAL_PREFIX = ".partial-"
 _CORRUPTED_PREFIX = ".corrupted-"
+_KEPT_PREFIX = "kept-for-"
 _HASH_BLOCK_BYTES = 1 << 20
 #: What may differ between two copies of one model.
 _VOLATILE_KEYS = frozenset({"_name_or_path", "torch_dtype", "dtype", "transformers_version", "use_cache"})
@@ -58,7 +59,6 @@ class Manifest:
     outcomes: dict[str, str] = field(default_factory=dict)
     #: Optimizer settings of the jobs whose state it holds.
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    heldout_loss: float | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -89,7 +89,7 @@ def model_differences(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> lis
 
 
 class CheckpointStore:
-    """One node's folder. keep: complete checkpoints that stay, the newest."""
+    """One node's folder. keep: complete checkpoints that stay, the newest, besides those kept for jobs."""
 
     def __init__(self, directory: Path, node_id: str, model_path: Path, *, keep: int) -> None:
         self._directory = directory
@@ -177,9 +177,26 @@ class CheckpointStore:
         _write_manifest(partial, manifest)
         os.rename(partial, self._folder / _folder_name(manifest.incarnation, manifest.step))
         _flush(self._folder)
-        for old in self.folders()[self._keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._prune()
         return manifest
+
+    def keep_for(self, job_id: str, checkpoint_id: str) -> None:
+        """Keep this checkpoint of this node for a job whatever its age, and no other one for it; empty: none.
+
+        Raises LemixError NOT_FOUND, OSError.
+        """
+        chosen = self.folder_of(checkpoint_id) if checkpoint_id else None
+        if chosen is not None:
+            (chosen / f"{_KEPT_PREFIX}{job_id}").touch()
+        for folder in self.folders():
+            if folder != chosen:
+                (folder / f"{_KEPT_PREFIX}{job_id}").unlink(missing_ok=True)
+        self._prune()
+
+    def _prune(self) -> None:
+        for old in self.folders()[self._keep :]:
+            if not any(old.glob(f"{_KEPT_PREFIX}*")):
+                shutil.rmtree(old, ignore_errors=True)
 
     def set_aside(self, folder: Path) -> None:
         """Keep a corrupted checkpoint for whoever wants to know why, but no longer as one; only the newest such."""

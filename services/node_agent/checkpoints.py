@@ -16,6 +16,7 @@ from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.node_agent import metrics
+from services.node_agent.checkpoint_files import weights_files
 from services.node_agent.checkpoint_store import (
     CheckpointStore,
     CorruptedCheckpoint,
@@ -192,12 +193,10 @@ class Checkpointer:
 
     async def _save_due(self) -> None:
         try:
-            manifest = await self.save("interval")
+            await self.save("interval")
         except LemixError as error:
             self._report(self._failure("", error))
             self._failed(error)
-        else:
-            self._report(self._success("", manifest))
 
     def _failed(self, error: LemixError) -> None:
         now_s = self._clock.monotonic_s()
@@ -212,12 +211,16 @@ class Checkpointer:
             self.release(task_id)
         self._begin_anew()
 
-    async def save(self, reason: str) -> Manifest:
-        """Save one, or return that of this very version. Raises LemixError; nothing on disk has changed then."""
+    async def save(self, reason: str, request_id: str = "") -> None:
+        """Save one, unless there is one of this very version, and report it as the answer to a request.
+
+        Raises LemixError; nothing on disk has changed then.
+        """
         async with self._lock:
             version = self._loop.ages.newest_step
             if self._saved is not None and self._saved.step == version and not self._unsaved:
-                return self._saved
+                self._report(self._success(request_id, self._saved))
+                return
             try:
                 manifest = await self._save(reason)
             except LemixError as error:
@@ -228,7 +231,9 @@ class Checkpointer:
             _log.info(
                 "checkpoint saved", checkpoint=manifest.checkpoint_id, reason=reason, size_bytes=manifest.size_bytes
             )
-            return manifest
+            # Before the ends that waited for it: who hears that a job has ended finds its last checkpoint.
+            self._report(self._success(request_id, manifest))
+            self._take_over(manifest)
 
     async def _save(self, reason: str) -> Manifest:
         try:
@@ -248,7 +253,6 @@ class Checkpointer:
             raise _disk_error(error) from error
         finally:
             await asyncio.to_thread(self._store.discard, partial)
-        self._take_over(manifest)
         return manifest
 
     def _manifest(self, step: int, reason: str) -> Manifest:
@@ -319,10 +323,11 @@ class Checkpointer:
         self.note = _note(corrupted, None)
         return None
 
-    async def restore(self, checkpoint_id: str) -> Manifest:
+    async def restore(self, checkpoint_id: str, request_id: str = "") -> None:
         """Go on from a checkpoint, and save that as the newest, so that a crash does not undo it.
 
-        What was trained since counts as trained. Raises LemixError; the weights are as they were then.
+        What was trained since counts as trained. Raises LemixError; the weights are as they were then, unless only the
+        saving failed.
         """
         async with self._lock:
             folder = self._store.folder_of(checkpoint_id)
@@ -331,7 +336,7 @@ class Checkpointer:
             except CorruptedCheckpoint as error:
                 raise LemixError(ErrorCode.CONFLICT, str(error), param="checkpoint_id") from error
             await self._load(folder, manifest)
-        return await self.save("rollback")
+        await self.save("rollback", request_id)
 
     async def _load(self, folder: Path, manifest: Manifest) -> None:
         weight_op = WeightOp(
@@ -367,18 +372,19 @@ class Checkpointer:
         try:
             match command.WhichOneof("action"):
                 case "save":
-                    report = self._success(request_id, await self.save(command.save))
+                    await self.save(command.save, request_id)
                 case "restore":
-                    report = self._success(request_id, await self.restore(command.restore))
+                    await self.restore(command.restore, request_id)
                 case "export":
-                    report = await self._export(request_id, command.export)
+                    self._report(await self._export(request_id, command.export))
+                case "keep":
+                    await self._keep(command.keep)
                 case other:
                     raise LemixError(ErrorCode.UNSUPPORTED, f"unknown checkpoint command {other}")
         except LemixError as error:
-            report = self._failure(request_id, error)
+            self._report(self._failure(request_id, error))
             if command.HasField("save"):
                 self._failed(error)
-        self._report(report)
 
     async def _export(self, request_id: str, checkpoint_id: str) -> scheduler_pb2.CheckpointReport:
         try:
@@ -391,6 +397,23 @@ class Checkpointer:
         report = self._success(request_id, manifest)
         report.path = str(path)
         return report
+
+    async def _keep(self, wanted: scheduler_pb2.KeepCheckpoint) -> None:
+        try:
+            await asyncio.to_thread(self._store.keep_for, wanted.job_id, wanted.checkpoint_id)
+        except OSError as error:
+            raise _disk_error(error) from error
+
+    def replica(self, checkpoint_id: str) -> tuple[list[Path], float | None]:
+        """Files with the weights of a checkpoint, and when their newest step was made (unix, seconds; None: never).
+
+        Raises LemixError NOT_FOUND, CONFLICT (corrupted).
+        """
+        folder = self._store.folder_of(checkpoint_id)
+        try:
+            return weights_files(folder), read_manifest(folder).trained_unix_s
+        except CorruptedCheckpoint as error:
+            raise LemixError(ErrorCode.CONFLICT, str(error), param="checkpoint_id") from error
 
     async def close(self) -> None:
         """Give up what is under way; what is half written is removed at the next start."""
@@ -422,7 +445,6 @@ def to_proto(manifest: Manifest) -> types_pb2.Checkpoint:
         size_bytes=manifest.size_bytes,
         trained_microbatches={job_id: count_of(ranges) for job_id, ranges in manifest.positions.items()},
         reason=manifest.reason,
-        heldout_loss=manifest.heldout_loss,
     )
 
 

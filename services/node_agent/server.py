@@ -63,9 +63,9 @@ class NodeAgentServicer:
     ) -> AsyncIterator[node_pb2.FetchWeightsResponse]:
         """See the contract."""
         del context
-        snapshot = self._weights.snapshot(request.sync_id)
-        for chunk in chunks(snapshot.replica, snapshot.trained_unix_s):
-            yield chunk
+        with self._weights.handed_out(request.sync_id) as snapshot:
+            for chunk in chunks(snapshot.replica, snapshot.trained_unix_s):
+                yield chunk
 
     async def GetNodeInfo(  # noqa: N802
         self, request: node_pb2.GetNodeInfoRequest, context: Context

@@ -47,6 +47,9 @@ class Commands(Protocol):
     def on_apply_weights(self, command: scheduler_pb2.ApplyWeights) -> None:
         """Phase two of a synchronisation."""
 
+    def on_evaluate(self, command: scheduler_pb2.EvaluateCommand) -> None:
+        """Measure the loss on held-out examples."""
+
     def on_checkpoint(self, command: scheduler_pb2.CheckpointCommand) -> None:
         """Save, restore or export a checkpoint."""
 
@@ -139,6 +142,10 @@ class SchedulerSession:
         """Report what became of a checkpoint."""
         self._report(scheduler_pb2.NodeSessionRequest(checkpoint=report))
 
+    def report_evaluation(self, report: scheduler_pb2.EvaluationReport) -> None:
+        """Report a loss on held-out examples."""
+        self._report(scheduler_pb2.NodeSessionRequest(evaluation=report))
+
     def _report(self, message: scheduler_pb2.NodeSessionRequest) -> None:
         if len(self._reports) >= _MAX_REPORTS:
             self._reports.popleft()
@@ -209,6 +216,8 @@ class SchedulerSession:
                 self._commands.on_apply_weights(message.apply_weights)
             case "checkpoint":
                 self._commands.on_checkpoint(message.checkpoint)
+            case "evaluate":
+                self._commands.on_evaluate(message.evaluate)
             case other:
                 _log.warning("unknown command", command=other)
 

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import structlog
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from services.node_agent.checkpoints import Checkpointer
 from services.node_agent.combine import Replica, write_copy, write_mean
 from services.node_agent.engine.base import LoadWeights, Snapshot
 from services.node_agent.loop import AgentLoop, WeightOp
@@ -22,6 +24,8 @@ _log = structlog.get_logger()
 _KEPT_SNAPSHOTS = 2
 _MAX_TASKS = 4
 _MAX_FETCHES = 4
+#: Synchronisations of this name hand out a checkpoint instead of a snapshot.
+CHECKPOINT_PREFIX = "checkpoint/"
 
 _MODES: dict[int, str] = {scheduler_pb2.SYNC_MODE_REPLACE: "replace", scheduler_pb2.SYNC_MODE_AVERAGE: "average"}
 
@@ -53,7 +57,9 @@ class WeightSync:
         address: Callable[[], str],
         report: Callable[[scheduler_pb2.SyncFinished], None],
         timeout_s: float,
+        checkpoints: Checkpointer | None = None,
     ) -> None:
+        self._checkpoints = checkpoints
         self._loop = loop
         self._address = address
         self._report = report
@@ -79,6 +85,25 @@ class WeightSync:
         if snapshot is None:
             raise LemixError(ErrorCode.NOT_FOUND, f"this node holds no snapshot for synchronisation {sync_id}")
         return snapshot
+
+    @contextmanager
+    def handed_out(self, sync_id: str) -> Iterator[KeptSnapshot]:
+        """What peers get for a synchronisation: the snapshot taken for it, or the checkpoint it names.
+
+        Raises LemixError NOT_FOUND, CONFLICT.
+        """
+        if self._checkpoints is None or not sync_id.startswith(CHECKPOINT_PREFIX):
+            yield self.snapshot(sync_id)
+            return
+        paths, trained_unix_s = self._checkpoints.replica(sync_id.removeprefix(CHECKPOINT_PREFIX))
+        files: list[TensorFile] = []
+        try:
+            for path in paths:
+                files.append(TensorFile.open(path))
+            yield KeptSnapshot(Replica(self._address(), files), files, trained_unix_s)
+        finally:
+            for file in files:
+                file.close()
 
     def start_snapshot(self, sync_id: str) -> None:
         """Begin phase one."""
@@ -165,6 +190,9 @@ class WeightSync:
                 _check(weight_op, "the weights were not changed")
             finally:
                 path.unlink(missing_ok=True)
+        if self._checkpoints is not None and sync_id.startswith(CHECKPOINT_PREFIX):
+            # Or a crash would bring the older weights back.
+            await self._checkpoints.save("publish")
 
     async def _combine(self, sync_id: str, mode: str, peers: Sequence[str], path: Path) -> float | None:
         """Fetch the peers' snapshots and write one file; returns when the newest step in them was made."""

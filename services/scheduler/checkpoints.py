@@ -2,20 +2,28 @@
 
 import asyncio
 import uuid
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import structlog
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
+from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 
 _log = structlog.get_logger()
 
 Action = Literal["save", "restore", "export"]
+#: Name of a synchronisation that hands out a checkpoint.
+_CHECKPOINT_PREFIX = "checkpoint/"
+
 #: (jobs, level, message): something their owners should know.
 Announce = Callable[[Iterable[str], str, str], None]
+
+
+#: Why a checkpoint was saved that holds nothing newly trained.
+_COPIES = frozenset({"rollback", "publish"})
 
 
 class CheckpointDesk:
@@ -25,15 +33,20 @@ class CheckpointDesk:
         self._timeout_s = timeout_s
         self.send: Callable[[str, pb.NodeSessionResponse], bool] = lambda node_id, message: False
         self.announce: Announce = lambda job_ids, level, message: None
+        #: Told of every checkpoint a node saved of what it has trained, with the node.
+        self.on_saved: Callable[[str, types_pb2.Checkpoint], None] = lambda node_id, checkpoint: None
         #: Checkpoints of connected nodes that keep some, the newest first.
         self._held: dict[str, list[types_pb2.Checkpoint]] = {}
-        self._waiting: dict[str, tuple[str, asyncio.Future[pb.CheckpointReport]]] = {}
+        self._hellos: dict[str, pb.NodeHello] = {}
+        #: Node and answer by request.
+        self._waiting: dict[str, tuple[str, asyncio.Future[Any]]] = {}
 
     # ------------------------------------------------------------- told by the nodes
 
     def joined(self, hello: pb.NodeHello) -> None:
         """A node is here."""
         self._held.pop(hello.node_id, None)
+        self._hellos[hello.node_id] = hello
         if hello.keeps_checkpoints:
             self._held[hello.node_id] = list(hello.checkpoints)
         if hello.restore_note:
@@ -43,6 +56,7 @@ class CheckpointDesk:
     def left(self, node_id: str) -> None:
         """A node is gone, and with it the answers it owes."""
         self._held.pop(node_id, None)
+        self._hellos.pop(node_id, None)
         for asked_id, future in self._waiting.values():
             if asked_id == node_id and not future.done():
                 future.set_exception(LemixError(ErrorCode.NODE_LOST, f"node {node_id} was lost"))
@@ -51,15 +65,28 @@ class CheckpointDesk:
         """A node saved, restored or exported a checkpoint, or could not."""
         if node_id in self._held:
             self._held[node_id] = list(report.held)
-        waiting = self._waiting.get(report.request_id)
-        if waiting is not None and not waiting[1].done():
-            waiting[1].set_result(report)
+        self._answer(report.request_id, report)
         if report.HasField("error"):
             self.announce((), "warn", f"{node_id} could not finish with a checkpoint: {report.error.message}")
         elif not report.path:
             checkpoint = report.checkpoint
             message = f"{node_id} holds checkpoint {checkpoint.checkpoint_id} ({checkpoint.reason})"
             self.announce(checkpoint.trained_microbatches, "info", message)
+            if checkpoint.reason not in _COPIES:
+                self.on_saved(node_id, checkpoint)
+
+    def evaluated(self, report: pb.EvaluationReport) -> None:
+        """A node measured a loss, or could not."""
+        self._answer(report.request_id, report)
+
+    def sync_finished(self, node_id: str, finished: pb.SyncFinished) -> None:
+        """A node took over a published checkpoint, or could not. Other synchronisations are the core's."""
+        self._answer(f"{finished.sync_id}@{node_id}", finished)
+
+    def _answer(self, request_id: str, message: Any) -> None:
+        waiting = self._waiting.get(request_id)
+        if waiting is not None and not waiting[1].done():
+            waiting[1].set_result(message)
 
     # ------------------------------------------------------------- asked
 
@@ -72,6 +99,10 @@ class CheckpointDesk:
         found = [checkpoint for held in self._held.values() for checkpoint in held]
         wanted = [checkpoint for checkpoint in found if not job_id or job_id in checkpoint.trained_microbatches]
         return sorted(wanted, key=lambda checkpoint: checkpoint.created_unix_s, reverse=True)
+
+    def held_by(self, node_id: str) -> list[types_pb2.Checkpoint]:
+        """Checkpoints of a connected node, the newest first."""
+        return self._held.get(node_id, [])
 
     def owner_of(self, checkpoint_id: str) -> str:
         """Connected node that holds this checkpoint. Raises NOT_FOUND."""
@@ -91,21 +122,65 @@ class CheckpointDesk:
         Raises what the node answers, UNAVAILABLE when it is not connected, DEADLINE_EXCEEDED.
         """
         request_id = uuid.uuid4().hex
-        future: asyncio.Future[pb.CheckpointReport] = asyncio.get_running_loop().create_future()
+        report: pb.CheckpointReport = await self._call(request_id, node_id, _command(request_id, action, value))
+        return report
+
+    async def _call(self, request_id: str, node_id: str, message: pb.NodeSessionResponse) -> Any:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if request_id in self._waiting:
+            raise LemixError(ErrorCode.CONFLICT, f"node {node_id[:100]} is doing so already", retry_after_s=1.0)
         self._waiting[request_id] = (node_id, future)
         try:
-            if not self.send(node_id, _command(request_id, action, value)):
+            if not self.send(node_id, message):
                 raise LemixError(ErrorCode.UNAVAILABLE, f"node {node_id[:100]} is not connected", retry_after_s=1.0)
             async with asyncio.timeout(self._timeout_s):
                 report = await future
         except TimeoutError as error:
-            message = f"node {node_id} did not {action} within {self._timeout_s:g} s"
-            raise LemixError(ErrorCode.DEADLINE_EXCEEDED, message) from error
+            text = f"node {node_id} did not answer within {self._timeout_s:g} s"
+            raise LemixError(ErrorCode.DEADLINE_EXCEEDED, text) from error
         finally:
             del self._waiting[request_id]
         if report.HasField("error"):
             raise LemixError.from_proto(report.error)
         return report
+
+    async def heldout_loss(self, node_id: str, examples: Sequence[work_pb2.TrainingExample]) -> float:
+        """Loss of a node's weights, nats per token. Raises as `ask`."""
+        request_id = uuid.uuid4().hex
+        command = pb.EvaluateCommand(request_id=request_id, examples=examples)
+        report = await self._call(request_id, node_id, pb.NodeSessionResponse(evaluate=command))
+        return float(report.loss)
+
+    def keep(self, node_id: str, job_id: str, checkpoint_id: str) -> None:
+        """Let a node keep this checkpoint for a job, and no other one for it; empty: none. Nobody waits for it."""
+        wanted = pb.KeepCheckpoint(job_id=job_id, checkpoint_id=checkpoint_id)
+        self.send(node_id, pb.NodeSessionResponse(checkpoint=pb.CheckpointCommand(keep=wanted)))
+
+    async def publish(self, checkpoint_id: str, node_ids: Sequence[str]) -> list[types_pb2.WeightVersion]:
+        """Let nodes (none named: all others) take over the weights of a checkpoint; returns their versions.
+
+        Raises NOT_FOUND, and what a node answers: the others have taken it over then.
+        """
+        owner = self.owner_of(checkpoint_id)
+        targets = sorted(set(node_ids) - {owner} if node_ids else self._hellos.keys() - {owner})
+        message = pb.ApplyWeights(
+            sync_id=_CHECKPOINT_PREFIX + checkpoint_id,
+            mode=pb.SYNC_MODE_REPLACE,
+            source_addresses=[self._hellos[owner].address],
+        )
+        calls = (
+            self._call(f"{message.sync_id}@{target}", target, pb.NodeSessionResponse(apply_weights=message))
+            for target in targets
+        )
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        versions = []
+        for target, result in zip(targets, results, strict=True):
+            if isinstance(result, BaseException):
+                raise result
+            incarnation = self._hellos[target].incarnation if target in self._hellos else 0
+            versions.append(types_pb2.WeightVersion(node_id=target, incarnation=incarnation, step=result.weight_step))
+        self.announce((), "info", f"{', '.join(targets) or 'no other node'} took over checkpoint {checkpoint_id}")
+        return versions
 
     async def save(self, node_ids: Iterable[str]) -> list[types_pb2.Checkpoint]:
         """Save on these nodes. Raises CONFLICT when none of them keeps checkpoints, and what `ask` raises."""
@@ -118,5 +193,6 @@ class CheckpointDesk:
 
 
 def _command(request_id: str, action: Action, value: str) -> pb.NodeSessionResponse:
-    command = pb.CheckpointCommand(request_id=request_id, **{action: value})
+    command = pb.CheckpointCommand(request_id=request_id)
+    setattr(command, action, value)
     return pb.NodeSessionResponse(checkpoint=command)

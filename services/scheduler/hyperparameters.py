@@ -39,6 +39,19 @@ def resolve_checkpoints(given: types_pb2.CheckpointPolicy) -> types_pb2.Checkpoi
     return given
 
 
+def resolve_gate(given: types_pb2.QualityGate) -> types_pb2.QualityGate:
+    """Every field set. Raises INVALID_REQUEST naming the field that is out of range."""
+    tolerance = given.tolerance if given.HasField("tolerance") else 0.05
+    if not (math.isfinite(tolerance) and tolerance >= 0.0):
+        param = "quality_gate.tolerance"
+        raise LemixError(ErrorCode.INVALID_REQUEST, f"{param} must be a number >= 0", param=param)
+    max_bad = given.max_bad_evaluations if given.HasField("max_bad_evaluations") else 3
+    if max_bad > 1000:
+        param = "quality_gate.max_bad_evaluations"
+        raise LemixError(ErrorCode.INVALID_REQUEST, f"{param} must be in [0, 1000]", param=param)
+    return types_pb2.QualityGate(tolerance=tolerance, max_bad_evaluations=max_bad, publish=given.publish)
+
+
 def _check(is_right: bool, name: str, problem: str) -> None:
     if not is_right:
         param = f"hyperparameters.{name}"

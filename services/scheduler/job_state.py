@@ -2,6 +2,7 @@
 
 import asyncio
 import heapq
+import math
 from collections import deque
 from collections.abc import Iterable
 from itertools import takewhile
@@ -13,6 +14,8 @@ from services.ledger.types import MAX_JOB_EVENTS
 from services.runtime.clock import Clock
 
 _ENDED = frozenset({types_pb2.JOB_STATUS_SUCCEEDED, types_pb2.JOB_STATUS_FAILED, types_pb2.JOB_STATUS_CANCELLED})
+#: Held-out losses remembered.
+_MAX_LOSSES = 100
 #: Micro-batches between the first untrained one and the newest offered: bounds memory, and the search after a restart.
 WINDOW = 1024
 
@@ -87,6 +90,16 @@ class JobState:
     def checkpoint(self) -> types_pb2.CheckpointPolicy:
         """When nodes save checkpoints for it."""
         return self._record.job.checkpoint
+
+    @property
+    def validation_file(self) -> str:
+        """File with its held-out examples; empty: none."""
+        return self._record.job.validation_file
+
+    @property
+    def quality_gate(self) -> types_pb2.QualityGate:
+        """What is done with the loss on them, defaults filled in."""
+        return self._record.job.quality_gate
 
     @property
     def total_microbatches(self) -> int:
@@ -258,6 +271,50 @@ class JobState:
         if self._last_steps.get(outcome.node_id) != step:
             self._last_steps[outcome.node_id] = step
             self._record.job.steps_per_node[outcome.node_id] += 1
+
+    # ------------------------------------------------------------- held-out loss
+
+    def judge(self, checkpoint_id: str, loss: float) -> str:
+        """Take over the loss on the held-out examples, nats per token: "best" so far, "good" or "bad"."""
+        losses, job = self._record.heldout_losses, self._record.job
+        best = min(losses.values(), default=math.inf)
+        while len(losses) >= _MAX_LOSSES:
+            del losses[max(losses, key=lambda name: losses[name])]
+        losses[checkpoint_id] = loss
+        job.heldout_loss = loss
+        if not math.isfinite(loss) or loss > best + self.quality_gate.tolerance:
+            self._record.num_bad_evaluations += 1
+            return "bad"
+        self._record.num_bad_evaluations = 0
+        if loss >= best:
+            return "good"
+        job.best_heldout_loss, job.best_checkpoint_id = loss, checkpoint_id
+        return "best"
+
+    def is_bad(self, checkpoint_id: str) -> bool:
+        """Whether this checkpoint must not be published."""
+        losses = self._record.heldout_losses
+        loss = losses.get(checkpoint_id)
+        return loss is not None and not loss <= min(losses.values()) + self.quality_gate.tolerance
+
+    def heldout_loss_of(self, checkpoint_id: str) -> float | None:
+        """What was measured for a checkpoint."""
+        return self._record.heldout_losses.get(checkpoint_id)
+
+    @property
+    def is_to_go_back(self) -> bool:
+        """Whether enough evaluations in a row were bad."""
+        return 0 < self.quality_gate.max_bad_evaluations <= self._record.num_bad_evaluations
+
+    def best_of(self, checkpoint_ids: Iterable[str]) -> str | None:
+        """The one with the smallest loss; None when none of them was measured."""
+        losses = self._record.heldout_losses
+        known = [name for name in checkpoint_ids if name in losses]
+        return min(known, key=lambda name: losses[name], default=None)
+
+    def went_back(self) -> None:
+        """Its node trains on from an earlier checkpoint."""
+        self._record.num_bad_evaluations = 0
 
     def set_error(self, error: LemixError) -> None:
         """Why it fails."""

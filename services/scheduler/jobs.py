@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Iterable
 import structlog
 
 from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
 from services.runtime.clock import Clock
@@ -19,7 +20,7 @@ from services.scheduler import metrics
 from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.core.types import Event, JobCancelled, SyncIntervalSet
 from services.scheduler.guard import LedgerGuard
-from services.scheduler.hyperparameters import resolve, resolve_checkpoints
+from services.scheduler.hyperparameters import resolve, resolve_checkpoints, resolve_gate
 from services.scheduler.inbox import Inbox, Told
 from services.scheduler.job_state import JobState
 
@@ -130,9 +131,12 @@ class JobRegistry:
         """Make a durable job. Raises INVALID_REQUEST, NOT_FOUND, MODEL_NOT_FOUND, OVERLOADED, UNAVAILABLE."""
         hyperparameters = resolve(request.hyperparameters)
         policy = resolve_checkpoints(request.checkpoint)
+        gate = resolve_gate(request.quality_gate)
         if models and request.model and request.model not in models:
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"no node serves model {request.model!r}", param="model")
         file = await self.get_file(request.training_file)
+        if request.validation_file:
+            await self._check_validation(request.validation_file)
         if not file.num_examples:
             raise LemixError(ErrorCode.INVALID_REQUEST, "the file has no examples", param="training_file")
         if len(self._running) >= self._max_running:
@@ -149,6 +153,8 @@ class JobRegistry:
             total_microbatches=batches_per_epoch * hyperparameters.num_epochs,
             num_examples=file.num_examples,
             checkpoint=policy,
+            validation_file=request.validation_file,
+            quality_gate=gate,
         )
         state = await self._start(work_pb2.JobRecord(job=job, request_id=request.request_id))
         return state.view()
@@ -166,6 +172,15 @@ class JobRegistry:
         await self._set_sync_interval(state)
         self._changed()
         return state
+
+    async def _check_validation(self, file_id: str) -> None:
+        file = await self._guard.once(lambda: self._ledger.get_file(file_id))
+        if file is None or not file.num_examples:
+            message = f"no file {file_id[:200]!r} with examples"
+            raise LemixError(ErrorCode.NOT_FOUND, message, param="validation_file")
+        if not self._checkpoints.keepers():
+            message = "held-out examples are measured for checkpoints, and no connected node keeps any"
+            raise LemixError(ErrorCode.INVALID_REQUEST, message, param="validation_file")
 
     async def get(self, job_id: str) -> types_pb2.TrainingJob:
         """One job. Raises NOT_FOUND, UNAVAILABLE."""
@@ -327,6 +342,40 @@ class JobRegistry:
             if not wanted or state.job_id in wanted:
                 state.add_event(level, message)
         self._unsaved.set()
+
+    def known(self, job_id: str) -> JobState | None:
+        """The job if it runs, or has just ended."""
+        return self._known(job_id)
+
+    def note(self, state: JobState, level: str, message: str) -> None:
+        """Tell a job's owner something, also when the job has ended meanwhile."""
+        state.add_event(level, message)
+        if state.ended:
+            self._ending[state.job_id] = state
+        self._unsaved.set()
+
+    def listed_checkpoints(self, job_id: str) -> list[types_pb2.Checkpoint]:
+        """Checkpoints of connected nodes with what was measured of them; of one job if it is named."""
+        found = []
+        for listed in self._checkpoints.listed(job_id):
+            checkpoint = types_pb2.Checkpoint()
+            checkpoint.CopyFrom(listed)
+            for trained_id in checkpoint.trained_microbatches:
+                state = self._known(trained_id)
+                loss = None if state is None else state.heldout_loss_of(checkpoint.checkpoint_id)
+                if loss is not None:
+                    checkpoint.heldout_loss = loss
+            found.append(checkpoint)
+        return found
+
+    async def publish(self, request: pb.PublishCheckpointRequest) -> list[types_pb2.WeightVersion]:
+        """Let other nodes take over a checkpoint. Raises NOT_FOUND, CONFLICT when it is bad, and what nodes answer."""
+        checkpoint_id = request.checkpoint_id
+        bad = [state.job_id for state in self._running.values() if state.is_bad(checkpoint_id)]
+        if bad and not request.force:
+            message = f"the held-out loss of {bad[0]} is worse there than its best by more than the tolerance"
+            raise LemixError(ErrorCode.CONFLICT, message, param="checkpoint_id")
+        return await self._checkpoints.publish(checkpoint_id, request.node_ids)
 
     async def save_checkpoint(self, job_id: str) -> list[types_pb2.Checkpoint]:
         """Save on every node that trained the job. Raises NOT_FOUND, CONFLICT, and what a node answers."""

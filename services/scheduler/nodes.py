@@ -240,7 +240,10 @@ class NodeRegistry:
                 await self._inbox.put(Trained(message.trained))
             case "checkpoint":
                 self._checkpoints.reported(connection.hello.node_id, message.checkpoint)
+            case "evaluation":
+                self._checkpoints.evaluated(message.evaluation)
             case "sync_finished":
+                self._checkpoints.sync_finished(connection.hello.node_id, message.sync_finished)
                 await self._inbox.put(Told(_sync_event(connection.hello.node_id, message.sync_finished)))
             case other:
                 raise LemixError(ErrorCode.INVALID_REQUEST, f"unexpected message {other}")

@@ -163,7 +163,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self, request: pb.ListCheckpointsRequest, context: Context
     ) -> pb.ListCheckpointsResponse:
         """Checkpoints of connected nodes."""
-        return pb.ListCheckpointsResponse(checkpoints=self._checkpoints.listed(request.job_id))
+        return pb.ListCheckpointsResponse(checkpoints=self._jobs.listed_checkpoints(request.job_id))
 
     async def ExportCheckpoint(  # noqa: N802  the name of the RPC
         self, request: pb.ExportCheckpointRequest, context: Context
@@ -180,6 +180,12 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         node_id = request.node_id or self._checkpoints.owner_of(request.checkpoint_id)
         report = await self._checkpoints.ask(node_id, "restore", request.checkpoint_id)
         return pb.RestoreCheckpointResponse(version=report.version)
+
+    async def PublishCheckpoint(  # noqa: N802  the name of the RPC
+        self, request: pb.PublishCheckpointRequest, context: Context
+    ) -> pb.PublishCheckpointResponse:
+        """Other nodes take over a checkpoint."""
+        return pb.PublishCheckpointResponse(versions=await self._jobs.publish(request))
 
     async def GetClusterState(  # noqa: N802  the name of the RPC
         self, request: pb.GetClusterStateRequest, context: Context

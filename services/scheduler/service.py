@@ -32,6 +32,7 @@ from services.scheduler.inbox import Delivered, Inbox, NodeGone
 from services.scheduler.jobs import JobRegistry
 from services.scheduler.nodes import NodeRegistry
 from services.scheduler.profiles import ProfilerClient, ProfileSource, StoredProfile
+from services.scheduler.quality import QualityGate
 from services.scheduler.server import SchedulerServicer
 
 _log = structlog.get_logger()
@@ -95,6 +96,7 @@ class SchedulerService:
             save_interval_s=settings.job_save_interval_s,
             checkpoints=self.checkpoints,
         )
+        self.quality = QualityGate(jobs=self.jobs, desk=self.checkpoints, guard=self.guard)
         self.feeder = Feeder(
             jobs=self.jobs, guard=self.guard, inbox=self.inbox, look_ahead=settings.core.max_waiting_training
         )
@@ -192,6 +194,7 @@ class SchedulerService:
         self.gateways.close()
         self.jobs.close()
         await self._server.stop(grace_s)
+        await self.quality.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

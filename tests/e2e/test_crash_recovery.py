@@ -57,6 +57,7 @@ def times_trained_again(user, job_id):
     return [int(match[1]) for match in told if match]
 
 
+@pytest.mark.timeout(300)  # the node starts three times
 def test_a_killed_node_trains_again_what_its_checkpoint_lacks(user):
     with lemix.Client(user.cluster.grpc_address) as client:
         job = client.create_job(

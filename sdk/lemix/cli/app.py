@@ -113,13 +113,18 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Examples per micro-batch.", min=1)] = None,
     checkpoint_steps: Annotated[int | None, typer.Option(help="Optimizer steps between checkpoints.", min=1)] = None,
     checkpoint_s: Annotated[float | None, typer.Option(help="Seconds between checkpoints.", min=1)] = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="JSONL file of held-out examples.", exists=True, dir_okay=False, readable=True)
+    ] = None,
     follow: Annotated[bool, typer.Option("--watch/--no-watch", help="Follow the job until it ends.")] = False,
 ) -> None:
     """Train the served model on a file."""
     values = Hyperparameters(num_epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
     with _state.client() as client:
         policy = CheckpointPolicy(every_steps=checkpoint_steps, every_s=checkpoint_s)
-        job = client.submit_training(file, hyperparameters=values, checkpoint=policy)
+        heldout = "" if validation is None else client.upload_file(validation).file_id
+        stored = client.upload_file(file)
+        job = client.create_job(stored.file_id, hyperparameters=values, checkpoint=policy, validation_file=heldout)
         _state.out.print(f"{job.job_id}: {job.num_examples} examples, {job.total_microbatches} micro-batches")
         if follow:
             _follow(client, job.job_id)
@@ -177,6 +182,19 @@ def rollback(
     with _state.client() as client:
         version = client.restore_checkpoint(checkpoint, node_id=node)
     _state.out.print(f"{version.node_id} serves version {version.node_id}:{version.incarnation}:{version.step}")
+
+
+@app.command()
+def publish(
+    checkpoint: Annotated[str, typer.Argument(help="Id of the checkpoint.")],
+    node: Annotated[list[str] | None, typer.Option(help="Node that takes it over; default: all others.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Whatever its held-out loss.")] = False,
+) -> None:
+    """Let other nodes take over the weights of a checkpoint."""
+    with _state.client() as client:
+        versions = client.publish_checkpoint(checkpoint, node_ids=node or (), force=force)
+    for version in versions:
+        _state.out.print(f"{version.node_id} serves version {version.node_id}:{version.incarnation}:{version.step}")
 
 
 @app.command()

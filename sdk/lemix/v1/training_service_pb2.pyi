@@ -28,18 +28,22 @@ class CreateFileResponse(_message.Message):
     def __init__(self, file_id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., created_unix_s: _Optional[float] = ...) -> None: ...
 
 class CreateJobRequest(_message.Message):
-    __slots__ = ("model", "training_file", "hyperparameters", "request_id", "checkpoint")
+    __slots__ = ("model", "training_file", "hyperparameters", "request_id", "checkpoint", "validation_file", "quality_gate")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FILE_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    VALIDATION_FILE_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_GATE_FIELD_NUMBER: _ClassVar[int]
     model: str
     training_file: str
     hyperparameters: _types_pb2.Hyperparameters
     request_id: str
     checkpoint: _types_pb2.CheckpointPolicy
-    def __init__(self, model: _Optional[str] = ..., training_file: _Optional[str] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., request_id: _Optional[str] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ...) -> None: ...
+    validation_file: str
+    quality_gate: _types_pb2.QualityGate
+    def __init__(self, model: _Optional[str] = ..., training_file: _Optional[str] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., request_id: _Optional[str] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ..., validation_file: _Optional[str] = ..., quality_gate: _Optional[_Union[_types_pb2.QualityGate, _Mapping]] = ...) -> None: ...
 
 class CreateJobResponse(_message.Message):
     __slots__ = ("job",)
@@ -180,3 +184,19 @@ class RestoreCheckpointResponse(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     version: _types_pb2.WeightVersion
     def __init__(self, version: _Optional[_Union[_types_pb2.WeightVersion, _Mapping]] = ...) -> None: ...
+
+class PublishCheckpointRequest(_message.Message):
+    __slots__ = ("checkpoint_id", "node_ids", "force")
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_IDS_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    checkpoint_id: str
+    node_ids: _containers.RepeatedScalarFieldContainer[str]
+    force: bool
+    def __init__(self, checkpoint_id: _Optional[str] = ..., node_ids: _Optional[_Iterable[str]] = ..., force: _Optional[bool] = ...) -> None: ...
+
+class PublishCheckpointResponse(_message.Message):
+    __slots__ = ("versions",)
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedCompositeFieldContainer[_types_pb2.WeightVersion]
+    def __init__(self, versions: _Optional[_Iterable[_Union[_types_pb2.WeightVersion, _Mapping]]] = ...) -> None: ...

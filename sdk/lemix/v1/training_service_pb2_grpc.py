@@ -90,6 +90,11 @@ class TrainingServiceStub:
                 request_serializer=lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointRequest.SerializeToString,
                 response_deserializer=lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointResponse.FromString,
                 _registered_method=True)
+        self.PublishCheckpoint = channel.unary_unary(
+                '/lemix.v1.TrainingService/PublishCheckpoint',
+                request_serializer=lemix_dot_v1_dot_training__service__pb2.PublishCheckpointRequest.SerializeToString,
+                response_deserializer=lemix_dot_v1_dot_training__service__pb2.PublishCheckpointResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
@@ -180,6 +185,14 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PublishCheckpoint(self, request, context):
+        """Lets other nodes take over the weights of a checkpoint. Errors: NOT_FOUND, CONFLICT (its held-out loss is worse than
+        the best by more than the tolerance, or it is of another model), UNAVAILABLE (a node is away).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -237,6 +250,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.RestoreCheckpoint,
                     request_deserializer=lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointRequest.FromString,
                     response_serializer=lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointResponse.SerializeToString,
+            ),
+            'PublishCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishCheckpoint,
+                    request_deserializer=lemix_dot_v1_dot_training__service__pb2.PublishCheckpointRequest.FromString,
+                    response_serializer=lemix_dot_v1_dot_training__service__pb2.PublishCheckpointResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -537,6 +555,33 @@ class TrainingService:
             '/lemix.v1.TrainingService/RestoreCheckpoint',
             lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointRequest.SerializeToString,
             lemix_dot_v1_dot_training__service__pb2.RestoreCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.v1.TrainingService/PublishCheckpoint',
+            lemix_dot_v1_dot_training__service__pb2.PublishCheckpointRequest.SerializeToString,
+            lemix_dot_v1_dot_training__service__pb2.PublishCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

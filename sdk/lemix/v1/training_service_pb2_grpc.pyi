@@ -68,6 +68,10 @@ class TrainingServiceStub:
     """Lets a node go on from a checkpoint, its own or (shared directory) another's: weights, optimizer states and
     schedules. The node's weights step rises by one. Errors: NOT_FOUND, CONFLICT (another model, or corrupted).
     """
+    PublishCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.PublishCheckpointRequest, _training_service_pb2.PublishCheckpointResponse]
+    """Lets other nodes take over the weights of a checkpoint. Errors: NOT_FOUND, CONFLICT (its held-out loss is worse than
+    the best by more than the tolerance, or it is of another model), UNAVAILABLE (a node is away).
+    """
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
@@ -108,6 +112,10 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     RestoreCheckpoint: _aio.UnaryUnaryMultiCallable[_training_service_pb2.RestoreCheckpointRequest, _training_service_pb2.RestoreCheckpointResponse]  # type: ignore[assignment]
     """Lets a node go on from a checkpoint, its own or (shared directory) another's: weights, optimizer states and
     schedules. The node's weights step rises by one. Errors: NOT_FOUND, CONFLICT (another model, or corrupted).
+    """
+    PublishCheckpoint: _aio.UnaryUnaryMultiCallable[_training_service_pb2.PublishCheckpointRequest, _training_service_pb2.PublishCheckpointResponse]  # type: ignore[assignment]
+    """Lets other nodes take over the weights of a checkpoint. Errors: NOT_FOUND, CONFLICT (its held-out loss is worse than
+    the best by more than the tolerance, or it is of another model), UNAVAILABLE (a node is away).
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -212,6 +220,16 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_training_service_pb2.RestoreCheckpointResponse, _abc.Awaitable[_training_service_pb2.RestoreCheckpointResponse]]:
         """Lets a node go on from a checkpoint, its own or (shared directory) another's: weights, optimizer states and
         schedules. The node's weights step rises by one. Errors: NOT_FOUND, CONFLICT (another model, or corrupted).
+        """
+
+    @_abc_1.abstractmethod
+    def PublishCheckpoint(
+        self,
+        request: _training_service_pb2.PublishCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.PublishCheckpointResponse, _abc.Awaitable[_training_service_pb2.PublishCheckpointResponse]]:
+        """Lets other nodes take over the weights of a checkpoint. Errors: NOT_FOUND, CONFLICT (its held-out loss is worse than
+        the best by more than the tolerance, or it is of another model), UNAVAILABLE (a node is away).
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -174,7 +174,7 @@ class Hyperparameters(_message.Message):
     def __init__(self, learning_rate: _Optional[float] = ..., num_epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., gradient_accumulation_steps: _Optional[int] = ..., lr_schedule: _Optional[str] = ..., warmup_steps: _Optional[int] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ...) -> None: ...
 
 class TrainingJob(_message.Message):
-    __slots__ = ("job_id", "model", "training_file", "status", "created_unix_s", "finished_unix_s", "hyperparameters", "total_microbatches", "trained_microbatches", "trained_tokens", "last_loss", "steps_per_node", "error", "num_examples", "checkpoint", "unsaved_microbatches")
+    __slots__ = ("job_id", "model", "training_file", "status", "created_unix_s", "finished_unix_s", "hyperparameters", "total_microbatches", "trained_microbatches", "trained_tokens", "last_loss", "steps_per_node", "error", "num_examples", "checkpoint", "unsaved_microbatches", "validation_file", "quality_gate", "heldout_loss", "best_heldout_loss", "best_checkpoint_id")
     class StepsPerNodeEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +198,11 @@ class TrainingJob(_message.Message):
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     UNSAVED_MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    VALIDATION_FILE_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_GATE_FIELD_NUMBER: _ClassVar[int]
+    HELDOUT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    BEST_HELDOUT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    BEST_CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     model: str
     training_file: str
@@ -214,7 +219,12 @@ class TrainingJob(_message.Message):
     num_examples: int
     checkpoint: CheckpointPolicy
     unsaved_microbatches: int
-    def __init__(self, job_id: _Optional[str] = ..., model: _Optional[str] = ..., training_file: _Optional[str] = ..., status: _Optional[_Union[JobStatus, str]] = ..., created_unix_s: _Optional[float] = ..., finished_unix_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., total_microbatches: _Optional[int] = ..., trained_microbatches: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., last_loss: _Optional[float] = ..., steps_per_node: _Optional[_Mapping[str, int]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., num_examples: _Optional[int] = ..., checkpoint: _Optional[_Union[CheckpointPolicy, _Mapping]] = ..., unsaved_microbatches: _Optional[int] = ...) -> None: ...
+    validation_file: str
+    quality_gate: QualityGate
+    heldout_loss: float
+    best_heldout_loss: float
+    best_checkpoint_id: str
+    def __init__(self, job_id: _Optional[str] = ..., model: _Optional[str] = ..., training_file: _Optional[str] = ..., status: _Optional[_Union[JobStatus, str]] = ..., created_unix_s: _Optional[float] = ..., finished_unix_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., total_microbatches: _Optional[int] = ..., trained_microbatches: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., last_loss: _Optional[float] = ..., steps_per_node: _Optional[_Mapping[str, int]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., num_examples: _Optional[int] = ..., checkpoint: _Optional[_Union[CheckpointPolicy, _Mapping]] = ..., unsaved_microbatches: _Optional[int] = ..., validation_file: _Optional[str] = ..., quality_gate: _Optional[_Union[QualityGate, _Mapping]] = ..., heldout_loss: _Optional[float] = ..., best_heldout_loss: _Optional[float] = ..., best_checkpoint_id: _Optional[str] = ...) -> None: ...
 
 class CheckpointPolicy(_message.Message):
     __slots__ = ("every_steps", "every_s")
@@ -223,6 +233,16 @@ class CheckpointPolicy(_message.Message):
     every_steps: int
     every_s: float
     def __init__(self, every_steps: _Optional[int] = ..., every_s: _Optional[float] = ...) -> None: ...
+
+class QualityGate(_message.Message):
+    __slots__ = ("tolerance", "max_bad_evaluations", "publish")
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    MAX_BAD_EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    PUBLISH_FIELD_NUMBER: _ClassVar[int]
+    tolerance: float
+    max_bad_evaluations: int
+    publish: bool
+    def __init__(self, tolerance: _Optional[float] = ..., max_bad_evaluations: _Optional[int] = ..., publish: _Optional[bool] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("checkpoint_id", "node_id", "created_unix_s", "size_bytes", "trained_microbatches", "reason", "heldout_loss")

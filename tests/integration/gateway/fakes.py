@@ -204,6 +204,7 @@ class FakeScheduler(pb_grpc.SchedulerServiceServicer):
         self.files: dict[str, tuple[work_pb2.FileRecord, list[work_pb2.TrainingExample]]] = {}
         self.num_file_messages = 0
         self.jobs: dict[str, types_pb2.TrainingJob] = {}
+        self.checkpoints: list[types_pb2.Checkpoint] = []
         self.job_requests: list[Any] = []
         self.feedback: list[pb.SubmitFeedbackRequest] = []
         self.endless: set[str] = set()  # jobs whose watch stays open after the events there are
@@ -348,6 +349,54 @@ class FakeScheduler(pb_grpc.SchedulerServiceServicer):
         still_open = job.status == types_pb2.JOB_STATUS_RUNNING and job.job_id in self.endless
         if still_open and not request.existing_only:
             await asyncio.Event().wait()
+
+    def _checkpoint(self, checkpoint_id: str) -> types_pb2.Checkpoint:
+        for checkpoint in self.checkpoints:
+            if checkpoint.checkpoint_id == checkpoint_id:
+                return checkpoint
+        raise LemixError(ErrorCode.NOT_FOUND, f"no checkpoint {checkpoint_id}", param="checkpoint_id")
+
+    async def SaveCheckpoint(  # noqa: N802
+        self, request: pb.SaveCheckpointRequest, context: Any
+    ) -> pb.SaveCheckpointResponse:
+        step = len(self.checkpoints) + 1
+        checkpoint = types_pb2.Checkpoint(
+            checkpoint_id=f"node-0:1:{step}",
+            node_id="node-0",
+            created_unix_s=1_700_000_000 + step,
+            size_bytes=100,
+            trained_microbatches={self._job(request.job_id).job_id: step},
+            reason="request",
+            heldout_loss=float("inf") if step == 2 else 2.5,
+        )
+        self.checkpoints.insert(0, checkpoint)
+        return pb.SaveCheckpointResponse(checkpoints=[checkpoint])
+
+    async def ListCheckpoints(  # noqa: N802
+        self, request: pb.ListCheckpointsRequest, context: Any
+    ) -> pb.ListCheckpointsResponse:
+        found = [item for item in self.checkpoints if not request.job_id or request.job_id in item.trained_microbatches]
+        return pb.ListCheckpointsResponse(checkpoints=found)
+
+    async def ExportCheckpoint(  # noqa: N802
+        self, request: pb.ExportCheckpointRequest, context: Any
+    ) -> pb.ExportCheckpointResponse:
+        return pb.ExportCheckpointResponse(node_id=self._checkpoint(request.checkpoint_id).node_id, path="/exports/x")
+
+    async def RestoreCheckpoint(  # noqa: N802
+        self, request: pb.RestoreCheckpointRequest, context: Any
+    ) -> pb.RestoreCheckpointResponse:
+        owner = self._checkpoint(request.checkpoint_id).node_id
+        version = types_pb2.WeightVersion(node_id=request.node_id or owner, incarnation=1, step=9)
+        return pb.RestoreCheckpointResponse(version=version)
+
+    async def PublishCheckpoint(  # noqa: N802
+        self, request: pb.PublishCheckpointRequest, context: Any
+    ) -> pb.PublishCheckpointResponse:
+        if self._checkpoint(request.checkpoint_id).heldout_loss == float("inf") and not request.force:
+            raise LemixError(ErrorCode.CONFLICT, "its held-out loss is worse", param="checkpoint_id")
+        versions = [types_pb2.WeightVersion(node_id=node_id, incarnation=1, step=4) for node_id in request.node_ids]
+        return pb.PublishCheckpointResponse(versions=versions)
 
     async def SubmitFeedback(  # noqa: N802
         self, request: pb.SubmitFeedbackRequest, context: Any

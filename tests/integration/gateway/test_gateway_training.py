@@ -137,7 +137,10 @@ async def test_a_job_carries_openai_and_own_hyperparameters(gateway: Gateway) ->
         ({"lemix": {"kind": "isolated"}}, 400, "invalid_request"),
         ({"method": {"type": "dpo"}}, 400, "invalid_request"),
         ({"suffix": "mine"}, 400, "unsupported"),
-        ({"validation_file": "file-1"}, 400, "unsupported"),
+        ({"validation_file": "no/file"}, 400, "invalid_request"),
+        ({"lemix": {"checkpoint": {"every_steps": -1}}}, 400, "invalid_request"),
+        ({"lemix": {"checkpoint": {"often": 1}}}, 400, "invalid_request"),
+        ({"lemix": {"quality_gate": {"tolerance": "low"}}}, 400, "invalid_request"),
         ({"training_file": "file-77"}, 404, "not_found"),
         ({"training_file": ""}, 400, "invalid_request"),
         ({"model": "other"}, 404, "model_not_found"),
@@ -209,3 +212,37 @@ async def test_feedback(gateway: Gateway, body: dict[str, Any], tokens: list[int
 async def test_bad_feedback(gateway: Gateway, body: dict[str, Any]) -> None:
     answer = await gateway.http.post("/v1/feedback", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+
+
+async def test_checkpoints_are_asked_for_with_the_job(gateway: Gateway) -> None:
+    wanted = {"checkpoint": {"every_steps": 5, "every_s": 2.5}, "quality_gate": {"tolerance": 0.1, "publish": True}}
+    answer = await _job(gateway, validation_file="file-1", lemix=wanted)
+    assert answer.status_code == 200, answer.text
+    sent = gateway.scheduler.job_requests[0]
+    assert (sent.checkpoint.every_steps, sent.checkpoint.every_s, sent.validation_file) == (5, 2.5, "file-1")
+    assert (sent.quality_gate.tolerance, sent.quality_gate.publish) == (0.1, True)
+    assert not sent.quality_gate.HasField("max_bad_evaluations")
+
+
+async def test_checkpoints_are_saved_listed_exported_restored_and_published(gateway: Gateway) -> None:
+    job_id = (await _job(gateway)).json()["id"]
+    url = f"/v1/fine_tuning/jobs/{job_id}/checkpoints"
+    saved = (await gateway.http.post(url)).json()["data"]
+    assert [(item["id"], item["heldout_loss"], item["trained_microbatches"]) for item in saved] == [
+        ("node-0:1:1", 2.5, {job_id: 1})
+    ]
+    assert (await gateway.http.post(url)).json()["data"][0]["heldout_loss"] is None  # it has diverged
+    for listing in (url, "/v1/checkpoints"):
+        listed = (await gateway.http.get(listing)).json()
+        assert [item["id"] for item in listed["data"]] == ["node-0:1:2", "node-0:1:1"]
+    exported = (await gateway.http.post("/v1/checkpoints/node-0:1:1/export")).json()
+    assert exported == {"object": "checkpoint.export", "node_id": "node-0", "path": "/exports/x"}
+    restored = (await gateway.http.post("/v1/checkpoints/node-0:1:1/restore", params={"node_id": "node-1"})).json()
+    assert restored["weight_version"] == "node-1:1:9"
+    published = await gateway.http.post("/v1/checkpoints/node-0:1:1/publish", params={"node_id": ["node-1", "node-2"]})
+    assert published.json()["weight_versions"] == ["node-1:1:4", "node-2:1:4"]
+    assert (await gateway.http.post("/v1/checkpoints/node-0:1:2/publish")).status_code == 409
+    assert (await gateway.http.post("/v1/checkpoints/node-0:1:2/publish?force=true")).status_code == 200
+    for action in ("export", "restore", "publish"):
+        assert (await gateway.http.post(f"/v1/checkpoints/node-9:1:1/{action}")).status_code == 404
+        assert (await gateway.http.post(f"/v1/checkpoints/no%20id/{action}")).status_code == 400

@@ -121,6 +121,7 @@ class ScriptedScheduler(Watched, scheduler_grpc.SchedulerServiceServicer):
         #: Task ids in the order they were told as trained and in no checkpoint, and what became of checkpoints.
         self.trained: list[str] = []
         self.checkpoints: list[scheduler_pb2.CheckpointReport] = []
+        self.evaluations: list[scheduler_pb2.EvaluationReport] = []
         self.address = ""
         self._commands: dict[str, asyncio.Queue[scheduler_pb2.NodeSessionResponse]] = {}
         self._server: grpc.aio.Server | None = None
@@ -173,6 +174,8 @@ class ScriptedScheduler(Watched, scheduler_grpc.SchedulerServiceServicer):
                     self.trained.append(request.trained.task_id)
                 case "checkpoint":
                     self.checkpoints.append(request.checkpoint)
+                case "evaluation":
+                    self.evaluations.append(request.evaluation)
             await self.changed()
 
     async def outcome(self, task_id: str) -> work_pb2.WorkOutcome:

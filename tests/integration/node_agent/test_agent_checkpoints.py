@@ -354,3 +354,74 @@ async def test_a_node_without_a_folder_for_them_keeps_no_checkpoints(tmp_path: P
         assert (await made.scheduler.checkpoint(1)).error.code == errors_pb2.ERROR_CODE_CONFLICT
         await train(made, [0])
         assert await made.scheduler.outcome("job/0")
+
+
+async def evaluated(made: Cluster, examples: Sequence[list[int]]) -> scheduler_pb2.EvaluationReport:
+    items = [work_pb2.TrainingExample(token_ids=example) for example in examples]
+    command = scheduler_pb2.EvaluateCommand(request_id="e", examples=items)
+    made.scheduler.command("node-0", evaluate=command)
+    await made.scheduler.until(lambda: made.scheduler.evaluations, "a held-out loss")
+    return made.scheduler.evaluations[-1]
+
+
+async def test_a_heldout_loss_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved") as node:
+        await train(made, [0])
+        await trained(made, 1)
+        report = await evaluated(made, [[1, 2, 3], [4, 5]])
+        assert not report.HasField("error")
+        assert report.label_tokens == 3
+        assert report.loss == pytest.approx(after_steps(1))
+        assert node.held_by_stages() == []
+        await train(made, [1])
+        await trained(made, 2)
+
+
+@pytest.mark.parametrize("examples", [[], [[1]], [[1, 1000]]])
+async def test_bad_heldout_examples_are_refused(tmp_path: Path, examples: list[list[int]]) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved"):
+        assert (await evaluated(made, examples)).error.code == errors_pb2.ERROR_CODE_INVALID_REQUEST
+
+
+async def test_a_checkpoint_that_is_kept_outlives_newer_ones(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_steps=1, checkpoint_keep=1):
+        await train(made, [0])
+        best = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
+
+        def keep(checkpoint_id: str) -> None:
+            wanted = scheduler_pb2.KeepCheckpoint(job_id="job", checkpoint_id=checkpoint_id)
+            made.scheduler.command("node-0", checkpoint=scheduler_pb2.CheckpointCommand(keep=wanted))
+
+        keep(best)
+        for sequence in (1, 2):
+            await train(made, [sequence])
+            report = await made.scheduler.checkpoint(sequence + 1)
+        assert [held.checkpoint_id for held in report.held][-1] == best
+        assert len(report.held) == 2
+        keep("")
+        await train(made, [3])
+        report = await made.scheduler.checkpoint(4)
+        assert len(report.held) == 1
+
+
+async def test_a_published_checkpoint_is_taken_over_and_outlives_a_crash(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "a", checkpoint_every_steps=2) as source:
+        await train_and_save(made, 3)
+        checkpoint_id = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
+        settings = {**NO_TIME, "checkpoint_directory": str(tmp_path / "b")}
+        async with contextlib.AsyncExitStack() as stack:
+            node = await made.start_node("node-1", num_stages=1, stack=stack, **settings)
+            apply = scheduler_pb2.ApplyWeights(
+                sync_id=f"checkpoint/{checkpoint_id}",
+                mode=scheduler_pb2.SYNC_MODE_REPLACE,
+                source_addresses=[source.agent.address],
+            )
+            made.scheduler.command("node-1", apply_weights=apply)
+            (finished,) = await made.scheduler.sync_finished(1)
+            assert not finished.HasField("error")
+            assert finished.weight_step == 1
+            assert weights(node) == pytest.approx([after_steps(2)])
+        async with contextlib.AsyncExitStack() as stack:
+            node = await made.start_node("node-1", num_stages=1, stack=stack, **settings)
+            assert made.scheduler.hellos[-1].checkpoints[0].reason == "publish"
+            assert weights(node) == pytest.approx([after_steps(2)])

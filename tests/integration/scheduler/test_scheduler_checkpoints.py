@@ -6,7 +6,7 @@ from typing import Any
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
-from lemix.v1 import types_pb2
+from lemix.v1 import training_service_pb2, types_pb2
 from services.ledger import Delivery
 from tests.integration.scheduler.cluster import Cluster, eventually
 from tests.integration.scheduler.fakes import FakeGateway, FakeNode
@@ -214,3 +214,140 @@ async def test_the_owner_hears_of_a_node_that_started_from_an_older_checkpoint(c
         return ("error", "n0: checkpoint x is corrupted") in [(event.level, event.message) for event in events]
 
     await eventually(is_told)
+
+
+class Gated:
+    """A job with held-out examples on a node that answers what the test says."""
+
+    def __init__(self, node: FakeNode, gateway: FakeGateway, job_id: str) -> None:
+        self.node, self.gateway, self.job_id = node, gateway, job_id
+        self.held: list[types_pb2.Checkpoint] = []
+
+    async def saves(self, step: int, loss: float) -> None:
+        """The node saves a checkpoint; its held-out loss is this."""
+        new = checkpoint(step, **{self.job_id: step})
+        self.held.insert(0, new)
+        await self.node.send(pb.NodeSessionRequest(checkpoint=pb.CheckpointReport(checkpoint=new, held=self.held)))
+        command = (await self.node.command()).evaluate
+        assert [list(example.token_ids) for example in command.examples] == [
+            [number, number + 1] for number in range(3)
+        ]
+        report = pb.EvaluationReport(request_id=command.request_id, loss=loss, label_tokens=3)
+        await self.node.send(pb.NodeSessionRequest(evaluation=report))
+
+    async def job(self) -> Any:
+        return await job(self.gateway, self.job_id)
+
+    async def told(self, part: str) -> None:
+        """Wait for an event that holds this text."""
+
+        async def is_told() -> bool:
+            request = pb.WatchJobRequest(job_id=self.job_id, existing_only=True)
+            return any([part in message.event.message async for message in self.gateway.stub.WatchJob(request)])
+
+        await eventually(is_told)
+
+
+async def gated(cluster: Cluster, scheduler: Any, **gate: Any) -> Gated:
+    node = await cluster.node(scheduler, keeps_checkpoints=True)
+    gateway = await cluster.gateway(scheduler)
+    request = training_service_pb2.CreateJobRequest(
+        model="m",
+        training_file=await store(gateway, 6),
+        validation_file=await store(gateway, 3),
+        quality_gate=types_pb2.QualityGate(**gate),
+    )
+    created = (await gateway.stub.CreateJob(pb.CreateJobRequest(request=request))).job
+    await train(node, 1)
+    return Gated(node, gateway, created.job_id)
+
+
+async def test_the_heldout_loss_decides_which_checkpoint_is_kept(cluster: Cluster) -> None:
+    made = await gated(cluster, await cluster.scheduler())
+    await made.saves(1, 3.0)
+    kept = (await made.node.command()).checkpoint.keep
+    assert (kept.job_id, kept.checkpoint_id) == (made.job_id, "n0:1:1")
+    await made.told("held-out loss of checkpoint n0:1:1 is 3.0000: best")
+    await made.saves(2, 3.5)
+    await made.told("held-out loss of checkpoint n0:1:2 is 3.5000: bad")
+    seen = await made.job()
+    assert (seen.heldout_loss, seen.best_heldout_loss, seen.best_checkpoint_id) == (3.5, 3.0, "n0:1:1")
+    listed = (await made.gateway.stub.ListCheckpoints(pb.ListCheckpointsRequest(job_id=made.job_id))).checkpoints
+    assert [(found.checkpoint_id, found.heldout_loss) for found in listed] == [("n0:1:2", 3.5), ("n0:1:1", 3.0)]
+
+
+async def test_a_node_goes_back_to_its_best_checkpoint_after_bad_ones(cluster: Cluster) -> None:
+    made = await gated(cluster, await cluster.scheduler(), max_bad_evaluations=2)
+    await made.saves(1, 3.0)
+    await made.node.command()  # to keep it
+    await made.saves(2, float("inf"))
+    await made.told("is inf: bad")
+    await made.saves(3, 4.0)
+    command = (await made.node.command()).checkpoint
+    assert command.restore == "n0:1:1"
+    copy = checkpoint(4, **{made.job_id: 3})
+    copy.reason = "rollback"
+    report = pb.CheckpointReport(request_id=command.request_id, checkpoint=copy, held=[copy, *made.held])
+    await made.node.send(pb.NodeSessionRequest(checkpoint=report))
+    await made.told("n0 went back to checkpoint n0:1:1 because of its held-out loss")
+    await made.saves(5, 3.1)  # the next command is for this one: the copy was not measured again
+    await made.told("held-out loss of checkpoint n0:1:5 is 3.1000: bad")
+
+
+async def publishes(made: Gated, other: FakeNode, *, error: LemixError | None = None) -> None:
+    """The other node takes over what it is told to."""
+    apply = (await other.command()).apply_weights
+    assert list(apply.source_addresses) == [made.node.address]
+    assert apply.mode == pb.SYNC_MODE_REPLACE
+    finished = pb.SyncFinished(sync_id=apply.sync_id, weight_step=7)
+    if error is not None:
+        finished.error.CopyFrom(error.to_proto())
+    await other.send(pb.NodeSessionRequest(sync_finished=finished))
+
+
+async def test_a_bad_checkpoint_is_published_only_by_force(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    made = await gated(cluster, scheduler)
+    other = await cluster.node(scheduler, "n1", incarnation=5)
+    await made.saves(1, 3.0)
+    await made.node.command()  # to keep it
+    await made.saves(2, 3.5)
+    await made.told("3.5000: bad")
+    stub = made.gateway.stub
+    for checkpoint_id, code in (("n0:1:2", ErrorCode.CONFLICT), ("n9:1:2", ErrorCode.NOT_FOUND)):
+        refused = pb.PublishCheckpointRequest(checkpoint_id=checkpoint_id)
+        assert await fails(stub.PublishCheckpoint(refused)) is code
+    forced = asyncio.ensure_future(
+        stub.PublishCheckpoint(pb.PublishCheckpointRequest(checkpoint_id="n0:1:2", force=True))
+    )
+    await publishes(made, other)
+    (version,) = (await forced).versions
+    assert (version.node_id, version.incarnation, version.step) == ("n1", 5, 7)
+    failing = asyncio.ensure_future(
+        stub.PublishCheckpoint(pb.PublishCheckpointRequest(checkpoint_id="n0:1:1", node_ids=["n1"]))
+    )
+    await publishes(made, other, error=LemixError(ErrorCode.CONFLICT, "of another model"))
+    assert await fails(failing) is ErrorCode.CONFLICT
+    away = pb.PublishCheckpointRequest(checkpoint_id="n0:1:1", node_ids=["n7"])
+    assert await fails(stub.PublishCheckpoint(away)) is ErrorCode.UNAVAILABLE
+
+
+async def test_every_new_best_is_published_when_the_job_asks_for_it(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    made = await gated(cluster, scheduler, publish=True)
+    other = await cluster.node(scheduler, "n1")
+    await made.saves(1, 3.0)
+    await publishes(made, other)
+    await made.told("n1 took over checkpoint n0:1:1")
+
+
+async def test_heldout_examples_need_a_file_and_a_node_that_keeps_checkpoints(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    await cluster.node(scheduler)
+    gateway = await cluster.gateway(scheduler)
+    file_id = await store(gateway, 3)
+    for validation_file, code in (("none", ErrorCode.NOT_FOUND), (file_id, ErrorCode.INVALID_REQUEST)):
+        request = training_service_pb2.CreateJobRequest(
+            model="m", training_file=file_id, validation_file=validation_file
+        )
+        assert await fails(gateway.stub.CreateJob(pb.CreateJobRequest(request=request))) is code

@@ -240,3 +240,52 @@ def test_the_loss_of_a_node_is_told_with_what_it_took_along() -> None:
     assert [level for level, _ in told] == ["warn", "error"]
     assert told[0][1].startswith("n was lost: 1 micro-batches since its newest checkpoint are trained again")
     assert told[1][1].startswith("n did not come back: other nodes train 1 micro-batches again")
+
+
+def gated(tolerance: float = 0.1, max_bad: int = 2) -> JobState:
+    job = state(3)
+    job.quality_gate.tolerance, job.quality_gate.max_bad_evaluations = tolerance, max_bad
+    return job
+
+
+def test_the_gate_lets_small_losses_pass_and_remembers_the_best() -> None:
+    job = gated()
+    verdicts = [job.judge(f"c{number}", loss) for number, loss in enumerate([3.0, 2.0, 2.05, 2.2, math.inf, 1.9])]
+    assert verdicts == ["best", "best", "good", "bad", "bad", "best"]
+    view = job.view()
+    assert (view.heldout_loss, view.best_heldout_loss, view.best_checkpoint_id) == (1.9, 1.9, "c5")
+    assert [name for name in ("c0", "c1", "c2", "c3", "c4", "c5", "unknown") if job.is_bad(name)] == [
+        "c0",
+        "c2",
+        "c3",
+        "c4",
+    ]
+    assert job.best_of(["c0", "c1", "unknown"]) == "c1"
+    assert job.best_of(["unknown"]) is None
+    assert job.durable_record().heldout_losses["c1"] == 2.0
+
+
+def test_only_several_bad_losses_in_a_row_bring_a_node_back() -> None:
+    job = gated()
+    for name, loss, expected in (("a", 1.0, False), ("b", 2.0, False), ("c", 1.0, False), ("d", 2.0, False)):
+        job.judge(name, loss)
+        assert job.is_to_go_back is expected
+    job.judge("e", 2.0)
+    assert job.is_to_go_back
+    job.went_back()
+    assert not job.is_to_go_back
+    never = gated(max_bad=0)
+    for number in range(5):
+        never.judge(str(number), float(number))
+    assert not never.is_to_go_back
+
+
+@given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=300))
+def test_the_losses_remembered_are_bounded_and_keep_the_best(losses: list[float]) -> None:
+    job = gated()
+    for number, loss in enumerate(losses):
+        job.judge(str(number), loss)
+    kept = job.durable_record().heldout_losses
+    assert len(kept) <= 100
+    assert min(kept.values()) == min(losses)
+    assert job.view().best_heldout_loss == min(losses)

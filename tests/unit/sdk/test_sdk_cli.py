@@ -116,6 +116,23 @@ def test_train_watch_jobs_and_cancel(lemix_command: Run, tmp_path: Path) -> None
     assert lemix_command("cancel", "job-1") == (1, "", "lemix: [conflict] the job has ended\n")
 
 
+def test_checkpoints(lemix_command: Run, tmp_path: Path, fake: FakeLemix) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "a"}\n')
+    code, _, _ = lemix_command("train", str(file), "--checkpoint-steps", "5", "--validation", str(file))
+    assert code == 0
+    assert fake.calls.count("CreateFile") == 2
+    code, out, _ = lemix_command("checkpoints", "--job", "job-1", "--save")
+    assert (code, "fake-node:1:1" in out, "job-1 1" in out) == (0, True, True)
+    assert lemix_command("checkpoints", "--save")[0] == 1
+    assert lemix_command("export", "fake-node:1:1")[1] == "fake-node: /checkpoints/exports/fake-node-1-1\n"
+    code, out, _ = lemix_command("rollback", "fake-node:1:1", "--node", "n1")
+    assert (code, out) == (0, "n1 serves version n1:1:2\n")
+    code, out, _ = lemix_command("publish", "fake-node:1:1", "--node", "n1", "--node", "n2")
+    assert (code, out) == (0, "n1 serves version n1:1:1\nn2 serves version n2:1:1\n")
+    assert lemix_command("rollback", "other:1:1")[0] == 1
+
+
 def test_feedback(lemix_command: Run, fake: FakeLemix) -> None:
     code, out, _ = lemix_command("feedback", "--prompt", "q", "--completion", "a")
     assert (code, out) == (0, "accepted as example 1 of feedback\n")

@@ -214,6 +214,15 @@ def test_the_fake_answers_everything() -> None:
         assert client.list_jobs() == [job]
         with pytest.raises(LemixError, match="ended"):
             client.cancel_job(job.job_id)
+        (checkpoint,) = client.save_checkpoint(job.job_id)
+        assert client.list_checkpoints() == [checkpoint]
+        assert client.list_checkpoints("other") == []
+        assert checkpoint.trained_microbatches == {job.job_id: 2}
+        assert client.export_checkpoint(checkpoint.checkpoint_id).node_id == "fake-node"
+        assert client.restore_checkpoint(checkpoint.checkpoint_id, node_id="n1").node_id == "n1"
+        assert client.publish_checkpoint(checkpoint.checkpoint_id, node_ids=["n1"])[0].step == 1
+        with pytest.raises(LemixError, match="no checkpoint"):
+            client.restore_checkpoint("unknown")
         with pytest.raises(LemixError, match="line 2"):
             client.upload_file(b"{}\n{")
         assert client.feedback("learn").sequence == 1

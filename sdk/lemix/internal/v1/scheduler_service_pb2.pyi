@@ -113,13 +113,14 @@ class InferenceAssigned(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., node_address: _Optional[str] = ...) -> None: ...
 
 class NodeSessionRequest(_message.Message):
-    __slots__ = ("hello", "heartbeat", "outcome", "sync_finished", "trained", "checkpoint", "traces")
+    __slots__ = ("hello", "heartbeat", "outcome", "sync_finished", "trained", "checkpoint", "evaluation", "traces")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     SYNC_FINISHED_FIELD_NUMBER: _ClassVar[int]
     TRAINED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
     TRACES_FIELD_NUMBER: _ClassVar[int]
     hello: NodeHello
     heartbeat: NodeHeartbeat
@@ -127,8 +128,9 @@ class NodeSessionRequest(_message.Message):
     sync_finished: SyncFinished
     trained: _work_pb2.WorkOutcome
     checkpoint: CheckpointReport
+    evaluation: EvaluationReport
     traces: TraceBatch
-    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ..., trained: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointReport, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ..., trained: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointReport, _Mapping]] = ..., evaluation: _Optional[_Union[EvaluationReport, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
     __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps", "max_prefill_tokens", "max_inflight_training", "weight_handling", "gradient_buffers", "training_schedule", "max_training_parts", "keeps_checkpoints", "checkpoints", "restore_note")
@@ -252,31 +254,63 @@ class CheckpointReport(_message.Message):
     version: _types_pb2.WeightVersion
     def __init__(self, request_id: _Optional[str] = ..., checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., held: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ..., path: _Optional[str] = ..., version: _Optional[_Union[_types_pb2.WeightVersion, _Mapping]] = ...) -> None: ...
 
+class EvaluationReport(_message.Message):
+    __slots__ = ("request_id", "loss", "label_tokens", "error")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    loss: float
+    label_tokens: int
+    error: _errors_pb2.ErrorDetail
+    def __init__(self, request_id: _Optional[str] = ..., loss: _Optional[float] = ..., label_tokens: _Optional[int] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+
 class NodeSessionResponse(_message.Message):
-    __slots__ = ("welcome", "cancel", "take_snapshot", "apply_weights", "checkpoint")
+    __slots__ = ("welcome", "cancel", "take_snapshot", "apply_weights", "checkpoint", "evaluate")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     TAKE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     APPLY_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
     welcome: NodeWelcome
     cancel: CancelWork
     take_snapshot: TakeSnapshot
     apply_weights: ApplyWeights
     checkpoint: CheckpointCommand
-    def __init__(self, welcome: _Optional[_Union[NodeWelcome, _Mapping]] = ..., cancel: _Optional[_Union[CancelWork, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ..., apply_weights: _Optional[_Union[ApplyWeights, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointCommand, _Mapping]] = ...) -> None: ...
+    evaluate: EvaluateCommand
+    def __init__(self, welcome: _Optional[_Union[NodeWelcome, _Mapping]] = ..., cancel: _Optional[_Union[CancelWork, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ..., apply_weights: _Optional[_Union[ApplyWeights, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointCommand, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateCommand, _Mapping]] = ...) -> None: ...
+
+class EvaluateCommand(_message.Message):
+    __slots__ = ("request_id", "examples")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    examples: _containers.RepeatedCompositeFieldContainer[_work_pb2.TrainingExample]
+    def __init__(self, request_id: _Optional[str] = ..., examples: _Optional[_Iterable[_Union[_work_pb2.TrainingExample, _Mapping]]] = ...) -> None: ...
+
+class KeepCheckpoint(_message.Message):
+    __slots__ = ("job_id", "checkpoint_id")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    checkpoint_id: str
+    def __init__(self, job_id: _Optional[str] = ..., checkpoint_id: _Optional[str] = ...) -> None: ...
 
 class CheckpointCommand(_message.Message):
-    __slots__ = ("request_id", "save", "restore", "export")
+    __slots__ = ("request_id", "save", "restore", "export", "keep")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SAVE_FIELD_NUMBER: _ClassVar[int]
     RESTORE_FIELD_NUMBER: _ClassVar[int]
     EXPORT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     save: str
     restore: str
     export: str
-    def __init__(self, request_id: _Optional[str] = ..., save: _Optional[str] = ..., restore: _Optional[str] = ..., export: _Optional[str] = ...) -> None: ...
+    keep: KeepCheckpoint
+    def __init__(self, request_id: _Optional[str] = ..., save: _Optional[str] = ..., restore: _Optional[str] = ..., export: _Optional[str] = ..., keep: _Optional[_Union[KeepCheckpoint, _Mapping]] = ...) -> None: ...
 
 class NodeWelcome(_message.Message):
     __slots__ = ("fencing_token", "queue_order", "lease_s")
@@ -471,6 +505,22 @@ class RestoreCheckpointResponse(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     version: _types_pb2.WeightVersion
     def __init__(self, version: _Optional[_Union[_types_pb2.WeightVersion, _Mapping]] = ...) -> None: ...
+
+class PublishCheckpointRequest(_message.Message):
+    __slots__ = ("checkpoint_id", "node_ids", "force")
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_IDS_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    checkpoint_id: str
+    node_ids: _containers.RepeatedScalarFieldContainer[str]
+    force: bool
+    def __init__(self, checkpoint_id: _Optional[str] = ..., node_ids: _Optional[_Iterable[str]] = ..., force: _Optional[bool] = ...) -> None: ...
+
+class PublishCheckpointResponse(_message.Message):
+    __slots__ = ("versions",)
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedCompositeFieldContainer[_types_pb2.WeightVersion]
+    def __init__(self, versions: _Optional[_Iterable[_Union[_types_pb2.WeightVersion, _Mapping]]] = ...) -> None: ...
 
 class GetClusterStateRequest(_message.Message):
     __slots__ = ()

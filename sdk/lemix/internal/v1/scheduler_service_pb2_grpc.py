@@ -105,6 +105,11 @@ class SchedulerServiceStub:
                 request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointRequest.SerializeToString,
                 response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointResponse.FromString,
                 _registered_method=True)
+        self.PublishCheckpoint = channel.unary_unary(
+                '/lemix.internal.v1.SchedulerService/PublishCheckpoint',
+                request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PublishCheckpointRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PublishCheckpointResponse.FromString,
+                _registered_method=True)
         self.GetClusterState = channel.unary_unary(
                 '/lemix.internal.v1.SchedulerService/GetClusterState',
                 request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.GetClusterStateRequest.SerializeToString,
@@ -227,6 +232,13 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PublishCheckpoint(self, request, context):
+        """As the public call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetClusterState(self, request, context):
         """Returns the state of the cluster; never blocks.
         """
@@ -321,6 +333,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.RestoreCheckpoint,
                     request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointRequest.FromString,
                     response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointResponse.SerializeToString,
+            ),
+            'PublishCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishCheckpoint,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PublishCheckpointRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PublishCheckpointResponse.SerializeToString,
             ),
             'GetClusterState': grpc.unary_unary_rpc_method_handler(
                     servicer.GetClusterState,
@@ -717,6 +734,33 @@ class SchedulerService:
             '/lemix.internal.v1.SchedulerService/RestoreCheckpoint',
             lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointRequest.SerializeToString,
             lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.RestoreCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.SchedulerService/PublishCheckpoint',
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PublishCheckpointRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PublishCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

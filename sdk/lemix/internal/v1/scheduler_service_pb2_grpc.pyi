@@ -67,6 +67,8 @@ class SchedulerServiceStub:
     """As the public call."""
     RestoreCheckpoint: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.RestoreCheckpointRequest, _scheduler_service_pb2.RestoreCheckpointResponse]
     """As the public call."""
+    PublishCheckpoint: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.PublishCheckpointRequest, _scheduler_service_pb2.PublishCheckpointResponse]
+    """As the public call."""
     GetClusterState: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetClusterStateRequest, _scheduler_service_pb2.GetClusterStateResponse]
     """Returns the state of the cluster; never blocks."""
     ExplainTask: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ExplainTaskRequest, _scheduler_service_pb2.ExplainTaskResponse]
@@ -114,6 +116,8 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     ExportCheckpoint: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ExportCheckpointRequest, _scheduler_service_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
     """As the public call."""
     RestoreCheckpoint: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.RestoreCheckpointRequest, _scheduler_service_pb2.RestoreCheckpointResponse]  # type: ignore[assignment]
+    """As the public call."""
+    PublishCheckpoint: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.PublishCheckpointRequest, _scheduler_service_pb2.PublishCheckpointResponse]  # type: ignore[assignment]
     """As the public call."""
     GetClusterState: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetClusterStateRequest, _scheduler_service_pb2.GetClusterStateResponse]  # type: ignore[assignment]
     """Returns the state of the cluster; never blocks."""
@@ -243,6 +247,14 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_service_pb2.RestoreCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.RestoreCheckpointResponse, _abc.Awaitable[_scheduler_service_pb2.RestoreCheckpointResponse]]:
+        """As the public call."""
+
+    @_abc_1.abstractmethod
+    def PublishCheckpoint(
+        self,
+        request: _scheduler_service_pb2.PublishCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.PublishCheckpointResponse, _abc.Awaitable[_scheduler_service_pb2.PublishCheckpointResponse]]:
         """As the public call."""
 
     @_abc_1.abstractmethod

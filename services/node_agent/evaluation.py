@@ -1,0 +1,58 @@
+"""The loss on held-out examples, measured between other work: as training forwards whose activations are dropped."""
+
+import math
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from services.node_agent.convert import example_from_proto
+from services.node_agent.core.types import Op
+from services.node_agent.engine.base import Example, ModelInfo, StageOp, TrainForward
+from services.node_agent.loop import AgentLoop, WeightOp
+
+_TASK_ID = "evaluation"
+
+
+async def evaluate(
+    loop: AgentLoop, info: ModelInfo, command: scheduler_pb2.EvaluateCommand
+) -> scheduler_pb2.EvaluationReport:
+    """Mean loss over the labels of all examples.
+
+    One example at a time, so that nobody waits for more than one; steps may come between them. Each runs at one weights
+    version on all stages.
+    """
+    report = scheduler_pb2.EvaluationReport(request_id=command.request_id)
+    total = 0.0
+    try:
+        for index, item in enumerate(command.examples):
+            task_id = f"{_TASK_ID}/{command.request_id}/{index}"
+            loss, label_tokens = await _one(loop, task_id, example_from_proto(item, info))
+            total += loss * label_tokens
+            report.label_tokens += label_tokens
+        if not report.label_tokens:
+            raise LemixError(ErrorCode.INVALID_REQUEST, "there are no held-out examples")
+        report.loss = total / report.label_tokens
+    except LemixError as error:
+        report.error.CopyFrom(error.to_proto())
+    return report
+
+
+async def _one(loop: AgentLoop, task_id: str, example: Example) -> tuple[float, int]:
+    """Mean loss of one example (infinite when it is not finite), and its labels. Raises LemixError when it fails."""
+
+    def payload(op: Op) -> StageOp:
+        hidden = weight_op.results[-1].output if weight_op.results else None
+        return TrainForward(op.op_id, op.version, task_id, (example,), hidden=hidden)
+
+    weight_op = WeightOp(False, payload)
+    try:
+        await loop.run_weight_op(task_id, weight_op)
+    finally:
+        for runner in loop.runners:
+            runner.forget(task_id)
+    result = weight_op.results[-1]
+    if result.error.startswith("ArithmeticError"):
+        # What has diverged is as bad as can be, which is an answer.
+        return math.inf, len(example.token_ids) - max(1, example.num_context_tokens)
+    if result.error or result.loss is None:
+        raise LemixError(ErrorCode.INTERNAL, f"a held-out example failed: {result.error[:200]}")
+    return result.loss, result.label_tokens

@@ -1,0 +1,104 @@
+"""The quality gate: the loss on a job's held-out examples after every checkpoint, and what follows from it.
+
+A loss worse than the best one by more than the job's tolerance is bad: such a checkpoint is not published, and after
+several in a row the node goes back to the best checkpoint it holds.
+"""
+
+import asyncio
+
+import structlog
+
+from lemix.errors import LemixError
+from lemix.internal.v1 import work_pb2
+from lemix.v1 import types_pb2
+from services.scheduler.checkpoints import CheckpointDesk
+from services.scheduler.guard import LedgerGuard
+from services.scheduler.job_state import JobState
+from services.scheduler.jobs import JobRegistry
+
+_log = structlog.get_logger()
+
+#: Held-out examples that are used, the first ones of the file, and their tokens together.
+MAX_EXAMPLES = 64
+MAX_TOKENS = 65_536
+#: Checkpoints looked at at once.
+_MAX_TASKS = 16
+
+
+class QualityGate:
+    """Looks at the checkpoints of jobs that have held-out examples."""
+
+    def __init__(self, *, jobs: JobRegistry, desk: CheckpointDesk, guard: LedgerGuard) -> None:
+        self._jobs = jobs
+        self._desk = desk
+        self._guard = guard
+        self._tasks: set[asyncio.Task[None]] = set()
+        desk.on_saved = self._saved
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _saved(self, node_id: str, checkpoint: types_pb2.Checkpoint) -> None:
+        for job_id in checkpoint.trained_microbatches:
+            state = self._jobs.known(job_id)
+            if state is None or not state.validation_file:
+                continue
+            if len(self._tasks) >= _MAX_TASKS:
+                _log.warning("held-out loss not measured: too many under way", checkpoint=checkpoint.checkpoint_id)
+                return
+            task = asyncio.create_task(self._look(node_id, checkpoint, state))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _look(self, node_id: str, checkpoint: types_pb2.Checkpoint, state: JobState) -> None:
+        checkpoint_id = checkpoint.checkpoint_id
+        try:
+            loss = await self._desk.heldout_loss(node_id, await self._examples(state.validation_file))
+        except LemixError as error:
+            self._jobs.note(state, "warn", f"no held-out loss of checkpoint {checkpoint_id}: {error.message}")
+            return
+        verdict = state.judge(checkpoint_id, loss)
+        text = f"held-out loss of checkpoint {checkpoint_id} is {loss:.4f}"
+        self._jobs.note(state, "warn" if verdict == "bad" else "info", f"{text}: {verdict}")
+        if verdict == "best":
+            await self._best(node_id, checkpoint_id, state)
+        elif verdict == "bad" and state.is_to_go_back:
+            await self._go_back(node_id, state)
+
+    async def _best(self, node_id: str, checkpoint_id: str, state: JobState) -> None:
+        self._desk.keep(node_id, state.job_id, checkpoint_id)
+        if not state.quality_gate.publish:
+            return
+        try:
+            await self._desk.publish(checkpoint_id, ())
+        except LemixError as error:
+            self._jobs.note(state, "warn", f"checkpoint {checkpoint_id} was not published everywhere: {error.message}")
+
+    async def _go_back(self, node_id: str, state: JobState) -> None:
+        held = {checkpoint.checkpoint_id for checkpoint in self._desk.held_by(node_id)}
+        target = state.best_of(held)
+        if target is None:
+            self._jobs.note(state, "error", f"{node_id} holds no checkpoint to go back to")
+            return
+        try:
+            await self._desk.ask(node_id, "restore", target)
+        except LemixError as error:
+            self._jobs.note(state, "error", f"{node_id} could not go back to checkpoint {target}: {error.message}")
+            return
+        state.went_back()
+        self._jobs.note(state, "warn", f"{node_id} went back to checkpoint {target} because of its held-out loss")
+
+    async def _examples(self, file_id: str) -> list[work_pb2.TrainingExample]:
+        """The first ones, as many as may be used. Raises LemixError."""
+        read = await self._guard.once(lambda: self._guard.ledger.read_examples(file_id, range(MAX_EXAMPLES)))
+        used: list[work_pb2.TrainingExample] = []
+        num_tokens = 0
+        for example in read:
+            num_tokens += len(example.token_ids)
+            if used and num_tokens > MAX_TOKENS:
+                break
+            used.append(example)
+        return used

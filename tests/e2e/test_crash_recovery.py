@@ -57,7 +57,7 @@ def times_trained_again(user, job_id):
     return [int(match[1]) for match in told if match]
 
 
-@pytest.mark.timeout(300)  # the node starts three times
+@pytest.mark.timeout(400)  # the node starts three times
 def test_a_killed_node_trains_again_what_its_checkpoint_lacks(user):
     with lemix.Client(user.cluster.grpc_address) as client:
         job = client.create_job(
@@ -71,7 +71,7 @@ def test_a_killed_node_trains_again_what_its_checkpoint_lacks(user):
                 seen = client.get_job(job.job_id)
                 return seen.trained_microbatches >= least and seen
 
-            eventually(trained, f"{progress} micro-batches are trained")
+            eventually(trained, f"{progress} micro-batches are trained", 90)
             user.cluster.child("node-0").kill()
             user.cluster.child("node-0").start()
         ended = eventually(lambda: user.job_ended(job.job_id), "the job has ended", 120)

@@ -81,7 +81,9 @@ def spec(
     return made
 
 
-def create_file(path_or_content: str | Path | bytes, filename: str) -> Call[types.TrainingFile]:
+def create_file(
+    path_or_content: str | Path | bytes, filename: str, on_bad_line: str, on_long_line: str
+) -> Call[types.TrainingFile]:
     """TrainingService.CreateFile; every call makes a new file, so it is never repeated. Raises LemixError NOT_FOUND."""
     content = path_or_content
     if not isinstance(content, bytes):
@@ -93,7 +95,9 @@ def create_file(path_or_content: str | Path | bytes, filename: str) -> Call[type
             raise LemixError(ErrorCode.NOT_FOUND, f"cannot read {path}: {error.strerror}", param="file") from error
     return Call(
         method=_TRAINING + "CreateFile",
-        request=training_pb.CreateFileRequest(filename=filename or "training.jsonl", content=content),
+        request=training_pb.CreateFileRequest(
+            filename=filename or "training.jsonl", content=content, on_bad_line=on_bad_line, on_long_line=on_long_line
+        ),
         response=training_pb.CreateFileResponse,
         read=_convert.training_file,
         idempotent=False,

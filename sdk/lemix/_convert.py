@@ -128,6 +128,8 @@ def training_file(message: training_pb.CreateFileResponse) -> types.TrainingFile
         size_bytes=message.size_bytes,
         num_examples=message.num_examples,
         created_unix_s=message.created_unix_s,
+        num_skipped=message.num_skipped,
+        num_truncated=message.num_truncated,
     )
 
 

@@ -85,13 +85,22 @@ class Client:
         return self._stream(_calls.generate_stream(_calls.spec(None, messages, **options)), timeout_s)
 
     def upload_file(
-        self, file: str | Path | bytes, *, filename: str = "", timeout_s: float | None = None
+        self,
+        file: str | Path | bytes,
+        *,
+        filename: str = "",
+        on_bad_line: str = "reject",
+        on_long_line: str = "reject",
+        timeout_s: float | None = None,
     ) -> types.TrainingFile:
         """Store a JSONL file of training examples, given by its path or its content (under 16 MiB).
 
+        on_bad_line: "reject" the file or "skip" a line that cannot be used. on_long_line: "reject" an example longer
+        than the model's context as a bad line, or "truncate" it. What was left out or cut is counted.
+
         Raises LemixError INVALID_TRAINING_FILE naming the line, OVERLOADED, NOT_FOUND (the path).
         """
-        return self._unary(_calls.create_file(file, filename), timeout_s)
+        return self._unary(_calls.create_file(file, filename, on_bad_line, on_long_line), timeout_s)
 
     def create_job(
         self,

@@ -203,12 +203,14 @@ class GenerationChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFile:
-    """A stored training file."""
+    """A stored training file. num_skipped: lines left out. num_truncated: examples cut to the model's context."""
 
     file_id: str
     size_bytes: int
     num_examples: int
     created_unix_s: float
+    num_skipped: int = 0
+    num_truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

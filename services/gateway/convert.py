@@ -89,6 +89,8 @@ def create_file_response(file: work_pb2.FileRecord) -> training_pb.CreateFileRes
         size_bytes=file.size_bytes,
         num_examples=file.num_examples,
         created_unix_s=file.created_unix_s,
+        num_skipped=file.num_skipped,
+        num_truncated=file.num_truncated,
     )
 
 

@@ -36,7 +36,12 @@ class _TrainingRoutes:
             upload = form.get("file")
             if not isinstance(upload, UploadFile):
                 raise invalid("the form has no file named 'file'", "file")
-            file = await self._training.create_file(upload.filename or "", await upload.read())
+            on_bad_line, on_long_line = form.get("on_bad_line", ""), form.get("on_long_line", "")
+            if not (isinstance(on_bad_line, str) and isinstance(on_long_line, str)):
+                raise invalid("on_bad_line and on_long_line are text", "on_bad_line")
+            file = await self._training.create_file(
+                upload.filename or "", await upload.read(), on_bad_line=on_bad_line, on_long_line=on_long_line
+            )
         return JSONResponse(translate.file_object(file))
 
     async def get_file(self, request: Request) -> JSONResponse:

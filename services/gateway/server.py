@@ -78,7 +78,13 @@ class TrainingHandlers(training_grpc.TrainingServiceServicer):
     ) -> training_pb.CreateFileResponse:
         """Store a training file."""
         async with self._training.upload_slot():
-            return convert.create_file_response(await self._training.create_file(request.filename, request.content))
+            file = await self._training.create_file(
+                request.filename,
+                request.content,
+                on_bad_line=request.on_bad_line,
+                on_long_line=request.on_long_line,
+            )
+            return convert.create_file_response(file)
 
     async def CreateJob(  # noqa: N802
         self, request: training_pb.CreateJobRequest, context: Context

@@ -64,10 +64,12 @@ class TrainingService:
         finally:
             self._num_uploads -= 1
 
-    async def create_file(self, filename: str, content: bytes) -> work_pb2.FileRecord:
-        """Tokenise and store a JSONL file. Call inside `upload_slot`.
+    async def create_file(
+        self, filename: str, content: bytes, *, on_bad_line: str = "", on_long_line: str = ""
+    ) -> work_pb2.FileRecord:
+        """Tokenise and store a JSONL file. Call inside `upload_slot`. on_bad_line, on_long_line: see CreateFileRequest.
 
-        Raises INVALID_TRAINING_FILE naming the line, OVERLOADED when too large, UNAVAILABLE.
+        Raises INVALID_REQUEST, INVALID_TRAINING_FILE naming the line, OVERLOADED when too large, UNAVAILABLE.
         """
         if len(content) > self._limits.max_file_bytes:
             raise LemixError(
@@ -76,13 +78,26 @@ class TrainingService:
             )
         if len(filename) > _MAX_FILENAME_CHARS:
             raise invalid(f"the file name is longer than {_MAX_FILENAME_CHARS} characters", "filename")
-        examples = await asyncio.to_thread(parse_file, content, self.examples, self._limits.max_file_examples)
+        for name, value, other in (("on_bad_line", on_bad_line, "skip"), ("on_long_line", on_long_line, "truncate")):
+            if value not in ("", "reject", other):
+                raise invalid(f"{name} must be 'reject' or '{other}', not {value[:50]!r}", name)
+        parsed = await asyncio.to_thread(
+            parse_file,
+            content,
+            self.examples,
+            self._limits.max_file_examples,
+            skip_bad=on_bad_line == "skip",
+            truncate=on_long_line == "truncate",
+        )
+        examples = parsed.examples
         header = work_pb2.FileRecord(
             filename=filename or "training.jsonl",
             size_bytes=len(content),
             num_examples=len(examples),
             created_unix_s=self._clock.unix_s(),
             max_tokens=max(len(example.token_ids) for example in examples),
+            num_skipped=parsed.num_skipped,
+            num_truncated=parsed.num_truncated,
         )
         response = await call(self._stub.StoreFile, _upload(header, examples), self._upload_timeout_s)
         metrics.TRAINING_EXAMPLES.labels("file").inc(len(examples))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lemix.errors import ErrorCode, LemixError
@@ -22,21 +23,28 @@ class ExampleBuilder:
     be labels without making the user's turns labels too). A completion ends with the end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: ModelTokenizer) -> None:
+    def __init__(self, tokenizer: ModelTokenizer, *, truncate: bool = False) -> None:
+        """truncate: an example longer than the context is cut to its first tokens and counted, not refused."""
         self._tokenizer = tokenizer
+        self._truncate = truncate
+        self.num_truncated = 0
+
+    def truncating(self) -> "ExampleBuilder":
+        """Another one that cuts, with a count of its own."""
+        return ExampleBuilder(self._tokenizer, truncate=True)
 
     def from_text(self, text: str) -> work_pb2.TrainingExample:
         """Raises INVALID_REQUEST when empty, CONTEXT_LENGTH_EXCEEDED when too long."""
         if not text:
             raise invalid("text is empty", "text")
-        self._check_characters(text)
+        text = self._fitting(text)
         return self._example([*self._tokenizer.encode(text), *self._end()], 0)
 
     def from_pair(self, prompt: str, completion: str) -> work_pb2.TrainingExample:
         """A context and what should follow it. Errors as `from_text`."""
         if not completion:
             raise invalid("completion is empty", "completion")
-        self._check_characters(prompt, completion)
+        completion = self._fitting(completion, behind=prompt)
         context = self._tokenizer.encode(prompt) if prompt else []
         answer = self._tokenizer.encode(completion, add_special_tokens=not prompt)
         return self._example([*context, *answer, *self._end()], len(context))
@@ -68,6 +76,14 @@ class ExampleBuilder:
             self.from_text(value["text"]) if "text" in value else self.from_pair(value["prompt"], value["completion"])
         )
 
+    def _fitting(self, text: str, behind: str = "") -> str:
+        """The text, or as much of it as may fit. Refused without `truncate`, or when what stands before is too long."""
+        if self._truncate:
+            self._check_characters(behind)
+            text = text[: self._tokenizer.max_context_tokens * MAX_CHARS_PER_TOKEN - len(behind)]
+        self._check_characters(behind, text)
+        return text
+
     def _check_characters(self, *texts: str) -> None:
         """Refuse what cannot fit before tokenising it."""
         limit = self._tokenizer.max_context_tokens
@@ -83,36 +99,66 @@ class ExampleBuilder:
 
     def _example(self, tokens: Sequence[int], num_context: int) -> work_pb2.TrainingExample:
         limit = self._tokenizer.max_context_tokens
-        if len(tokens) > limit:
+        is_long = len(tokens) > limit
+        if is_long and not self._truncate:
             raise LemixError(
                 ErrorCode.CONTEXT_LENGTH_EXCEEDED,
                 f"the example has {len(tokens)} tokens; the model's context is {limit}",
             )
+        tokens = tokens[:limit]
         if len(tokens) <= max(1, num_context):
             raise invalid("the example has no token to learn: it needs at least two tokens")
+        self.num_truncated += is_long
         return work_pb2.TrainingExample(token_ids=tokens, num_context_tokens=num_context)
 
 
-def parse_file(content: bytes, builder: ExampleBuilder, max_examples: int) -> list[work_pb2.TrainingExample]:
-    """Every example of a JSONL file; blank lines are skipped.
+@dataclass(frozen=True, slots=True)
+class ParsedFile:
+    """Examples of a training file. num_skipped: lines that could not be used. num_truncated: examples that were cut."""
 
-    Raises INVALID_TRAINING_FILE naming the first line that cannot be used.
+    examples: list[work_pb2.TrainingExample]
+    num_skipped: int
+    num_truncated: int
+
+
+def parse_file(
+    content: bytes, builder: ExampleBuilder, max_examples: int, *, skip_bad: bool = False, truncate: bool = False
+) -> ParsedFile:
+    """Every example of a JSONL file; blank lines are nothing.
+
+    skip_bad: leave out lines that cannot be used. truncate: cut examples that are too long. Raises
+    INVALID_TRAINING_FILE naming the first line that cannot be used, or when no line can.
     """
+    builder = builder.truncating() if truncate else builder
     examples: list[work_pb2.TrainingExample] = []
+    first_bad: LemixError | None = None
+    num_skipped = 0
     for number, line in _lines(content):
         try:
-            examples.append(builder.from_object(json.loads(line.decode("utf-8"))))
-        except UnicodeDecodeError as error:
-            raise _bad_line(number, "not UTF-8") from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise _bad_line(number, "not JSON") from error
+            examples.append(_example_of(number, line, builder))
         except LemixError as error:
-            raise _bad_line(number, error.message) from error
+            if not skip_bad:
+                raise
+            first_bad = first_bad or error
+            num_skipped += 1
         if len(examples) > max_examples:
             raise _bad_line(number, f"more than {max_examples} examples")
     if not examples:
-        raise LemixError(ErrorCode.INVALID_TRAINING_FILE, "the file has no examples", param="file")
-    return examples
+        reason = f"; {first_bad.message}" if first_bad is not None else ""
+        raise LemixError(ErrorCode.INVALID_TRAINING_FILE, f"the file has no examples{reason}", param="file")
+    return ParsedFile(examples, num_skipped, builder.num_truncated if truncate else 0)
+
+
+def _example_of(number: int, line: bytes, builder: ExampleBuilder) -> work_pb2.TrainingExample:
+    """Raises INVALID_TRAINING_FILE naming the line."""
+    try:
+        return builder.from_object(json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        raise _bad_line(number, "not UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _bad_line(number, "not JSON") from error
+    except LemixError as error:
+        raise _bad_line(number, error.message) from error
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:

@@ -32,7 +32,12 @@ def file_object(file: work_pb2.FileRecord) -> dict[str, Any]:
         "filename": file.filename,
         "purpose": "fine-tune",
         "status": "processed",
-        "lemix": {"num_examples": file.num_examples, "max_tokens": file.max_tokens},
+        "lemix": {
+            "num_examples": file.num_examples,
+            "max_tokens": file.max_tokens,
+            "num_skipped": file.num_skipped,
+            "num_truncated": file.num_truncated,
+        },
     }
 
 

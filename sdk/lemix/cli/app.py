@@ -78,10 +78,14 @@ def generate(
     temperature: _Temperature = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End the output here; up to 4 times.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same output.")] = None,
+    max_staleness: Annotated[
+        float | None, typer.Option(help="Only weights trained within so many seconds will do.", min=0.001)
+    ] = None,
 ) -> None:
     """Continue a text, printed as it is produced."""
     options: GenerationOptions = {
         "max_tokens": max_tokens, "temperature": temperature, "stop": stop or (), "seed": seed,
+        "max_staleness_s": max_staleness,
     }  # fmt: skip
     with _state.client() as client:
         _print_stream(client.stream(prompt, **options))

@@ -8,24 +8,32 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CreateFileRequest(_message.Message):
-    __slots__ = ("filename", "content")
+    __slots__ = ("filename", "content", "on_bad_line", "on_long_line")
     FILENAME_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
+    ON_BAD_LINE_FIELD_NUMBER: _ClassVar[int]
+    ON_LONG_LINE_FIELD_NUMBER: _ClassVar[int]
     filename: str
     content: bytes
-    def __init__(self, filename: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
+    on_bad_line: str
+    on_long_line: str
+    def __init__(self, filename: _Optional[str] = ..., content: _Optional[bytes] = ..., on_bad_line: _Optional[str] = ..., on_long_line: _Optional[str] = ...) -> None: ...
 
 class CreateFileResponse(_message.Message):
-    __slots__ = ("file_id", "size_bytes", "num_examples", "created_unix_s")
+    __slots__ = ("file_id", "size_bytes", "num_examples", "created_unix_s", "num_skipped", "num_truncated")
     FILE_ID_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    NUM_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     file_id: str
     size_bytes: int
     num_examples: int
     created_unix_s: float
-    def __init__(self, file_id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., created_unix_s: _Optional[float] = ...) -> None: ...
+    num_skipped: int
+    num_truncated: int
+    def __init__(self, file_id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., num_skipped: _Optional[int] = ..., num_truncated: _Optional[int] = ...) -> None: ...
 
 class CreateJobRequest(_message.Message):
     __slots__ = ("model", "training_file", "hyperparameters", "request_id", "checkpoint", "validation_file", "quality_gate")

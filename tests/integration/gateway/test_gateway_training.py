@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lemix import aio
 from tests.integration.gateway.conftest import MODEL, Gateway
 from tests.unit.gateway.model_files import BOS, EOS
 
@@ -45,7 +46,8 @@ async def test_a_file_is_tokenised_and_stored(gateway: Gateway) -> None:
 async def test_a_large_file_goes_in_batches(gateway: Gateway) -> None:
     line = json.dumps({"text": "x" * 200}).encode() + b"\n"
     answer = await _upload(gateway, line * 400)
-    assert answer.json()["lemix"] == {"num_examples": 400, "max_tokens": 201}
+    found = answer.json()["lemix"]
+    assert (found["num_examples"], found["max_tokens"]) == (400, 201)
     assert gateway.scheduler.num_file_messages == 3
 
 
@@ -246,3 +248,19 @@ async def test_checkpoints_are_saved_listed_exported_restored_and_published(gate
     for action in ("export", "restore", "publish"):
         assert (await gateway.http.post(f"/v1/checkpoints/node-9:1:1/{action}")).status_code == 404
         assert (await gateway.http.post(f"/v1/checkpoints/no%20id/{action}")).status_code == 400
+
+
+async def test_lines_may_be_skipped_and_cut(gateway: Gateway) -> None:
+    content = b'{"text": "abc"}\n{"text": 5}\n{"text": "' + b"x" * 300 + b'"}'
+    files, data = {"file": ("data.jsonl", content)}, {"purpose": "fine-tune"}
+    wishes = {"on_bad_line": "skip", "on_long_line": "truncate"}
+    answer = await gateway.http.post("/v1/files", files=files, data={**data, **wishes})
+    assert answer.json()["lemix"] == {"num_examples": 2, "max_tokens": 256, "num_skipped": 1, "num_truncated": 1}
+    fewer = await gateway.http.post("/v1/files", files=files, data={**data, "on_bad_line": "skip"})
+    assert fewer.json()["lemix"]["num_skipped"] == 2
+    for name in wishes:
+        answer = await gateway.http.post("/v1/files", files=files, data={**data, name: "keep"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+    async with aio.Client(gateway.grpc_address, timeout_s=10) as client:
+        stored = await client.upload_file(content, **wishes)
+        assert (stored.num_examples, stored.num_skipped, stored.num_truncated) == (2, 1, 1)

@@ -1,5 +1,6 @@
 """Training examples from JSON, and the checks shared by both front doors."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,56 @@ def test_the_longest_example_fits_exactly(builder: ExampleBuilder) -> None:
 
 def test_a_file_may_have_a_mark_blank_lines_and_windows_ends(builder: ExampleBuilder) -> None:
     content = b'\xef\xbb\xbf{"text": "a\xc2\x85\xe2\x80\xa8b"}\r\n\r\n{"text": "c"}'
-    assert len(parse_file(content, builder, 10)) == 2
+    assert len(parse_file(content, builder, 10).examples) == 2
 
 
 def test_too_many_examples_name_the_line(builder: ExampleBuilder) -> None:
     with pytest.raises(LemixError, match=r"line 3: more than 2 examples"):
         parse_file(b'{"text": "a"}\n' * 5, builder, 2)
+
+
+_BAD = b'{"text": "a"}\n{"text": 5}\n\xff\n{"txt": "b"}\n[\n\n{"prompt": "p", "completion": ""}\n{"text": "c"}\n'
+
+
+def test_bad_lines_are_skipped_and_counted_if_asked_for(builder: ExampleBuilder) -> None:
+    parsed = parse_file(_BAD, builder, 10, skip_bad=True)
+    assert [bytes(example.token_ids[:1]) for example in parsed.examples] == [b"a", b"c"]
+    assert (parsed.num_skipped, parsed.num_truncated) == (5, 0)
+    with pytest.raises(LemixError, match="line 2: "):
+        parse_file(_BAD, builder, 10)
+    with pytest.raises(LemixError, match="no examples; line 1: not JSON"):
+        parse_file(b"{\n[", builder, 10, skip_bad=True)
+    with pytest.raises(LemixError, match="more than 1 examples"):
+        parse_file(_BAD, builder, 1, skip_bad=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "num_context"),
+    [
+        ({"text": "x" * 64}, 0),
+        ({"text": "x" * 100_000}, 0),
+        ({"prompt": "p" * 10, "completion": "c" * 80}, 10),
+        ({"prompt": "p" * 63, "completion": "c" * 100_000}, 63),
+    ],
+)
+def test_long_examples_are_cut_to_their_first_tokens(
+    builder: ExampleBuilder, value: dict[str, str], num_context: int
+) -> None:
+    content = json.dumps(value).encode() + b'\n{"text": "short"}'
+    parsed = parse_file(content, builder, 10, truncate=True)
+    first, second = parsed.examples
+    assert bytes(first.token_ids) == "".join(value.values())[:64].encode()
+    assert first.num_context_tokens == num_context
+    assert len(second.token_ids) == 6
+    assert (parsed.num_skipped, parsed.num_truncated) == (0, 1)
+    with pytest.raises(LemixError, match="line 1: "):
+        parse_file(content, builder, 10)
+
+
+def test_a_context_that_leaves_nothing_to_learn_is_a_bad_line(builder: ExampleBuilder) -> None:
+    content = json.dumps({"prompt": "p" * 64, "completion": "c"}).encode()
+    with pytest.raises(LemixError, match="no token to learn"):
+        parse_file(content, builder, 10, truncate=True)
 
 
 @pytest.mark.parametrize("value", ["a b", "x" * 129, "ü", "a/b", "a\n"])

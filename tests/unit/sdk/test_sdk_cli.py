@@ -190,3 +190,10 @@ def test_the_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 
     assert run(["status"], connect=connect) == 0
     assert seen == ["host:1"]
+
+
+def test_generate_may_insist_on_fresh_weights(lemix_command: Run, fake: FakeLemix) -> None:
+    fake.fail_next(LemixError(ErrorCode.STALE_WEIGHTS, "the freshest are 9 s old"))
+    code, _, err = lemix_command("generate", "Hi", "--max-staleness", "5")
+    assert (code, err) == (1, "lemix: [stale_weights] the freshest are 9 s old\n")
+    assert lemix_command("generate", "Hi", "--max-staleness", "0")[0] == 2

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 import lemix
-from lemix import aio
+from lemix import _calls, aio
 from lemix._calls import Call
 from lemix.errors import ErrorCode, LemixError
 from lemix.testing import FakeLemix
+from lemix.types import GenerationOptions
 from lemix.v1 import inference_service_pb2 as inference_pb
 
 _GONE = LemixError(ErrorCode.UNAVAILABLE, "no server")
@@ -244,3 +245,28 @@ def test_a_real_unreachable_server_is_one_lemix_error() -> None:
     with lemix.Client("127.0.0.1:1", sleep=lambda _: None) as client, pytest.raises(LemixError) as raised:
         client.models(timeout_s=5)
     assert raised.value.code is ErrorCode.UNAVAILABLE
+
+
+def test_the_fake_gives_as_many_replies_as_are_wanted() -> None:
+    client = FakeLemix(["one", "two words", "three"]).client()
+    generation = client.generate("x", n=2)
+    assert [choice.text for choice in generation.choices] == ["one", "two words"]
+    assert generation.usage.completion_tokens == 3
+    chunks = list(client.stream("x", n=2))
+    assert {chunk.choice_index for chunk in chunks} == {0, 1}
+    assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+def test_every_sampling_option_is_sent() -> None:
+    options: GenerationOptions = {
+        "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 1, "stop": ["a"], "n": 2, "logprobs": 4,
+        "include_stop_str_in_output": True, "ignore_eos": True, "min_tokens": 2, "presence_penalty": 1.0,
+        "frequency_penalty": -1.0, "logit_bias": {7: 2.0},
+    }  # fmt: skip
+    made = _calls.spec("x", None, max_staleness_s=3.0, **options)
+    sent = {field.name: value for field, value in made.sampling.ListFields()}
+    assert {**sent, "logit_bias": dict(sent["logit_bias"]), "stop": list(sent["stop"])} == options
+    assert made.max_staleness_s == 3.0
+    with pytest.raises(LemixError) as raised:
+        _calls.spec("x", None, min_tokens=-1)
+    assert raised.value.code is ErrorCode.INVALID_REQUEST

@@ -164,20 +164,24 @@ class WorkOutcome(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., node_id: _Optional[str] = ..., inference: _Optional[_Union[InferenceOutcome, _Mapping]] = ..., training: _Optional[_Union[TrainingOutcome, _Mapping]] = ...) -> None: ...
 
 class FileRecord(_message.Message):
-    __slots__ = ("file_id", "filename", "size_bytes", "num_examples", "created_unix_s", "max_tokens")
+    __slots__ = ("file_id", "filename", "size_bytes", "num_examples", "created_unix_s", "max_tokens", "num_skipped", "num_truncated")
     FILE_ID_FIELD_NUMBER: _ClassVar[int]
     FILENAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    NUM_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     file_id: str
     filename: str
     size_bytes: int
     num_examples: int
     created_unix_s: float
     max_tokens: int
-    def __init__(self, file_id: _Optional[str] = ..., filename: _Optional[str] = ..., size_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+    num_skipped: int
+    num_truncated: int
+    def __init__(self, file_id: _Optional[str] = ..., filename: _Optional[str] = ..., size_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., max_tokens: _Optional[int] = ..., num_skipped: _Optional[int] = ..., num_truncated: _Optional[int] = ...) -> None: ...
 
 class JobRecord(_message.Message):
     __slots__ = ("job", "next_sequence", "request_id", "heldout_losses", "num_bad_evaluations")

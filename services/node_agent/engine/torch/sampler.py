@@ -17,15 +17,19 @@ from services.node_agent.engine.torch.sampling import Draw, pick_tokens
 
 @dataclass(slots=True)
 class _Sampled:
-    """A request on this stage. `counts`: its output by token; kept only where a penalty needs it."""
+    """A request on this stage. `is_plain`: its logits are never changed. `counts`: its output by token; kept only where
+    a penalty needs it."""
 
     sampling: Sampling
     num_prompt: int
+    has_penalty: bool = field(init=False)
+    is_plain: bool = field(init=False)
     counts: Counter[int] = field(default_factory=Counter)
 
-    @property
-    def has_penalty(self) -> bool:
-        return self.sampling.presence_penalty != 0.0 or self.sampling.frequency_penalty != 0.0
+    def __post_init__(self) -> None:
+        sampling = self.sampling
+        self.has_penalty = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+        self.is_plain = not (self.has_penalty or sampling.logit_bias or sampling.min_tokens)
 
 
 class Sampler:
@@ -60,6 +64,8 @@ class Sampler:
 
     def _adjusted(self, logits: Tensor, requests: Sequence[_Sampled], draws: Sequence[Draw]) -> Tensor:
         """Logits to pick from; the same tensor when no request asks for a change."""
+        if all(request.is_plain for request in requests):
+            return logits
         changes = [self._changes(request, draw) for request, draw in zip(requests, draws, strict=True)]
         if not any(changes):
             return logits
@@ -67,8 +73,11 @@ class Sampler:
         columns = [token for change in changes for token in change]
         values = [value for change in changes for value in change.values()]
         device = logits.device
+        adjusted = logits.clone()
+        # No place comes twice, so that nothing has to be accumulated.
         where = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
-        return logits.index_put(where, torch.tensor(values, dtype=logits.dtype, device=device), accumulate=True)
+        adjusted[where] += torch.tensor(values, dtype=logits.dtype, device=device)
+        return adjusted
 
     def _changes(self, request: _Sampled, draw: Draw) -> dict[int, float]:
         """What to add to a request's logits by token."""

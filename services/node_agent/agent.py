@@ -343,6 +343,8 @@ class NodeAgent:
             keeps_checkpoints=self._checkpoints is not None,
             checkpoints=() if self._checkpoints is None else self._checkpoints.held(),
             restore_note="" if self._checkpoints is None else self._checkpoints.note,
+            max_batch_tokens=settings.max_batch_tokens,
+            kv_block_tokens=settings.kv_block_tokens,
         )
 
     def _vitals(self) -> Vitals:
@@ -377,6 +379,7 @@ def _core_config(settings: NodeAgentSettings) -> NodeCoreConfig:
         max_prefill_tokens=settings.max_prefill_tokens,
         kv_capacity_tokens=settings.kv_capacity_tokens,
         kv_block_tokens=settings.kv_block_tokens,
+        max_batch_tokens=settings.max_batch_tokens,
         prefix_cache_tokens=settings.prefix_cache_tokens,
         epoch_steps=settings.epoch_steps,
         max_inflight_training=settings.max_inflight_training,

@@ -56,6 +56,9 @@ class NodeAgentSettings(ServiceSettings):
     max_batch: int = Field(16, ge=1)
     #: Most new tokens of one prefill op.
     max_prefill_tokens: int = Field(2048, ge=1)
+    #: Most new tokens of one inference op: one for every decoding request, the rest for prompts, in pieces if need be.
+    #: So a long prompt holds nobody up for long. More than max_batch. 0: prompts are computed whole and apart.
+    max_batch_tokens: int = Field(0, ge=0)
     #: Most requests taken from the ledger and not finished there.
     max_inflight_inference: int = Field(64, ge=1)
     #: Micro-batches between forward and backward.
@@ -120,9 +123,11 @@ class NodeAgentSettings(ServiceSettings):
     welcome_timeout_s: float = Field(900.0, gt=0.0)
 
     @model_validator(mode="after")
-    def _holds_a_block(self) -> "NodeAgentSettings":
+    def _fits_together(self) -> "NodeAgentSettings":
         if self.kv_block_tokens > self.kv_capacity_tokens:
             raise ValueError(f"kv_block_tokens ({self.kv_block_tokens}) exceeds kv_capacity_tokens")
+        if self.max_batch_tokens and self.max_batch_tokens <= self.max_batch:
+            raise ValueError(f"max_batch_tokens must be 0 or more than max_batch ({self.max_batch})")
         return self
 
     @field_validator("stage_memory_bytes")

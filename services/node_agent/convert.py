@@ -249,4 +249,7 @@ def trace_to_proto(op: Op, stage: int, result: StageResult, *, is_last: bool) ->
         context_tokens=op.context_tokens,
         part=op.part,
         parts=op.parts,
+        partials=op.partials,
+        decodes=op.decodes,
+        decode_context_tokens=op.decode_context_tokens,
     )

@@ -337,6 +337,9 @@ class AgentLoop:
         now_s = self._clock.monotonic_s()
         for task_id, loss in result.reference_losses:
             self._request(task_id).reference_loss = loss
+        for task_id in op.partial_ids:
+            # The first token will stem from the keys and values of this piece too.
+            self._note_version(self._request(task_id), op.version)
         stopped = []
         for token in result.tokens:
             task = self._request(token.request_id)
@@ -346,8 +349,7 @@ class AgentLoop:
                 if trained_unix_s is not None:
                     task.staleness_s = max(0.0, self._clock.unix_s() - trained_unix_s)
             task.generated_ids.append(token.token_id)
-            if not task.weight_versions or task.weight_versions[-1].step != op.version:
-                task.weight_versions.append(self._weight_version(op.version))
+            self._note_version(task, op.version)
             logprobs = () if token.logprobs is None else (logprobs_to_proto(token.logprobs),)
             task.logprobs += logprobs
             self._listener.on_tokens(token.request_id, (token.token_id,), logprobs)
@@ -355,10 +357,12 @@ class AgentLoop:
                 stopped.append(token.request_id)
         return stopped
 
-    def _weight_version(self, step: int) -> types_pb2.WeightVersion:
-        return types_pb2.WeightVersion(
-            node_id=self.node_id, incarnation=self._incarnation, step=step, job_id=self.ages.job_of(step)
-        )
+    def _note_version(self, task: RequestTask, step: int) -> None:
+        if not task.weight_versions or task.weight_versions[-1].step != step:
+            version = types_pb2.WeightVersion(
+                node_id=self.node_id, incarnation=self._incarnation, step=step, job_id=self.ages.job_of(step)
+            )
+            task.weight_versions.append(version)
 
     def _take_loss(self, op: Op, result: StageResult) -> None:
         task = self._tasks[op.task_ids[0]]

@@ -74,7 +74,7 @@ class PayloadBuilder:
         handle, state.output = state.output, None
         match op.kind:
             case OpKind.PREFILL:
-                return Prefill(op.op_id, op.version, state.prompts, handle)
+                return Prefill(op.op_id, op.version, state.prompts, handle, state.newest_tokens)
             case OpKind.DECODE:
                 return Decode(op.op_id, op.version, state.newest_tokens, handle)
             case OpKind.TRAIN_FORWARD:
@@ -147,11 +147,12 @@ class PayloadBuilder:
     def _begin(self, op: Op) -> _Travelling:
         state = _Travelling(op.task_ids, stages_left=self.num_stages)
         if op.kind is OpKind.PREFILL:
-            kept = zip(op.cached_tokens, op.continued, strict=True) if op.continued else repeat((0, ""))
+            starts = zip(op.cached_tokens, op.continued, strict=True) if op.cached_tokens else repeat((0, ""))
+            pieces = zip(op.first_ids + op.partial_ids, starts, op.end_tokens or repeat(0), strict=False)
             state.prompts = tuple(
-                _prefill_sequence(self._request(task_id), *cache)
-                for task_id, cache in zip(op.task_ids, kept, strict=False)
+                _prefill_sequence(self._request(task_id), *start, end) for task_id, start, end in pieces
             )
+            state.newest_tokens = tuple(_decode_sequence(self._request(task_id)) for task_id in op.decode_ids)
         elif op.kind is OpKind.DECODE:
             state.newest_tokens = tuple(_decode_sequence(self._request(task_id)) for task_id in op.task_ids)
         elif op.kind is OpKind.TRAIN_FORWARD:
@@ -215,7 +216,7 @@ class PayloadBuilder:
         return task
 
 
-def _prefill_sequence(task: RequestTask, cached_tokens: int, continues: str) -> PrefillSequence:
+def _prefill_sequence(task: RequestTask, cached_tokens: int, continues: str, end_token: int) -> PrefillSequence:
     return PrefillSequence(
         task.task_id,
         task.prompt_ids,
@@ -224,6 +225,7 @@ def _prefill_sequence(task: RequestTask, cached_tokens: int, continues: str) -> 
         task.reference_ids,
         cached_tokens,
         continues,
+        end_token,
     )
 
 

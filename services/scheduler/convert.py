@@ -72,6 +72,8 @@ def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency
         "gradient_buffers": hello.gradient_buffers,
         "max_training_parts": hello.max_training_parts,
         "training_schedule": hello.training_schedule,
+        "max_batch_tokens": hello.max_batch_tokens,
+        "kv_block_tokens": hello.kv_block_tokens,
     }
     told: dict[str, Any] = {name: value for name, value in bounds.items() if value}
     return NodeSpec(hello.node_id, hello.num_stages, latency, is_restored=bool(hello.checkpoints), **told)
@@ -95,6 +97,9 @@ def ops_from_traces(
             weight_step=op.weight_step,
             part=op.part,
             parts=max(1, op.parts),
+            partials=op.partials,
+            decodes=op.decodes,
+            decode_context_tokens=op.decode_context_tokens,
         )
         for op in ops
         if op.op in _OPS

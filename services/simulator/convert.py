@@ -66,6 +66,8 @@ def node_spec(node: VirtualNode) -> NodeSpec:
         max_inflight_training=core.max_inflight_training,
         weight_handling=core.weight_handling,
         gradient_buffers=core.gradient_buffers,
+        max_batch_tokens=core.max_batch_tokens,
+        kv_block_tokens=core.kv_block_tokens,
     )
 
 
@@ -84,4 +86,7 @@ def trace(node_id: str, stage: int, op: Op, begin_s: float, end_s: float, *, fir
         op.version,
         op.part,
         op.parts,
+        op.partials,
+        op.decodes,
+        op.decode_context_tokens,
     )

@@ -73,7 +73,7 @@ class Journal:
 
     def first_tokens(self, now_s: float, op: Op) -> None:
         """A prefill's requests have their first token; of a request that ran twice, the earlier one counts."""
-        for task_id, cached_tokens in zip(op.task_ids, op.cached_tokens or repeat(0), strict=False):
+        for task_id, cached_tokens in zip(op.first_ids, op.cached_tokens or repeat(0), strict=False):
             record = self.tasks[task_id]
             if record.first_token_s is None:
                 record.first_token_s = now_s

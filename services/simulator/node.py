@@ -63,6 +63,9 @@ class SimNode:
             duration_s = self._costs.stage_s(stage, op.kind, batch, tokens / batch, cached / batch)
         else:
             duration_s = self._costs.stage_s(stage, op.kind, 1, 1)
+        if op.decodes:
+            contexts = op.decode_context_tokens / op.decodes
+            duration_s += self._costs.stage_s(stage, OpKind.DECODE, op.decodes, contexts)
         if op.parts > 1:
             duration_s *= (1.0 + self._cut_overhead) / op.parts
         if self._noise:
@@ -75,7 +78,7 @@ class SimNode:
             return ()
         ended = []
         remaining = self._remaining
-        for task_id in op.task_ids:
+        for task_id in op.task_ids if op.kind is OpKind.DECODE else op.first_ids + op.decode_ids:
             left = remaining.get(task_id, 1) - 1
             remaining[task_id] = left
             if left <= 0:

@@ -76,3 +76,37 @@ async def test_pieces_out_of_order_are_refused(models: dict[str, Path]) -> None:
         result = await pipeline.engine.workers[0].run(Prefill(0, 0, (bad,)))
         assert complaint in result.error
     assert len(pipeline.executors[0].inference.cache) == 0
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("name", MODELS)
+async def test_a_mixed_op_equals_separate_ones(models: dict[str, Path], name: str, stages: int) -> None:
+    """Two decoding requests, the end of one prompt, a piece of another."""
+    first, second, third = tokens(20, 1), tokens(33, 2), tokens(40, 3)
+    sequences = [PrefillSequence(n, p, GREEDY, 4) for n, p in (("a", first), ("b", second))]
+    apart, mixed = (Pipeline.load(models[name], stages, kv_block_tokens=16) for _ in range(2))
+    newest: list[DecodeSequence] = []
+    for pipeline in (apart, mixed):
+        started = await pipeline.prefill(*sequences)
+        newest = [
+            DecodeSequence(t.request_id, t.token_id, len(s.token_ids))
+            for t, s in zip(started.tokens, sequences, strict=True)
+        ]
+        await pipeline.prefill(PrefillSequence("c", third, GREEDY, 4, end_token=10))
+    expected, found = apart.record_logits(), mixed.record_logits()
+    last, piece = PrefillSequence("c", third, GREEDY, 4, (), 10), PrefillSequence("d", first, GREEDY, 4, end_token=7)
+    separate = [await apart.prefill(last), await apart.decode(*newest)]
+    await apart.prefill(piece)
+    together = await mixed.up(lambda hidden: Prefill(0, 0, (last, piece), hidden, tuple(newest)))
+    assert together.tokens == tuple(token for result in separate for token in result.tokens)
+    assert relative_error(found[0], torch.cat(expected)) <= 1e-9
+    for one, other in zip(apart.executors, mixed.executors, strict=True):
+        for request in "abcd":
+            mine, theirs = one.inference.cache.entry(request), other.inference.cache.entry(request)
+            assert mine.token_ids == theirs.token_ids
+            pairs = zip(
+                one.inference.cache.read(0, mine, mine.used),
+                other.inference.cache.read(0, theirs, mine.used),
+                strict=True,
+            )
+            assert all(relative_error(ours, his) <= 1e-9 for ours, his in pairs)

@@ -46,7 +46,7 @@ class RunningRequest:
     tpot_s: float
     #: Prompt and generated tokens in the KV cache.
     context_tokens: int
-    #: When its newest token was produced.
+    #: When its newest token was produced, or the newest piece of its prompt computed.
     last_token_s: float
     generated_tokens: int = 0
     cancelled: bool = False
@@ -54,11 +54,26 @@ class RunningRequest:
     cached_tokens: int = 0
     continued: str = ""
     epoch: int = 0
+    #: Leading tokens of its prompt that are in the KV cache, or in an op on its way.
+    filled_tokens: int = 0
+
+
+class Piece(NamedTuple):
+    """What an op computes of a prompt: its tokens from `start` to `end`, and the reference behind its end."""
+
+    running: RunningRequest
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends the prompt, so that the first token can be picked."""
+        return self.end == self.running.request.prompt_tokens
 
     @property
     def new_tokens(self) -> int:
-        """Tokens its prefill computes."""
-        return self.request.prompt_tokens - self.cached_tokens + self.request.reference_tokens
+        """Tokens to compute."""
+        return self.end - self.start + (self.running.request.reference_tokens if self.is_last else 0)
 
 
 class InferenceBatcher:
@@ -79,6 +94,8 @@ class InferenceBatcher:
         self._running: dict[str, RunningRequest] = {}
         # Running requests that no op holds, the one that waits longest first.
         self._idle: dict[str, None] = {}
+        # Those that no op holds and whose prompt is not at its end.
+        self._filling: dict[str, None] = {}
         self._decodes_in_flight = 0
         # Set when nothing that waits can be admitted: no use in looking again before something arrives or leaves.
         self._blocked = False
@@ -136,7 +153,7 @@ class InferenceBatcher:
             self._remove_waiting(bisect_left(self._waiting, key))
             self._blocked = False
             return [TaskDone(task_id, "cancelled")]
-        if task_id in self._idle:
+        if task_id in self._idle or task_id in self._filling:
             return self._leave(task_id, "cancelled")
         self._running[task_id].cancelled = True
         return []
@@ -144,11 +161,16 @@ class InferenceBatcher:
     # ------------------------------------------------------------- composing ops
 
     def prefill_claim(self, now_s: float) -> Claim | None:
-        """Claim of the next prefill, None when nobody waits or nobody can be admitted now."""
+        """Claim of the next prefill, None when no prompt is begun and nobody waits or can be admitted now."""
+        if self._filling:
+            running = self._running[next(iter(self._filling))]
+            return self._prompt_claim(now_s, self._deadline_s(running.request), running.last_token_s, running.request)
         if self._blocked or not self._waiting or len(self._running) >= self._max_running():
             return None
-        index = next(iter(self._admission_order(now_s)))
-        deadline_s, _, ready_s, request = self._waiting[index]
+        deadline_s, _, ready_s, request = self._waiting[next(iter(self._admission_order(now_s)))]
+        return self._prompt_claim(now_s, deadline_s, ready_s, request)
+
+    def _prompt_claim(self, now_s: float, deadline_s: float, ready_s: float, request: InferenceRequest) -> Claim:
         if not self._by_deadline:
             return Claim(ready_s, request.arrival_s, _SHORTEST_ALLOWANCE_S)
         if now_s - self._config.max_demotion_s < deadline_s < now_s:
@@ -156,16 +178,68 @@ class InferenceBatcher:
             return Claim(ready_s, now_s - self._config.default_ttft_s, self._config.default_ttft_s)
         return Claim(ready_s, request.arrival_s, max(deadline_s - request.arrival_s, _SHORTEST_ALLOWANCE_S))
 
-    def take_prefill(self, now_s: float, version: int) -> list[RunningRequest]:
-        """Admit the requests of the next prefill op; empty when none fits (there is no claim then until that changes).
+    def take_pieces(
+        self, now_s: float, version: int, budget_tokens: int, most_tokens: int | None = None
+    ) -> list[Piece]:
+        """Pieces of prompts for an op, with `budget_tokens` new tokens at most but for references, and with most_tokens
+        in their contexts (None: any number): of prompts that are begun, then of those admitted for it."""
+        pieces: list[Piece] = []
+        for task_id in tuple(self._filling):
+            piece = self._next_piece(self._running[task_id], budget_tokens, most_tokens)
+            if piece is None:
+                break
+            del self._filling[task_id]
+            pieces.append(piece)
+            budget_tokens -= piece.new_tokens
+            most_tokens = None if most_tokens is None else most_tokens - piece.end
+        room = self._config.max_batch - len(pieces)
+        if budget_tokens < 1 or room < 1 or (most_tokens is not None and most_tokens < 1):
+            return pieces
+        for running in self._admit_fitting(now_s, version, budget_tokens, room, is_cut=True):
+            piece = self._next_piece(running, budget_tokens, most_tokens)
+            if piece is None:
+                self._filling[running.request.task_id] = None
+                continue
+            pieces.append(piece)
+            budget_tokens -= piece.new_tokens
+            most_tokens = None if most_tokens is None else most_tokens - piece.end
+        return pieces
+
+    def _next_piece(self, running: RunningRequest, budget_tokens: int, most_tokens: int | None) -> Piece | None:
+        start = running.filled_tokens
+        end = min(running.request.prompt_tokens, start + budget_tokens)
+        if most_tokens is not None:
+            end = min(end, most_tokens)
+        if end <= start:
+            return None
+        running.filled_tokens = end
+        return Piece(running, start, end)
+
+    def take_prompts(self, now_s: float, version: int) -> list[Piece]:
+        """Whole prompts for a prefill op; empty when none fits (there is no claim then until that changes)."""
+        admitted = self._admit_fitting(
+            now_s, version, self._config.max_prefill_tokens, self._config.max_batch, is_cut=False
+        )
+        pieces = []
+        for running in admitted:
+            pieces.append(Piece(running, running.filled_tokens, running.request.prompt_tokens))
+            running.filled_tokens = running.request.prompt_tokens
+        return pieces
+
+    def _admit_fitting(
+        self, now_s: float, version: int, budget_tokens: int, room: int, *, is_cut: bool
+    ) -> list[RunningRequest]:
+        """Admit the requests of the next prefill op.
 
         version: weights it will run with. A request that does not fit is passed over at most `max_bypass` times, then
-        nobody is admitted before it.
+        nobody is admitted before it. is_cut: the last prompt may exceed the budget, for it is computed in pieces.
         """
         config = self._config
         epoch = version // config.epoch_steps
         self._made_room += self.prefixes.enter(epoch)
-        room = min(config.max_batch, self._max_running() - len(self._running))
+        room = min(room, self._max_running() - len(self._running))
+        if room < 1:
+            return []
         tokens = 0
         chosen: list[int] = []
         continued: set[str] = set()
@@ -182,7 +256,7 @@ class InferenceBatcher:
             new_tokens = request.prompt_tokens + request.reference_tokens
             if request.session_id not in continued:
                 new_tokens -= self._cached_tokens(request, self.prefixes.tokens_of(request.session_id))
-            if chosen and tokens + new_tokens > config.max_prefill_tokens:
+            if chosen and not is_cut and tokens + new_tokens > budget_tokens:
                 break
             chosen.append(index)
             continued.add(request.session_id)
@@ -190,7 +264,7 @@ class InferenceBatcher:
             free_tokens -= need
             for task_id in passed:
                 self._bypassed[task_id] = self._bypassed.get(task_id, 0) + 1
-            if len(chosen) >= room or tokens >= config.max_prefill_tokens or self._must_be_next(passed):
+            if len(chosen) >= room or tokens >= budget_tokens or self._must_be_next(passed):
                 break
         self._blocked = not chosen
         return self._admit(now_s, chosen, epoch)
@@ -249,18 +323,24 @@ class InferenceBatcher:
     # ------------------------------------------------------------- ends of ops
 
     def complete(self, now_s: float, op: Op, stopped: tuple[str, ...]) -> list[Command]:
-        """The op left the last stage: every request got one token; those that are finished leave."""
-        if op.kind is OpKind.DECODE:
+        """The op left the last stage: its requests got one token each, but those whose prompt is not at its end; those
+        that are finished leave."""
+        if op.kind is OpKind.DECODE or op.decodes:
             self._decodes_in_flight -= 1
         commands: list[Command] = []
+        partial_ids = op.partial_ids if op.partials else ()
         for task_id in op.task_ids:
             running = self._running[task_id]
+            running.continued = ""
             if running.cancelled:
                 commands += self._leave(task_id, "cancelled")
                 continue
+            running.last_token_s = now_s
+            if task_id in partial_ids:
+                self._filling[task_id] = None
+                continue
             running.generated_tokens += 1
             running.context_tokens += 1
-            running.last_token_s = now_s
             if task_id in stopped:
                 commands += self._leave(task_id, "stop")
             elif running.generated_tokens >= running.request.max_tokens:
@@ -271,12 +351,12 @@ class InferenceBatcher:
 
     def fail(self, op: Op) -> list[Command]:
         """The op raised: its requests end."""
-        if op.kind is OpKind.DECODE:
+        if op.kind is OpKind.DECODE or op.decodes:
             self._decodes_in_flight -= 1
         commands: list[Command] = []
         for task_id in op.task_ids:
             running = self._running[task_id]
-            if op.kind is OpKind.PREFILL and running.continued:
+            if running.continued:
                 # Later stages have not handed it over.
                 commands.append(FreeKv(running.continued))
             commands += self._leave(task_id, "cancelled" if running.cancelled else "error")
@@ -299,6 +379,7 @@ class InferenceBatcher:
         twin._bypassed = self._bypassed.copy()
         twin._running = {task_id: replace(running) for task_id, running in self._running.items()}
         twin._idle = self._idle.copy()
+        twin._filling = self._filling.copy()
         return twin
 
     # ------------------------------------------------------------- internals
@@ -336,6 +417,7 @@ class InferenceBatcher:
             if prefix is not None:
                 running.cached_tokens = self._cached_tokens(request, prefix.tokens)
                 running.continued = prefix.task_id
+            running.filled_tokens = running.cached_tokens
             admitted.append(running)
         for index in sorted(chosen, reverse=True):
             self._remove_waiting(index)
@@ -358,6 +440,7 @@ class InferenceBatcher:
     def _leave(self, task_id: str, reason: str) -> list[Command]:
         running = self._running.pop(task_id)
         self._idle.pop(task_id, None)
+        self._filling.pop(task_id, None)
         self.kv.release(task_id)
         self._blocked = False
         freed = [task_id]

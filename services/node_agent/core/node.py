@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain
 
 from services.latency import MOVES, OpKind
-from services.node_agent.core.batching import Claim, InferenceBatcher
+from services.node_agent.core.batching import Claim, InferenceBatcher, Piece
 from services.node_agent.core.node_memory import NodeMemory, stages_until_use
 from services.node_agent.core.stage_queue import Flight, Rank, StageQueue
 from services.node_agent.core.training import TrainingQueue
@@ -52,7 +52,7 @@ class NodeCore:
         self._drain = config.weight_handling == "drain"
         self._top = config.num_stages - 1
         memory = config.memory
-        self._memory = None if memory is None else NodeMemory(memory, config.num_stages)
+        self._memory = None if memory is None else NodeMemory(memory, config.num_stages, config.kv_block_tokens)
         self._has_room = None if self._memory is None else self._memory.has_room
         #: Most context and new tokens of one inference op.
         self._most_tokens: int | None = None
@@ -400,6 +400,8 @@ class NodeCore:
 
     def _compose(self, now_s: float, kind: OpKind) -> Flight | None:
         """Make the op that enters stage 0, stamped with the version of stage 0; None when no prefill fits."""
+        if self.config.max_batch_tokens and (kind is OpKind.PREFILL or kind is OpKind.DECODE):
+            return self._compose_mixed(now_s, kind)
         if kind is OpKind.PREFILL:
             return self._compose_prefill(now_s)
         if kind is OpKind.DECODE:
@@ -450,17 +452,20 @@ class NodeCore:
     def _compose_prefill(self, now_s: float) -> Flight | None:
         claim = self._inference.prefill_claim(now_s)
         version = self._stages[0].version
-        admitted = self._inference.take_prefill(now_s, version)
-        if claim is None or not admitted:
+        pieces = self._inference.take_prompts(now_s, version)
+        if claim is None or not pieces:
             return None
-        task_ids = tuple(running.request.task_id for running in admitted)
-        num_tokens = sum(running.new_tokens for running in admitted)
+        return Flight(self._prefill_op(pieces, version), claim)
+
+    def _prefill_op(self, pieces: list[Piece], version: int) -> Op:
+        task_ids = tuple(piece.running.request.task_id for piece in pieces)
+        num_tokens = sum(piece.new_tokens for piece in pieces)
         op = Op(self._new_id(), OpKind.PREFILL, task_ids, version, num_tokens, batch=len(task_ids))
-        if any(running.continued for running in admitted):
-            cached_tokens = tuple(running.cached_tokens for running in admitted)
-            continued = tuple(running.continued for running in admitted)
+        if any(piece.start for piece in pieces):
+            cached_tokens = tuple(piece.start for piece in pieces)
+            continued = tuple(piece.running.continued for piece in pieces)
             op = op._replace(context_tokens=sum(cached_tokens), cached_tokens=cached_tokens, continued=continued)
-        return Flight(op, claim)
+        return op
 
     def _compose_decode(self, now_s: float) -> Flight | None:
         claim = self._inference.decode_claim()
@@ -471,6 +476,27 @@ class NodeCore:
         version = self._stages[0].version
         op = Op(self._new_id(), OpKind.DECODE, task_ids, version, count, context, batch=count)
         return Flight(op, claim)
+
+    def _compose_mixed(self, now_s: float, kind: OpKind) -> Flight | None:
+        """Decoding requests, and pieces of prompts in what is left of the budget. kind: whose turn it is."""
+        prefill = self._inference.prefill_claim(now_s)
+        decode = self._compose_decode(now_s)
+        num_decodes, context = (decode.op.batch, decode.op.context_tokens) if decode else (0, 0)
+        most_tokens = None if self._most_tokens is None else self._most_tokens - context - num_decodes
+        version = self._stages[0].version
+        budget = self.config.max_batch_tokens - num_decodes
+        pieces = self._inference.take_pieces(now_s, version, budget, most_tokens) if prefill else []
+        if not pieces or prefill is None:
+            return decode
+        pieces.sort(key=lambda piece: not piece.is_last)
+        op = self._prefill_op(pieces, version)._replace(
+            end_tokens=tuple(piece.end for piece in pieces),
+            partials=sum(not piece.is_last for piece in pieces),
+        )
+        if decode is None:
+            return Flight(op, prefill)
+        op = op._replace(task_ids=op.task_ids + decode.op.task_ids, decodes=num_decodes, decode_context_tokens=context)
+        return Flight(op, prefill if kind is OpKind.PREFILL else decode.claim)
 
     def _oldest_version(self) -> int:
         """Oldest weights that an op on its way will still need when the ones of stage 0 change. With "drain" none: the

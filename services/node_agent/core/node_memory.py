@@ -6,10 +6,11 @@ to host memory. What an op needs and is in host memory comes back before it. No 
 budget, so in the end each has its way.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from services.latency import OpKind
+from services.node_agent.core.memory import whole_blocks
 from services.node_agent.core.stage_queue import Flight, StageQueue
 from services.node_agent.core.types import InferenceRequest, MemoryConfig, MemoryCounters, Op, TrainingMicrobatch
 
@@ -25,9 +26,11 @@ class Move(NamedTuple):
 class StageAccount:
     """What tasks hold on one stage, in bytes."""
 
-    __slots__ = ("device", "host", "used_bytes")
+    __slots__ = ("device", "host", "kv_tokens", "used_bytes")
 
     def __init__(self) -> None:
+        #: Tokens in the KV cache of a request.
+        self.kv_tokens: dict[str, int] = {}
         #: By task; the one used last is last.
         self.device: dict[str, int] = {}
         self.host: dict[str, int] = {}
@@ -42,6 +45,7 @@ class StageAccount:
         """A task needs its data here no longer."""
         self.used_bytes -= self.device.pop(task_id, 0)
         self.host.pop(task_id, None)
+        self.kv_tokens.pop(task_id, None)
 
     def offload(self, task_id: str) -> int:
         """To host memory; returns the bytes moved."""
@@ -60,14 +64,16 @@ class StageAccount:
         """An independent copy."""
         twin = StageAccount()
         twin.device, twin.host, twin.used_bytes = self.device.copy(), self.host.copy(), self.used_bytes
+        twin.kv_tokens = self.kv_tokens.copy()
         return twin
 
 
 class NodeMemory:
     """The stages of one node."""
 
-    def __init__(self, config: MemoryConfig, num_stages: int) -> None:
+    def __init__(self, config: MemoryConfig, num_stages: int, kv_block_tokens: int = 1) -> None:
         self.config = config
+        self._kv_block_tokens = kv_block_tokens
         self.budget_bytes = config.budget_bytes
         self._stages = [StageAccount() for _ in range(num_stages)]
         self._prompt_tokens: dict[str, int] = {}
@@ -80,13 +86,14 @@ class NodeMemory:
     @property
     def most_tokens(self) -> int:
         """Tokens of KV cache that fit a stage with nothing else on it."""
-        return self.budget_bytes // self.config.kv_bytes_per_token
+        block_bytes = self._kv_block_tokens * self.config.kv_bytes_per_token
+        return self.budget_bytes // block_bytes * self._kv_block_tokens
 
     def arrived(self, task: InferenceRequest | TrainingMicrobatch) -> str:
         """A task came; returns why it can never run on a stage of this node, in numbers, or nothing when it can."""
         config = self.config
         if isinstance(task, InferenceRequest):
-            need = (task.prompt_tokens + task.max_tokens) * config.kv_bytes_per_token
+            need = self._kv_bytes(task.prompt_tokens + task.max_tokens)
         else:
             need = task.batch * task.length * config.activation_bytes_per_token
         if need > self.budget_bytes:
@@ -163,8 +170,11 @@ class NodeMemory:
         if flight.blocked_s is not None:
             self._waited_s += now_s - flight.blocked_s
         account = self._stages[stage]
-        for task_id, num_bytes in self._added(flight.op):
+        op = flight.op
+        for task_id, num_bytes in self._added(stage, op):
             account.hold(task_id, num_bytes)
+        for task_id, tokens in self._new_kv_tokens(op):
+            account.kv_tokens[task_id] = account.kv_tokens.get(task_id, 0) + tokens
 
     def snapshot(self) -> MemoryCounters:
         """Counts for heartbeats and figures."""
@@ -195,22 +205,36 @@ class NodeMemory:
         is_forward = flight.op.kind is OpKind.TRAIN_FORWARD
         return self.config.max_forward_wait_s if is_forward else self.config.max_wait_s
 
-    def _added(self, op: Op) -> list[tuple[str, int]]:
-        """Bytes that an op adds to what its tasks hold on a stage."""
-        config = self.config
-        if op.kind is OpKind.PREFILL:
-            return [(task_id, self._prompt_tokens[task_id] * config.kv_bytes_per_token) for task_id in op.task_ids]
+    def _new_kv_tokens(self, op: Op) -> Iterator[tuple[str, int]]:
+        """Tokens that an op brings into the KV caches of its tasks."""
         if op.kind is OpKind.DECODE:
-            return [(task_id, config.kv_bytes_per_token) for task_id in op.task_ids]
+            yield from ((task_id, 1) for task_id in op.task_ids)
+        elif op.kind is OpKind.PREFILL:
+            for index in range(len(op.task_ids) - op.decodes):
+                task_id = op.task_ids[index]
+                end = op.end_tokens[index] if op.end_tokens else self._prompt_tokens[task_id]
+                yield task_id, end - (op.cached_tokens[index] if op.cached_tokens else 0)
+            yield from ((task_id, 1) for task_id in op.decode_ids)
+
+    def _kv_bytes(self, tokens: int) -> int:
+        return whole_blocks(tokens, self._kv_block_tokens) * self.config.kv_bytes_per_token
+
+    def _added(self, stage: int, op: Op) -> list[tuple[str, int]]:
+        """Bytes that an op adds to what its tasks hold on a stage."""
         if op.kind is OpKind.TRAIN_FORWARD and op.part == 0:
-            return [(op.task_ids[0], op.num_tokens * config.activation_bytes_per_token)]
-        return []
+            return [(op.task_ids[0], op.num_tokens * self.config.activation_bytes_per_token)]
+        added = []
+        held = self._stages[stage].kv_tokens
+        for task_id, tokens in self._new_kv_tokens(op):
+            before = held.get(task_id, 0)
+            added.append((task_id, self._kv_bytes(before + tokens) - self._kv_bytes(before)))
+        return added
 
     def _need_bytes(self, stage: int, op: Op) -> int:
         """Bytes an op brings to a stage: what it adds, and what must come back."""
         host = self._stages[stage].host
         back = sum(host.get(task_id, 0) for task_id in op.task_ids) if host else 0
-        return back + sum(num_bytes for _, num_bytes in self._added(op))
+        return back + sum(num_bytes for _, num_bytes in self._added(stage, op))
 
     def _lack_bytes(self, stage: int, op: Op) -> int:
         """Bytes that must be freed before an op fits; 0 or less: none."""

@@ -76,13 +76,13 @@ class Op(NamedTuple):
     kind: OpKind
     task_ids: tuple[str, ...]
     version: int
-    #: New tokens computed, padding not counted.
+    #: New tokens computed, padding not counted; of a mixed op those of prompts.
     num_tokens: int = 0
-    #: Context tokens in the batch: of a decode all of them, of a prefill those found in kept prefixes.
+    #: Context tokens in the batch: of a decode all of them, of a prefill those of its prompts that were there before.
     context_tokens: int = 0
     #: Names the synchronisation for WEIGHT_SYNC, the job for training ops.
     subject: str = ""
-    #: Sequences in the op: requests, or examples of the micro-batch.
+    #: Sequences in the op: requests (of a mixed op: prompts), or examples of the micro-batch.
     batch: int = 0
     #: The stage's version rises by one when this op ends on it, also when it failed there.
     changes_weights: bool = False
@@ -100,6 +100,29 @@ class Op(NamedTuple):
     #: ended request whose KV cache has them and is the task's own from now on ("": none).
     cached_tokens: tuple[int, ...] = ()
     continued: tuple[str, ...] = ()
+    #: Of a prefill in pieces, per prompt: up to where it is computed (() : all to their ends), from `cached_tokens` on.
+    end_tokens: tuple[int, ...] = ()
+    #: Of a mixed op, a prefill that decodes too: its task ids end with `partials` prompts that are not at their ends
+    #: yet and `decodes` decoding requests of so many context tokens.
+    partials: int = 0
+    decodes: int = 0
+    decode_context_tokens: int = 0
+
+    @property
+    def first_ids(self) -> tuple[str, ...]:
+        """Of a prefill: the requests that get their first token."""
+        return self.task_ids[: len(self.task_ids) - self.partials - self.decodes]
+
+    @property
+    def partial_ids(self) -> tuple[str, ...]:
+        """Of a prefill: the requests whose prompt goes on in another one."""
+        end = len(self.task_ids) - self.decodes
+        return self.task_ids[end - self.partials : end]
+
+    @property
+    def decode_ids(self) -> tuple[str, ...]:
+        """Of a prefill: the requests that decode in it."""
+        return self.task_ids[len(self.task_ids) - self.decodes :]
 
 
 # --------------------------------------------------------------------------- events
@@ -283,6 +306,9 @@ class NodeCoreConfig:
     max_batch: int = 16
     #: Most new tokens of one prefill op (a longer prompt runs alone).
     max_prefill_tokens: int = 2048
+    #: Most new tokens of one inference op, references apart: one for every decoding request, then prompts, in pieces
+    #: where they do not fit. 0: prompts are computed whole, and apart from decodes.
+    max_batch_tokens: int = 0
     #: Tokens the KV cache holds; a request is admitted when prompt + max_tokens fit.
     kv_capacity_tokens: int = 1 << 30
     #: Tokens of a block of the KV cache; what a request or a session holds is rounded up to whole blocks.
@@ -331,8 +357,13 @@ class NodeCoreConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_batch_tokens and self.max_batch_tokens <= self.max_batch:
+            raise ValueError(
+                f"max_batch_tokens must be 0 or more than max_batch ({self.max_batch}), got {self.max_batch_tokens}"
+            )
         for name in (
             "prefix_cache_tokens",
+            "max_batch_tokens",
             "max_training_wait_s",
             "group_timeout_s",
             "max_bypass",

@@ -92,12 +92,13 @@ class OptimizerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Run prompts. `hidden` is None on stage 0."""
+    """Run prompts, or pieces of them, and one token for each of `decodes`. `hidden` is None on stage 0."""
 
     op_id: int
     version: int
     sequences: tuple[PrefillSequence, ...]
     hidden: Handle | None = None
+    decodes: tuple[DecodeSequence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

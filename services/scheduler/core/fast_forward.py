@@ -133,7 +133,7 @@ class _Ahead:
         if stage == self._top and op.kind in _INFERENCE:
             stopped = self._stopped(op)
             if op.kind is OpKind.PREFILL:
-                self._prefilled.update(op.task_ids)
+                self._prefilled.update(op.first_ids)
         self._step(end_s, OpDone(stage, op.op_id, stopped))
 
     def _step(self, at_s: float, event: Event) -> None:
@@ -149,7 +149,7 @@ class _Ahead:
     def _stopped(self, op: Op) -> tuple[str, ...]:
         """Requests that are expected to end with this token."""
         ended = []
-        for task_id in op.task_ids:
+        for task_id in op.task_ids if op.kind is OpKind.DECODE else op.first_ids + op.decode_ids:
             left = self._left.get(task_id)
             if left is None:
                 left = self._expected_tokens(task_id)
@@ -176,4 +176,7 @@ def duration_s(costs: NodeCosts, stage: int, op: Op) -> float:
         tokens, cached = op.context_tokens, 0
     else:
         tokens, cached = op.num_tokens, op.context_tokens
-    return costs.stage_s(stage, op.kind, batch, tokens / batch, cached / batch) / op.parts
+    op_s = costs.stage_s(stage, op.kind, batch, tokens / batch, cached / batch) / op.parts
+    if op.decodes:
+        op_s += costs.stage_s(stage, OpKind.DECODE, op.decodes, op.decode_context_tokens / op.decodes)
+    return op_s

@@ -277,6 +277,8 @@ def core_config(spec: NodeSpec, order: QueueOrder) -> NodeCoreConfig:
         max_inflight_training=spec.max_inflight_training,
         weight_handling=spec.weight_handling,
         gradient_buffers=spec.gradient_buffers,
+        max_batch_tokens=spec.max_batch_tokens,
+        kv_block_tokens=spec.kv_block_tokens,
     )
 
 

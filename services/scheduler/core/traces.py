@@ -46,15 +46,20 @@ def _observe_inference(op: OpFinished, node: NodeState, cluster: Cluster) -> Non
     is_last = op.stage == node.costs.num_stages - 1
     batch = len(op.task_ids)
     rest_s: dict[str, float] = {}
-    for task_id in op.task_ids:
+    is_prefill = op.op is OpKind.PREFILL
+    #: Prompts at their ends, then pieces of others, then decoding requests.
+    num_firsts = batch - op.partials - op.decodes if is_prefill else 0
+    first_decode = batch - op.decodes if is_prefill else 0
+    for index, task_id in enumerate(op.task_ids):
         live = node.inference.get(task_id)
         if live is None:
             continue
-        if is_last and op.op is OpKind.DECODE:
-            node.decoded(live)
-        if is_last and op.first_token:
+        if index >= first_decode:
+            if is_last:
+                node.decoded(live)
+        elif index < num_firsts and is_last and op.first_token:
             node.first_token(live, op.end_s, op.weight_step)
-        elif op.op is OpKind.PREFILL:
+        elif index < num_firsts:
             node.prefill_left(live, op.stage)
         if node.forecast is not None:
             rest_s[task_id] = _rest_s(op, batch, live, node, cluster)
@@ -81,14 +86,23 @@ def _rest_s(op: OpFinished, batch: int, live: LiveInference, node: NodeState, cl
 
 
 def _calibrate_inference(op: OpFinished, node: NodeState) -> None:
-    batch = len(op.task_ids)
+    batch = len(op.task_ids) - op.decodes
     if not batch:
         return
     if op.op is OpKind.PREFILL:
         length, cached = op.num_tokens / batch, op.context_tokens / batch
     else:
         length, cached = op.context_tokens / batch, 0.0
-    node.costs.calibrate(op.stage, op.op, batch, length, op.end_s - op.begin_s, cached)
+    own_s = op.end_s - op.begin_s
+    if op.decodes:
+        # Who took how much of it cannot be told: both were right or wrong alike.
+        contexts = op.decode_context_tokens / op.decodes
+        prefill_s = node.costs.stage_s(op.stage, OpKind.PREFILL, batch, length, cached)
+        decode_s = node.costs.stage_s(op.stage, OpKind.DECODE, op.decodes, contexts)
+        share = own_s / (prefill_s + decode_s) if prefill_s + decode_s > 0.0 else 0.0
+        node.costs.calibrate(op.stage, OpKind.DECODE, op.decodes, contexts, share * decode_s)
+        own_s = share * prefill_s
+    node.costs.calibrate(op.stage, op.op, batch, length, own_s, cached)
 
 
 def _observe_training(op: OpFinished, node: NodeState, cluster: Cluster) -> None:

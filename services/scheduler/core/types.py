@@ -97,6 +97,9 @@ class NodeSpec:
     gradient_buffers: int = 1
     #: It started from a checkpoint: its weights hold what it trained in an earlier life.
     is_restored: bool = False
+    #: Most new tokens of an inference op that may cut prompts into pieces and decode; 0: prompts are computed whole.
+    max_batch_tokens: int = 0
+    kv_block_tokens: int = 1
 
     @property
     def synchronous_training(self) -> bool:
@@ -183,6 +186,11 @@ class OpFinished(NamedTuple):
     #: Which piece of a training forward or backward this was, from 0, and of how many.
     part: int = 0
     parts: int = 1
+    #: Of a prefill: the task ids end with `partials` whose prompt is not at its end yet, and `decodes` that decode in
+    #: it, with so many context tokens.
+    partials: int = 0
+    decodes: int = 0
+    decode_context_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

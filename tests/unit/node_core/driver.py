@@ -55,8 +55,10 @@ DURATIONS = {
 class MemoryChecker:
     """What every stage holds, worked out from the ops alone."""
 
-    def __init__(self, config: MemoryConfig, num_stages: int) -> None:
+    def __init__(self, config: MemoryConfig, num_stages: int, block_tokens: int) -> None:
         self.config = config
+        self.block_tokens = block_tokens
+        self.tokens: list[dict[str, int]] = [{} for _ in range(num_stages)]
         self.device: list[dict[str, int]] = [{} for _ in range(num_stages)]
         self.host: list[dict[str, int]] = [{} for _ in range(num_stages)]
         self.prompts: dict[str, int] = {}
@@ -70,16 +72,22 @@ class MemoryChecker:
             target.update({task_id: source.pop(task_id) for task_id in op.task_ids})
             return
         assert not set(op.task_ids) & host.keys(), f"{op.kind} needs what is in host memory"
-        for task_id in op.task_ids:
-            if op.kind is OpKind.PREFILL:
-                device[task_id] = self.prompts[task_id] * self.config.kv_bytes_per_token
-            elif op.kind is OpKind.DECODE:
-                device[task_id] += self.config.kv_bytes_per_token
+        tokens = self.tokens[stage]
+        for index, task_id in enumerate(op.task_ids):
+            if op.kind is OpKind.PREFILL and index < len(op.task_ids) - op.decodes:
+                tokens[task_id] = op.end_tokens[index] if op.end_tokens else self.prompts[task_id]
+                device[task_id] = self._kv_bytes(tokens[task_id])
+            elif op.kind in (OpKind.PREFILL, OpKind.DECODE):
+                tokens[task_id] += 1
+                device[task_id] = self._kv_bytes(tokens[task_id])
             elif op.kind is OpKind.TRAIN_FORWARD and op.part == 0:
                 device[task_id] = op.num_tokens * self.config.activation_bytes_per_token
             elif op.kind is OpKind.TRAIN_BACKWARD:
                 assert task_id in device
         assert sum(device.values()) <= self.config.kappa * self.config.peak_bytes
+
+    def _kv_bytes(self, tokens: int) -> int:
+        return math.ceil(tokens / self.block_tokens) * self.block_tokens * self.config.kv_bytes_per_token
 
     def free(self, task_id: str, stages: Iterable[int]) -> None:
         """A task holds nothing there any more."""
@@ -100,6 +108,8 @@ class Checker:
         self._requests: dict[str, InferenceRequest] = {}
         self._holding: dict[str, int] = {}
         self._generated: Counter[str] = Counter()
+        #: Prompt tokens computed, or in an op on its way.
+        self.filled: dict[str, int] = {}
         #: Session and tokens of the KV caches kept between two turns, by the request that left them.
         self.kept: dict[str, tuple[str, int]] = {}
         self._versions = [0] * config.num_stages
@@ -112,7 +122,7 @@ class Checker:
         self._inflight: set[str] = set()
         #: Next piece of a cut op, by stage and op id.
         self._expected_part: dict[tuple[int, int], int] = {}
-        self.memory = MemoryChecker(config.memory, config.num_stages) if config.memory else None
+        self.memory = MemoryChecker(config.memory, config.num_stages, config.kv_block_tokens) if config.memory else None
         #: S-PP: per stage the micro-batches between forward and backward, and those that have gone on from it upwards.
         self._ahead: list[dict[str, int]] = [{} for _ in range(config.num_stages)]
         self._turned: set[str] = set()
@@ -135,8 +145,8 @@ class Checker:
         if op.changes_weights:
             self._versions[event.stage] += 1
         last = event.stage == self.config.num_stages - 1
-        if last and op.kind in (OpKind.PREFILL, OpKind.DECODE):
-            self._generated.update(op.task_ids)
+        if last and op.kind in (OpKind.PREFILL, OpKind.DECODE) and not event.failed:
+            self._generated.update(with_new_tokens(op))
         if op.part + 1 < op.parts and not event.failed:
             self._expected_part[event.stage, op.op_id] = op.part + 1
             return
@@ -215,18 +225,28 @@ class Checker:
     def _prefilled(self, op: Op) -> None:
         """A prefill enters stage 0: it computes what no kept KV cache holds."""
         num_tokens = 0
-        for index, task_id in enumerate(op.task_ids):
+        for index, task_id in enumerate(op.first_ids + op.partial_ids):
             request = self._requests[task_id]
             self._holding[task_id] = self._whole_blocks(request.prompt_tokens + request.max_tokens)
-            num_tokens += request.prompt_tokens + request.reference_tokens
+            start = op.cached_tokens[index] if op.cached_tokens else 0
+            end = op.end_tokens[index] if op.end_tokens else request.prompt_tokens
             if op.continued and op.continued[index]:
                 session_id, tokens = self.kept.pop(op.continued[index])
                 assert session_id == request.session_id
-                assert op.cached_tokens[index] == min(tokens, request.prompt_tokens - 1)
+                assert task_id not in self.filled
+                assert start == min(tokens, request.prompt_tokens - 1)
             else:
-                assert not op.cached_tokens or not op.cached_tokens[index]
-        assert op.num_tokens == num_tokens - sum(op.cached_tokens)
+                assert start == self.filled.get(task_id, 0)
+            assert start < end <= request.prompt_tokens
+            assert (end == request.prompt_tokens) == (task_id in op.first_ids)
+            self.filled[task_id] = end
+            num_tokens += end - start + (request.reference_tokens if task_id in op.first_ids else 0)
+        assert op.num_tokens == num_tokens
         assert op.context_tokens == sum(op.cached_tokens)
+        assert op.batch == len(op.task_ids) - op.decodes
+        contexts = [self._requests[i].prompt_tokens + self._generated[i] for i in op.decode_ids]
+        assert op.decode_context_tokens == sum(contexts)
+        assert all(self.filled[i] == self._requests[i].prompt_tokens for i in op.decode_ids)
 
     def _ran(self, stage: int, op: Op) -> None:
         assert stage not in self.running, f"stage {stage} got two ops"
@@ -270,8 +290,14 @@ class Checker:
         if op.kind is OpKind.PREFILL and stage == 0:
             self._prefilled(op)
             assert sum(self._holding.values()) <= self.config.kv_capacity_tokens
-            assert len(op.task_ids) == 1 or op.num_tokens <= self.config.max_prefill_tokens
-        assert 1 <= len(op.task_ids) <= self.config.max_batch
+            references = sum(self._requests[i].reference_tokens for i in op.first_ids)
+            if self.config.max_batch_tokens:
+                assert op.num_tokens - references + op.decodes <= self.config.max_batch_tokens
+            else:
+                assert len(op.task_ids) == 1 or op.num_tokens <= self.config.max_prefill_tokens
+                assert (op.end_tokens, op.partials, op.decodes) == ((), 0, 0)
+        assert op.decodes <= self.config.max_batch
+        assert 1 <= len(op.task_ids) - op.decodes <= self.config.max_batch
         assert len(set(op.task_ids)) == len(op.task_ids)
         others = [other for other in self.running.values() if other.op_id != op.op_id and other.kind not in MOVES]
         assert all(not set(other.task_ids) & set(op.task_ids) for other in others)
@@ -364,7 +390,7 @@ class Driver:
     def _end(self, stage: int, op: Op) -> OpDone:
         stopped: tuple[str, ...] = ()
         if op.kind in (OpKind.PREFILL, OpKind.DECODE) and stage == self.config.num_stages - 1:
-            self._tokens.update(op.task_ids)
+            self._tokens.update(with_new_tokens(op))
             stopped = tuple(i for i in op.task_ids if self._tokens[i] == self._stop_after.get(i))
         return OpDone(stage, op.op_id, stopped, self._fail(stage, op))
 
@@ -377,6 +403,11 @@ class Driver:
     def ops(self, kind: OpKind, stage: int = 0) -> list[tuple[float, Op]]:
         """Start times and ops of one kind on one stage."""
         return [(time_s, op) for time_s, where, op in self.runs if where == stage and op.kind is kind]
+
+
+def with_new_tokens(op: Op) -> tuple[str, ...]:
+    """Requests that get a token from an inference op."""
+    return op.task_ids if op.kind is OpKind.DECODE else op.first_ids + op.decode_ids
 
 
 def request(

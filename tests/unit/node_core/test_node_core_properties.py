@@ -39,6 +39,7 @@ plain_configs = st.builds(
     max_prefill_tokens=st.sampled_from([8, 32, 256]),
     kv_capacity_tokens=st.integers(20, 120),
     kv_block_tokens=st.sampled_from([1, 1, 7, 16]),
+    max_batch_tokens=st.sampled_from([0, 0, 5, 9, 40]),
     max_inflight_training=st.integers(1, 4),
     weight_handling=st.sampled_from(["drain", "stash"]),
     training_schedule=st.sampled_from(SCHEDULES),

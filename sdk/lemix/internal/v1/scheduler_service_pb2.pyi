@@ -133,7 +133,7 @@ class NodeSessionRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ..., trained: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointReport, _Mapping]] = ..., evaluation: _Optional[_Union[EvaluationReport, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
-    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps", "max_prefill_tokens", "max_inflight_training", "weight_handling", "gradient_buffers", "training_schedule", "max_training_parts", "keeps_checkpoints", "checkpoints", "restore_note")
+    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps", "max_prefill_tokens", "max_inflight_training", "weight_handling", "gradient_buffers", "training_schedule", "max_training_parts", "keeps_checkpoints", "checkpoints", "restore_note", "max_batch_tokens", "kv_block_tokens")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,8 @@ class NodeHello(_message.Message):
     KEEPS_CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     RESTORE_NOTE_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     address: str
     num_stages: int
@@ -178,7 +180,9 @@ class NodeHello(_message.Message):
     keeps_checkpoints: bool
     checkpoints: _containers.RepeatedCompositeFieldContainer[_types_pb2.Checkpoint]
     restore_note: str
-    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., epoch_steps: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ..., max_inflight_training: _Optional[int] = ..., weight_handling: _Optional[str] = ..., gradient_buffers: _Optional[int] = ..., training_schedule: _Optional[str] = ..., max_training_parts: _Optional[int] = ..., keeps_checkpoints: _Optional[bool] = ..., checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ..., restore_note: _Optional[str] = ...) -> None: ...
+    max_batch_tokens: int
+    kv_block_tokens: int
+    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., epoch_steps: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ..., max_inflight_training: _Optional[int] = ..., weight_handling: _Optional[str] = ..., gradient_buffers: _Optional[int] = ..., training_schedule: _Optional[str] = ..., max_training_parts: _Optional[int] = ..., keeps_checkpoints: _Optional[bool] = ..., checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ..., restore_note: _Optional[str] = ..., max_batch_tokens: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ...) -> None: ...
 
 class NodeHeartbeat(_message.Message):
     __slots__ = ("sent_monotonic_s", "weight_step", "kv_used_tokens", "draining", "weights_age_s")
@@ -195,7 +199,7 @@ class NodeHeartbeat(_message.Message):
     def __init__(self, sent_monotonic_s: _Optional[float] = ..., weight_step: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., draining: _Optional[bool] = ..., weights_age_s: _Optional[float] = ...) -> None: ...
 
 class OpTrace(_message.Message):
-    __slots__ = ("stage", "op", "begin_monotonic_s", "duration_s", "task_ids", "num_tokens", "weight_step", "first_token", "context_tokens", "part", "parts")
+    __slots__ = ("stage", "op", "begin_monotonic_s", "duration_s", "task_ids", "num_tokens", "weight_step", "first_token", "context_tokens", "part", "parts", "partials", "decodes", "decode_context_tokens")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     BEGIN_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +211,9 @@ class OpTrace(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    PARTIALS_FIELD_NUMBER: _ClassVar[int]
+    DECODES_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     stage: int
     op: _profile_pb2.OpKind
     begin_monotonic_s: float
@@ -218,7 +225,10 @@ class OpTrace(_message.Message):
     context_tokens: int
     part: int
     parts: int
-    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[_profile_pb2.OpKind, str]] = ..., begin_monotonic_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., task_ids: _Optional[_Iterable[str]] = ..., num_tokens: _Optional[int] = ..., weight_step: _Optional[int] = ..., first_token: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ...) -> None: ...
+    partials: int
+    decodes: int
+    decode_context_tokens: int
+    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[_profile_pb2.OpKind, str]] = ..., begin_monotonic_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., task_ids: _Optional[_Iterable[str]] = ..., num_tokens: _Optional[int] = ..., weight_step: _Optional[int] = ..., first_token: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ..., partials: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ...) -> None: ...
 
 class TraceBatch(_message.Message):
     __slots__ = ("ops",)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from services.latency import LatencyModel, OpKind
 from services.node_agent.engine.base import (
     Decode,
+    DecodeSequence,
     LoadWeights,
     Measure,
     OptimizerStep,
@@ -36,8 +37,7 @@ class EmulatedTiming:
             case Prefill():
                 return self._prefill_s(op)
             case Decode():
-                contexts = [sequence.position + 1 for sequence in op.sequences]
-                return self.predict_s(OpKind.DECODE, len(contexts), sum(contexts) / max(1, len(contexts)))
+                return self._decode_s(op.sequences)
             case TrainForward():
                 batch, length, parts = train_shape(op)
                 return self.predict_s(OpKind.TRAIN_FORWARD, batch, length) / parts
@@ -57,13 +57,19 @@ class EmulatedTiming:
     def _prefill_s(self, op: Prefill) -> float:
         """A prefill of tokens that follow cached ones takes what the whole takes more than they do."""
         batch = len(op.sequences)
-        tokens = sum(len(sequence.token_ids) + len(sequence.reference_ids) for sequence in op.sequences)
-        whole_s = self.predict_s(OpKind.PREFILL, batch, tokens / max(1, batch))
+        tokens = sum(sequence.end_token or len(sequence.token_ids) for sequence in op.sequences)
+        references = (len(s.reference_ids) for s in op.sequences if s.end_token in (0, len(s.token_ids)))
+        whole_s = self.predict_s(OpKind.PREFILL, batch, (tokens + sum(references)) / max(1, batch))
+        whole_s += self._decode_s(op.decodes) if op.decodes else 0.0
         cached_tokens = sum(sequence.cached_tokens for sequence in op.sequences)
         if not cached_tokens:
             return whole_s
         saved_s = self.predict_s(OpKind.PREFILL, batch, cached_tokens / batch)
         return whole_s - saved_s + self.predict_s(OpKind.PREFILL, batch, 0)
+
+    def _decode_s(self, sequences: tuple[DecodeSequence, ...]) -> float:
+        contexts = [sequence.position + 1 for sequence in sequences]
+        return self.predict_s(OpKind.DECODE, len(contexts), sum(contexts) / max(1, len(contexts)))
 
 
 def train_shape(op: TrainForward) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from services.node_agent.checkpoint_files import state_file, weights_file, weights_files
 from services.node_agent.engine.base import (
     Decode,
+    DecodeSequence,
     Forget,
     Handle,
     LoadWeights,
@@ -127,46 +128,54 @@ class EmulatedStage:
 
     def _prefill(self, op: Prefill) -> dict[str, Any]:
         partial = self._partial(op)
+        ended = []
         for sequence in op.sequences:
-            if sequence.request_id in self.kv_tokens:
-                raise BookkeepingError(f"{sequence.request_id} is in the KV cache already")
+            end = sequence.end_token or len(sequence.token_ids)
             self._take_over(sequence)
-            self._use_kv(sequence.request_id, len(sequence.token_ids))
+            self._use_kv(sequence.request_id, end - self.kv_tokens.get(sequence.request_id, 0))
             self._samplings[sequence.request_id] = sequence.sampling, len(sequence.token_ids)
+            if end == len(sequence.token_ids):
+                ended.append(sequence)
+        self._append(op.decodes)
         if not self.is_last:
             return {"output": Handle(partial)}
+        firsts = [self._sample(s.request_id, s.token_ids[-1], len(s.token_ids)) for s in ended]
         return {
-            "tokens": tuple(
-                self._sample(sequence.request_id, sequence.token_ids[-1], len(sequence.token_ids))
-                for sequence in op.sequences
-            ),
-            "reference_losses": tuple(
-                (sequence.request_id, partial) for sequence in op.sequences if sequence.reference_ids
-            ),
+            "tokens": (*firsts, *self._next_tokens(op.decodes)),
+            "reference_losses": tuple((sequence.request_id, partial) for sequence in ended if sequence.reference_ids),
         }
 
     def _take_over(self, sequence: PrefillSequence) -> None:
-        if not sequence.continues:
-            return
-        held = self.kv_tokens.pop(sequence.continues, 0)
-        self._samplings.pop(sequence.continues, None)
-        if not sequence.cached_tokens <= held:
-            raise BookkeepingError(f"{sequence.continues} holds {held} tokens, not {sequence.cached_tokens}")
+        """The first `cached_tokens` are in the cache: the request's own, or of the one it continues."""
+        name = sequence.request_id
+        if name in self.kv_tokens and (sequence.continues or not sequence.cached_tokens):
+            raise BookkeepingError(f"{name} is in the KV cache already")
+        source = sequence.continues or name
+        held = self.kv_tokens.get(source, 0)
+        if held < sequence.cached_tokens or (source == name and held != sequence.cached_tokens):
+            raise BookkeepingError(f"{source} holds {held} tokens, not {sequence.cached_tokens}")
+        if sequence.continues:
+            del self.kv_tokens[sequence.continues]
+            self._samplings.pop(sequence.continues, None)
+        if sequence.cached_tokens:
+            self.kv_tokens[name] = sequence.cached_tokens
 
     def _decode(self, op: Decode) -> dict[str, Any]:
         partial = self._partial(op)
-        for sequence in op.sequences:
+        self._append(op.sequences)
+        if not self.is_last:
+            return {"output": Handle(partial)}
+        return {"tokens": self._next_tokens(op.sequences)}
+
+    def _append(self, sequences: tuple[DecodeSequence, ...]) -> None:
+        for sequence in sequences:
             if self.kv_tokens.get(sequence.request_id) != sequence.position:
                 held = self.kv_tokens.get(sequence.request_id)
                 raise BookkeepingError(f"{sequence.request_id} holds {held} tokens, position {sequence.position}")
             self._use_kv(sequence.request_id, 1)
-        if not self.is_last:
-            return {"output": Handle(partial)}
-        return {
-            "tokens": tuple(
-                self._sample(sequence.request_id, sequence.token_id, sequence.position + 1) for sequence in op.sequences
-            )
-        }
+
+    def _next_tokens(self, sequences: tuple[DecodeSequence, ...]) -> tuple[SampledToken, ...]:
+        return tuple(self._sample(s.request_id, s.token_id, s.position + 1) for s in sequences)
 
     def _sample(self, request_id: str, previous_id: int, position: int) -> SampledToken:
         token_id = next_token(previous_id, position, self._info.vocab_size)

@@ -118,9 +118,12 @@ class StageExecutor:
 
     def _inference_result(self, op: Prefill | Decode, output: InferenceOutput) -> StageResult:
         hidden = output.hidden
+        names = [sequence.request_id for sequence in op.sequences]
+        if isinstance(op, Prefill):
+            names += [sequence.request_id for sequence in op.decodes]
         return _result(
             op,
-            output=None if hidden is None else self._transport.put(hidden, [s.request_id for s in op.sequences]),
+            output=None if hidden is None else self._transport.put(hidden, names),
             tokens=output.tokens,
             reference_losses=output.reference_losses,
         )

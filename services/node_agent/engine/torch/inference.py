@@ -58,12 +58,12 @@ class Inference:
 
     @torch.inference_mode()
     def prefill(self, op: Prefill, hidden: Tensor | None) -> InferenceOutput:
-        """Run prompts, or pieces of them, and cache them. Raises ValueError, KeyError, KvCacheFull; the op's prompts
-        are dropped then."""
+        """Run prompts, or pieces of them, and single tokens of other requests. Raises ValueError, KeyError,
+        KvCacheFull; the op's prompts are dropped then."""
         try:
             self._check(op.sequences)
             pieces = [self._open(sequence) for sequence in op.sequences]
-            return self._run(pieces, (), hidden)
+            return self._run(pieces, op.decodes, hidden)
         except BaseException:
             self.forget(sequence.request_id for sequence in op.sequences)
             raise
@@ -142,10 +142,10 @@ class Inference:
         ]
         spans = [(row, piece.start, piece.end - piece.start) for row, piece in zip(starts, pieces, strict=False)]
         spans += [(starts[-1] + row, sequence.position, 1) for row, sequence in enumerate(decodes)]
-        entries = [*(piece.entry for piece in pieces), *decode_entries]
+        prompts = [piece.entry for piece in pieces]
         attention = CachedAttention(
-            plan_write(self.cache, entries, spans, len(positions)),
-            PromptAttention(self.cache, entries, lengths, [piece.start for piece in pieces]) if pieces else None,
+            plan_write(self.cache, prompts + decode_entries, spans, len(positions)),
+            PromptAttention(self.cache, prompts, lengths, [piece.start for piece in pieces]) if pieces else None,
             DecodeAttention.plan(self.cache, decode_entries, [s.position for s in decodes]) if decodes else None,
         )
         inputs = stage.tensor(token_ids) if stage.is_first else hidden

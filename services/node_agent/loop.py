@@ -110,6 +110,8 @@ class AgentLoop:
         self._runners = [
             StageRunner(stage, worker, self.fail, op_timeout_s=op_timeout_s) for stage, worker in enumerate(workers)
         ]
+        # Of the KV caches kept for sessions, by the request that left them: the weights they stem from.
+        self._kept_versions: dict[str, list[types_pb2.WeightVersion]] = {}
         self._weight_ops: dict[str, tuple[WeightOp, asyncio.Future[WeightOp]]] = {}
         # Optimizer steps on their way up: whether the stages so far have changed their weights.
         self._steps: dict[int, bool] = {}
@@ -267,8 +269,12 @@ class AgentLoop:
             case RunOp(stage, op):
                 self._run(stage, op)
             case FreeKv(task_id):
-                if isinstance(self._tasks.get(task_id), MicrobatchTask):
+                task = self._tasks.get(task_id)
+                if isinstance(task, MicrobatchTask):
                     self._payloads.drop(task_id)
+                elif task is not None:
+                    task.kv_freed = True
+                self._kept_versions.pop(task_id, None)
                 for runner in self._runners:
                     runner.forget(task_id)
             case TaskDone():
@@ -337,6 +343,8 @@ class AgentLoop:
         now_s = self._clock.monotonic_s()
         for task_id, loss in result.reference_losses:
             self._request(task_id).reference_loss = loss
+        for task_id, earlier_id in zip(op.first_ids + op.partial_ids, op.continued, strict=False):
+            self._request(task_id).weight_versions += self._kept_versions.pop(earlier_id, [])
         for task_id in op.partial_ids:
             # The first token will stem from the keys and values of this piece too.
             self._note_version(self._request(task_id), op.version)
@@ -408,6 +416,8 @@ class AgentLoop:
         task = self._tasks.pop(done.task_id)
         if done.detail:
             task.error = LemixError(ErrorCode.RESOURCE_EXHAUSTED, done.detail)
+        if isinstance(task, RequestTask) and task.weight_versions and not task.kv_freed:
+            self._kept_versions[task.task_id] = task.weight_versions
         kind = "inference" if isinstance(task, RequestTask) else "training"
         metrics.TASKS.labels(kind, done.reason).inc()
         now_s = self._clock.monotonic_s()

@@ -28,6 +28,8 @@ class RequestTask:
     first_token_s: float | None = None
     staleness_s: float | None = None
     reference_loss: float | None = None
+    #: Whether its KV cache was freed; when not although it ended, it is kept for its session.
+    kv_freed: bool = False
     error: LemixError | None = None
 
 

@@ -56,7 +56,7 @@ class VirtualNode:
         self._serial += 1
         heapq.heappush(self._due, (time_s, self._serial, lambda: (act(), None)[1]))
 
-    def request(self, task: RequestTask) -> None:
+    def request(self, task: RequestTask, session_id: str = "") -> None:
         """Take a request now."""
         need = InferenceRequest(
             task.task_id,
@@ -64,6 +64,7 @@ class VirtualNode:
             len(task.prompt_ids),
             task.max_tokens,
             reference_tokens=len(task.reference_ids),
+            session_id=session_id,
         )
         self.loop.add_request(task, need)
 

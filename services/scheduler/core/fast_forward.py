@@ -29,7 +29,7 @@ def predict_ahead(
     mirror = node.mirror
     if mirror is None:
         return response
-    if not (node.inference or node.training):
+    if not (node.inference or node.training or node.spec.max_batch_tokens):
         return Response(response.ttft_s + mirror.delay_s, response.tpot_s)
     ahead = _Ahead(now_s, live, node, cluster, mirror)
     first_s = ahead.first_token_s()

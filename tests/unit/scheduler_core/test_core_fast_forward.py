@@ -93,6 +93,8 @@ microbatches = st.tuples(st.integers(0, 3000), st.integers(1, 700), st.sampled_f
             "max_inflight_training": st.sampled_from([1, 4]),
             "weight_handling": st.sampled_from(["drain", "stash"]),
             "gradient_buffers": st.integers(1, 2),
+            "max_batch_tokens": st.sampled_from([0, 0, 90, 300]),
+            "kv_block_tokens": st.sampled_from([1, 16]),
             "training_schedule": st.sampled_from(["async", "async", "gpipe", "1f1b"]),
         }
     ),

@@ -1,0 +1,89 @@
+"""The whole node over real stages: however prompts are cut, mixed and continued, requests get their own tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.node_agent.engine.base import Decode, Prefill, PrefillSequence, Sampling, StageOp
+from services.node_agent.tasks import MicrobatchTask, RequestTask
+from tests.parity.pipeline import Pipeline
+from tests.parity.test_training_parity import OPTIMIZER, batch
+from tests.parity.virtual_node import VirtualNode
+
+#: Prompt lengths: a session's first turn, and unrelated prompts.
+PROMPTS = (21, 3, 40, 17, 60)
+
+
+def tokens(count: int, seed: int) -> tuple[int, ...]:
+    """Random tokens."""
+    return tuple(torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def request(index: int, prompt: Sequence[int], count: int = 6) -> RequestTask:
+    """A request that samples with its own seed."""
+    sampling = Sampling(temperature=0.8, seed=index, ignore_eos=True)
+    return RequestTask(f"r{index}", 0.0, tuple(prompt), sampling, count)
+
+
+async def alone(path: Path, task: RequestTask) -> list[int]:
+    """What a request gets when nothing else runs."""
+    sequence = PrefillSequence(task.task_id, task.prompt_ids, task.sampling, task.max_tokens)
+    return await Pipeline.load(path, 1).generate(sequence)
+
+
+def duration_s(stage: int, op: StageOp) -> float:
+    """Odd, so that ops of different stages overlap."""
+    return 0.013 if isinstance(op, Prefill) else 0.005 + 0.001 * stage
+
+
+def virtual_node(path: Path, stages: int, **config: object) -> VirtualNode:
+    """A node over real stages."""
+    pipeline = Pipeline.load(path, stages, kv_block_tokens=16)
+    return VirtualNode([executor.run for executor in pipeline.executors], duration_s, kv_block_tokens=16, **config)
+
+
+@pytest.mark.parametrize("budget", [0, 7, 24])
+@pytest.mark.parametrize("stages", [1, 2])
+async def test_pieces_mixed_ops_and_sessions_give_every_request_its_own_tokens(
+    models: dict[str, Path], stages: int, budget: int
+) -> None:
+    path = models["llama"]
+    node = virtual_node(path, stages, max_batch=4, max_batch_tokens=budget, prefix_cache_tokens=200)
+    tasks = [request(index, tokens(length, index)) for index, length in enumerate(PROMPTS)]
+    for index, task in enumerate(tasks):
+        node.at(0.004 * index, lambda task=task, index=index: node.request(task, "s" if index == 0 else ""))
+    first = await alone(path, tasks[0])
+    second = request(9, (*tasks[0].prompt_ids, *first, *tokens(30, 9)))
+    node.at(2.0, lambda: node.request(second, "s"))
+    await node.finish()
+    for task in (*tasks, second):
+        outcome = node.outcomes[task.task_id].inference
+        assert list(outcome.token_ids) == await alone(path, task)
+        assert [version.step for version in outcome.report.weight_versions] == [0]
+    prefills = [ran.op for ran in node.ran if isinstance(ran.op, Prefill) and ran.stage == 0]
+    assert sum(any(sequence.continues for sequence in op.sequences) for op in prefills) == 1
+    assert any(op.decodes for op in prefills) == bool(budget)
+    assert any(sequence.end_token for op in prefills for sequence in op.sequences) == bool(budget)
+
+
+async def test_the_versions_of_all_keys_and_values_are_listed(models: dict[str, Path]) -> None:
+    """A step between two pieces, and one between two turns of a session."""
+    node = virtual_node(
+        models["llama"], 1, max_batch=4, max_batch_tokens=16, prefix_cache_tokens=200, max_training_wait_s=0.0
+    )
+
+    def step(sequence: int) -> None:
+        node.microbatch(MicrobatchTask(f"m{sequence}", "job", sequence, batch(sequence), OPTIMIZER))
+
+    node.at(0.0, lambda: node.request(request(0, tokens(40, 0), 2), "s"))
+    node.at(0.0, lambda: step(0))
+    node.at(9.0, lambda: step(1))
+    node.at(19.0, lambda: node.request(request(1, tokens(40, 0) + tokens(20, 1), 2), "s"))
+    await node.finish()
+    first, second = (node.outcomes[f"r{index}"].inference.report.weight_versions for index in (0, 1))
+    assert [version.step for version in first] == [0, 1]
+    assert [version.step for version in second] == [0, 1, 2]
+    stamps = [ran.op.version for ran in node.ran if isinstance(ran.op, Prefill | Decode)]
+    assert sorted(set(stamps)) == [0, 1, 2]

@@ -6,13 +6,13 @@ its KV cache reserved, when its prefill starts.
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, chain, islice
-from typing import NamedTuple
 
 from services.latency import OpKind
 from services.node_agent.core.memory import KvLedger
 from services.node_agent.core.prefix import Prefix, PrefixCache
+from services.node_agent.core.running import Claim, Piece, RunningRequest
 from services.node_agent.core.types import (
     Command,
     FreeKv,
@@ -25,55 +25,6 @@ from services.node_agent.core.types import (
 
 #: A promise shorter than this is no promise; keeps urgency finite.
 _SHORTEST_ALLOWANCE_S = 1e-3
-
-
-class Claim(NamedTuple):
-    """What an op brings to the choice of a stage.
-
-    ready_s: since when it could run. Its urgency is the share of its allowance used up: (now - origin_s) / allowance_s.
-    """
-
-    ready_s: float
-    origin_s: float
-    allowance_s: float
-
-
-@dataclass(slots=True)
-class RunningRequest:
-    """An admitted request."""
-
-    request: InferenceRequest
-    tpot_s: float
-    #: Prompt and generated tokens in the KV cache.
-    context_tokens: int
-    #: When its newest token was produced, or the newest piece of its prompt computed.
-    last_token_s: float
-    generated_tokens: int = 0
-    cancelled: bool = False
-    #: Leading tokens of its prompt whose KV cache it took over, from which request, and of which weights.
-    cached_tokens: int = 0
-    continued: str = ""
-    epoch: int = 0
-    #: Leading tokens of its prompt that are in the KV cache, or in an op on its way.
-    filled_tokens: int = 0
-
-
-class Piece(NamedTuple):
-    """What an op computes of a prompt: its tokens from `start` to `end`, and the reference behind its end."""
-
-    running: RunningRequest
-    start: int
-    end: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it ends the prompt, so that the first token can be picked."""
-        return self.end == self.running.request.prompt_tokens
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens to compute."""
-        return self.end - self.start + (self.running.request.reference_tokens if self.is_last else 0)
 
 
 class InferenceBatcher:
@@ -191,7 +142,7 @@ class InferenceBatcher:
             del self._filling[task_id]
             pieces.append(piece)
             budget_tokens -= piece.new_tokens
-            most_tokens = None if most_tokens is None else most_tokens - piece.end
+            most_tokens = None if most_tokens is None else most_tokens - self.kv.need(piece.end)
         room = self._config.max_batch - len(pieces)
         if budget_tokens < 1 or room < 1 or (most_tokens is not None and most_tokens < 1):
             return pieces
@@ -202,7 +153,7 @@ class InferenceBatcher:
                 continue
             pieces.append(piece)
             budget_tokens -= piece.new_tokens
-            most_tokens = None if most_tokens is None else most_tokens - piece.end
+            most_tokens = None if most_tokens is None else most_tokens - self.kv.need(piece.end)
         return pieces
 
     def _next_piece(self, running: RunningRequest, budget_tokens: int, most_tokens: int | None) -> Piece | None:
@@ -307,7 +258,7 @@ class InferenceBatcher:
         running = self._running
         task_ids = tuple(islice(idle, self._config.max_batch))
         if most_tokens is not None:
-            sums = accumulate(running[task_id].context_tokens for task_id in task_ids)
+            sums = accumulate(self.kv.need(running[task_id].context_tokens) for task_id in task_ids)
             task_ids = task_ids[: max(1, sum(tokens <= most_tokens for tokens in sums))]
         if len(task_ids) == len(idle):
             idle.clear()
@@ -319,6 +270,10 @@ class InferenceBatcher:
         for task_id in task_ids:
             context_tokens += running[task_id].context_tokens
         return task_ids, context_tokens
+
+    def held_tokens(self, task_ids: Iterable[str]) -> int:
+        """Tokens of whole blocks that running requests hold once their newest token is there."""
+        return sum(self.kv.need(self._running[task_id].context_tokens) for task_id in task_ids)
 
     # ------------------------------------------------------------- ends of ops
 

@@ -12,9 +12,10 @@ from functools import partial
 from itertools import chain
 
 from services.latency import MOVES, OpKind
-from services.node_agent.core.batching import Claim, InferenceBatcher, Piece
+from services.node_agent.core.batching import InferenceBatcher
 from services.node_agent.core.node_memory import NodeMemory, stages_until_use
-from services.node_agent.core.stage_queue import Flight, Rank, StageQueue
+from services.node_agent.core.running import Claim, mixed_op, prefill_op
+from services.node_agent.core.stage_queue import Flight, Rank, StageQueue, oldest_needed
 from services.node_agent.core.training import TrainingQueue
 from services.node_agent.core.types import (
     Cancelled,
@@ -405,7 +406,7 @@ class NodeCore:
         if kind is OpKind.PREFILL:
             return self._compose_prefill(now_s)
         if kind is OpKind.DECODE:
-            return self._compose_decode(now_s)
+            return self._compose_decode()
         version = self._stages[0].version
         claim = Claim(now_s, now_s, 1.0)
         if kind is OpKind.WEIGHT_SYNC:
@@ -455,19 +456,9 @@ class NodeCore:
         pieces = self._inference.take_prompts(now_s, version)
         if claim is None or not pieces:
             return None
-        return Flight(self._prefill_op(pieces, version), claim)
+        return Flight(prefill_op(self._new_id(), version, pieces), claim)
 
-    def _prefill_op(self, pieces: list[Piece], version: int) -> Op:
-        task_ids = tuple(piece.running.request.task_id for piece in pieces)
-        num_tokens = sum(piece.new_tokens for piece in pieces)
-        op = Op(self._new_id(), OpKind.PREFILL, task_ids, version, num_tokens, batch=len(task_ids))
-        if any(piece.start for piece in pieces):
-            cached_tokens = tuple(piece.start for piece in pieces)
-            continued = tuple(piece.running.continued for piece in pieces)
-            op = op._replace(context_tokens=sum(cached_tokens), cached_tokens=cached_tokens, continued=continued)
-        return op
-
-    def _compose_decode(self, now_s: float) -> Flight | None:
+    def _compose_decode(self) -> Flight | None:
         claim = self._inference.decode_claim()
         if claim is None:
             return None
@@ -479,37 +470,24 @@ class NodeCore:
 
     def _compose_mixed(self, now_s: float, kind: OpKind) -> Flight | None:
         """Decoding requests, and pieces of prompts in what is left of the budget. kind: whose turn it is."""
-        prefill = self._inference.prefill_claim(now_s)
-        decode = self._compose_decode(now_s)
-        num_decodes, context = (decode.op.batch, decode.op.context_tokens) if decode else (0, 0)
-        most_tokens = None if self._most_tokens is None else self._most_tokens - context - num_decodes
+        inference = self._inference
+        prefill = inference.prefill_claim(now_s)
+        decode = self._compose_decode()
+        decoding = decode.op.task_ids if decode else ()
+        most_tokens = None if self._most_tokens is None else self._most_tokens - inference.held_tokens(decoding)
         version = self._stages[0].version
-        budget = self.config.max_batch_tokens - num_decodes
-        pieces = self._inference.take_pieces(now_s, version, budget, most_tokens) if prefill else []
+        budget = self.config.max_batch_tokens - len(decoding)
+        pieces = inference.take_pieces(now_s, version, budget, most_tokens) if prefill else []
         if not pieces or prefill is None:
             return decode
-        pieces.sort(key=lambda piece: not piece.is_last)
-        op = self._prefill_op(pieces, version)._replace(
-            end_tokens=tuple(piece.end for piece in pieces),
-            partials=sum(not piece.is_last for piece in pieces),
-        )
-        if decode is None:
-            return Flight(op, prefill)
-        op = op._replace(task_ids=op.task_ids + decode.op.task_ids, decodes=num_decodes, decode_context_tokens=context)
-        return Flight(op, prefill if kind is OpKind.PREFILL else decode.claim)
+        op = mixed_op(self._new_id(), version, pieces, decode.op if decode else None)
+        return Flight(op, decode.claim if decode and kind is OpKind.DECODE else prefill)
 
     def _oldest_version(self) -> int:
         """Oldest weights that an op on its way will still need when the ones of stage 0 change. With "drain" none: the
         change follows those ops up the pipeline."""
-        oldest = self._stages[0].version + 1
-        if self._drain:
-            return oldest
-        for queue in self._stages:
-            for flight in queue.flights():
-                op = flight.op
-                if op.kind is not OpKind.TRAIN_BACKWARD and not op.changes_weights:
-                    oldest = min(oldest, op.version)
-        return oldest
+        newest = self._stages[0].version + 1
+        return newest if self._drain else oldest_needed(self._stages, newest)
 
     def _new_id(self) -> int:
         op_id = self._next_op_id

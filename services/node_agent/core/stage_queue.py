@@ -6,11 +6,11 @@ the stage; ops reach a stage in the order of their versions, so looking at the s
 it need not wait: the stage keeps the older weights for ops stamped with them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from services.latency import OpKind
-from services.node_agent.core.batching import Claim
+from services.node_agent.core.running import Claim
 from services.node_agent.core.types import ONE_F_ONE_B, NodeCoreConfig, Op, QueueOrder
 
 #: Smaller goes first.
@@ -198,3 +198,10 @@ class StageQueue:
         twin.forward_next = self.forward_next
         twin.training_turn_s = self.training_turn_s
         return twin
+
+
+def oldest_needed(queues: Iterable[StageQueue], newest: int) -> int:
+    """Oldest weights that ops on their way are stamped with, `newest` if there is none."""
+    ops = (flight.op for queue in queues for flight in queue.flights())
+    kept = (op.version for op in ops if op.kind is not OpKind.TRAIN_BACKWARD and not op.changes_weights)
+    return min(kept, default=newest)

@@ -3,9 +3,9 @@
 import pytest
 
 from services.latency import MOVES, OpKind
-from services.node_agent.core.batching import Claim
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.node_memory import NodeMemory
+from services.node_agent.core.running import Claim
 from services.node_agent.core.stage_queue import Flight
 from services.node_agent.core.types import (
     Cancelled,

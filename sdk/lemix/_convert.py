@@ -156,6 +156,7 @@ def job(message: types_pb2.TrainingJob) -> types.TrainingJob:
         heldout_loss=message.heldout_loss if message.HasField("heldout_loss") else None,
         best_heldout_loss=message.best_heldout_loss if message.HasField("best_heldout_loss") else None,
         best_checkpoint_id=message.best_checkpoint_id,
+        skipped_microbatches=message.skipped_microbatches,
         error=LemixError.from_proto(message.error) if message.HasField("error") else None,
     )
 

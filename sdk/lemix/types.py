@@ -220,6 +220,7 @@ class Hyperparameters:
     learning_rate: peak of AdamW. num_epochs: passes over the file. batch_size: examples per micro-batch.
     gradient_accumulation_steps: micro-batches per optimizer step. lr_schedule: "constant", "constant_with_warmup",
     "linear" or "cosine". warmup_steps: optimizer steps. max_grad_norm: larger gradients are scaled down.
+    max_skipped_in_row: micro-batches in a row whose loss or gradient is not finite, after which the job fails.
     """
 
     learning_rate: float | None = None
@@ -230,6 +231,7 @@ class Hyperparameters:
     warmup_steps: int | None = None
     weight_decay: float | None = None
     max_grad_norm: float | None = None
+    max_skipped_in_row: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,6 +288,7 @@ class TrainingJob:
 
     unsaved_microbatches: of the trained ones, those that no checkpoint contains yet. heldout_loss: newest loss on the
     examples of validation_file, nats per token; best_heldout_loss is that of best_checkpoint_id.
+    skipped_microbatches: those whose loss or gradient was not finite.
     """
 
     job_id: str
@@ -307,6 +310,7 @@ class TrainingJob:
     heldout_loss: float | None = None
     best_heldout_loss: float | None = None
     best_checkpoint_id: str = ""
+    skipped_microbatches: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

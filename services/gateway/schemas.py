@@ -190,6 +190,7 @@ class LemixTraining(Strict):
     warmup_steps: StrictInt | None = None
     weight_decay: Number | None = None
     max_grad_norm: Number | None = None
+    max_skipped_in_row: StrictInt | None = None
     checkpoint: CheckpointBody | None = None
     quality_gate: QualityGateBody | None = None
 

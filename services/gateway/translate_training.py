@@ -144,6 +144,8 @@ def _job_extension(job: types_pb2.TrainingJob) -> dict[str, Any]:
         "warmup_steps": values.warmup_steps,
         "weight_decay": values.weight_decay,
         "max_grad_norm": values.max_grad_norm,
+        "max_skipped_in_row": values.max_skipped_in_row,
+        "skipped_microbatches": job.skipped_microbatches,
     }
 
 

@@ -94,6 +94,7 @@ def check_hyperparameters(values: types_pb2.Hyperparameters) -> None:
         ("batch_size", 1, 256),
         ("gradient_accumulation_steps", 1, 256),
         ("warmup_steps", 0, 2**31),
+        ("max_skipped_in_row", 1, 1000),
     ):
         if values.HasField(name) and not low <= getattr(values, name) <= high:
             raise invalid(f"{name} must be in [{low}, {high}], not {getattr(values, name)}", f"hyperparameters.{name}")

@@ -203,6 +203,7 @@ def _training_outcome(task: MicrobatchTask, reason: str) -> work_pb2.TrainingOut
     error = _error_of(task, reason)
     if error is not None:
         outcome.error.CopyFrom(error.to_proto())
+        outcome.skipped = task.skipped and reason == "error"
         return outcome
     outcome.label_tokens = task.label_tokens
     outcome.weight_step = task.weight_step

@@ -393,8 +393,11 @@ class AgentLoop:
         code = ErrorCode.RESOURCE_EXHAUSTED if out_of_memory else ErrorCode.INTERNAL
         for task_id in op.task_ids:
             task = self._tasks[task_id]
-            # Of a step that fails on one stage and is skipped on the next ones the first is the cause.
-            task.error = task.error or LemixError(code, f"{op.kind} failed on stage {stage}: {_public(error)}")
+            if task.error is not None:
+                continue  # of a step that fails on one stage and is skipped on the next ones the first is the cause
+            if isinstance(task, MicrobatchTask):
+                task.skipped = kind == "ArithmeticError"
+            task.error = LemixError(code, f"{op.kind} failed on stage {stage}: {_public(error)}")
 
     def _weight_op_ended(self, stage: int, op: Op, result: StageResult) -> None:
         weight_op, future = self._weight_ops[op.subject]

@@ -50,6 +50,8 @@ class MicrobatchTask:
     #: Weights step after its optimizer step; 0 until that step was started.
     weight_step: int = 0
     error: LemixError | None = None
+    #: The error is a loss or a gradient that is not finite.
+    skipped: bool = False
 
 
 Task = RequestTask | MicrobatchTask

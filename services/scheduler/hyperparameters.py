@@ -6,15 +6,21 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.v1 import types_pb2
 
 _SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
-_WHOLE = {"num_epochs": (1, 1000), "batch_size": (1, 256), "gradient_accumulation_steps": (1, 256)}
+#: Lowest, highest, default.
+_WHOLE = {
+    "num_epochs": (1, 1000, 1),
+    "batch_size": (1, 256, 1),
+    "gradient_accumulation_steps": (1, 256, 1),
+    "max_skipped_in_row": (1, 1000, 3),
+}
 _POSITIVE = {"learning_rate": 1e-4, "max_grad_norm": 1.0}
 
 
 def resolve(given: types_pb2.Hyperparameters) -> types_pb2.Hyperparameters:
     """Every field set. Raises INVALID_REQUEST naming the field that is out of range."""
     resolved = types_pb2.Hyperparameters()
-    for name, (lowest, highest) in _WHOLE.items():
-        value = getattr(given, name) if given.HasField(name) else lowest
+    for name, (lowest, highest, standard) in _WHOLE.items():
+        value = getattr(given, name) if given.HasField(name) else standard
         _check(lowest <= value <= highest, name, f"must be in [{lowest}, {highest}]")
         setattr(resolved, name, value)
     for name, default in _POSITIVE.items():

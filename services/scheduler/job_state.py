@@ -109,7 +109,23 @@ class JobState:
     @property
     def num_trained(self) -> int:
         """Micro-batches trained."""
-        return self._record.job.trained_microbatches + len(self._ahead) + len(self._uncovered)
+        return self._num_done - self.num_skipped
+
+    @property
+    def num_skipped(self) -> int:
+        """Micro-batches whose loss or gradient was not finite."""
+        ahead = sum(outcome.training.skipped for outcome in self._ahead.values())
+        return self._record.job.skipped_microbatches + ahead
+
+    @property
+    def skipped_too_often(self) -> bool:
+        """Whether as many were skipped in a row as the job bears."""
+        return self._record.skipped_in_row >= self.hyperparameters.max_skipped_in_row
+
+    @property
+    def _num_done(self) -> int:
+        job = self._record.job
+        return job.trained_microbatches + job.skipped_microbatches + len(self._ahead) + len(self._uncovered)
 
     @property
     def unsaved_nodes(self) -> set[str]:
@@ -119,7 +135,7 @@ class JobState:
     @property
     def backlog(self) -> int:
         """Micro-batches not trained that could be."""
-        return self._num_available - self.num_trained
+        return self._num_available - self._num_done
 
     @property
     def complete(self) -> bool:
@@ -129,7 +145,7 @@ class JobState:
     @property
     def only_to_save(self) -> bool:
         """Whether everything was trained."""
-        return not self.endless and self.num_trained >= self.total_microbatches
+        return not self.endless and self._num_done >= self.total_microbatches
 
     def view(self) -> types_pb2.TrainingJob:
         """What the owner sees now."""
@@ -231,10 +247,7 @@ class JobState:
         self._begin()
         self._count_step(outcome)
         was_noted = self._uncovered.pop(sequence, None) is not None
-        self._ahead[sequence] = outcome
-        while (done := self._ahead.pop(self._record.next_sequence, None)) is not None:
-            _add_progress(self._record.job, done)
-            self._record.next_sequence += 1
+        self._advance(sequence, outcome)
         if was_noted:
             self.dirty = True
             self.wake_watchers()
@@ -242,11 +255,31 @@ class JobState:
             self._note_trained(outcome)
         return True
 
+    def skipped(self, outcome: work_pb2.WorkOutcome) -> bool:
+        """A micro-batch's loss or gradient was not finite: it counts as done. False when that was known."""
+        sequence = outcome.training.sequence
+        self._forget(sequence)
+        if sequence < self._record.next_sequence or sequence in self._ahead:
+            return False
+        self._begin()
+        self._record.skipped_in_row += 1
+        self._advance(sequence, outcome)
+        row = f"{self._record.skipped_in_row} of {self.hyperparameters.max_skipped_in_row} in a row"
+        self.add_event("warn", f"skipped micro-batch {sequence} ({row}): {outcome.training.error.message}")
+        return True
+
+    def _advance(self, sequence: int, outcome: work_pb2.WorkOutcome) -> None:
+        self._ahead[sequence] = outcome
+        while (done := self._ahead.pop(self._record.next_sequence, None)) is not None:
+            _add_progress(self._record.job, done)
+            self._record.next_sequence += 1
+
     def _begin(self) -> None:
         if self.status == types_pb2.JOB_STATUS_QUEUED:
             self._record.job.status = types_pb2.JOB_STATUS_RUNNING
 
     def _note_trained(self, outcome: work_pb2.WorkOutcome) -> None:
+        self._record.skipped_in_row = 0
         loss = outcome.training.loss if outcome.training.HasField("loss") else None
         self._newest_loss = loss if loss is not None else self._newest_loss
         of_total = f" of {self.total_microbatches}" if self.total_microbatches else ""
@@ -373,6 +406,9 @@ class JobState:
 
 def _add_progress(job: types_pb2.TrainingJob, outcome: work_pb2.WorkOutcome) -> None:
     training = outcome.training
+    if training.skipped:
+        job.skipped_microbatches += 1
+        return
     job.trained_microbatches += 1
     job.trained_tokens += training.label_tokens
     if training.HasField("loss"):

@@ -308,6 +308,8 @@ class JobRegistry:
         state = self._running.get(training.job_id)
         if state is None:
             return []
+        if training.skipped:
+            return self._skipped(state, outcome)
         if training.HasField("error"):
             return self._fail_now(state, LemixError.from_proto(training.error))
         if state.trained(outcome):
@@ -315,6 +317,20 @@ class JobRegistry:
             if state.complete:
                 self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
             self._changed()
+        return []
+
+    def _skipped(self, state: JobState, outcome: work_pb2.WorkOutcome) -> list[Event]:
+        if not state.skipped(outcome):
+            return []
+        metrics.SKIPPED.inc()
+        if state.skipped_too_often:
+            error = LemixError.from_proto(outcome.training.error)
+            most = state.hyperparameters.max_skipped_in_row
+            message = f"{most} micro-batches in a row were skipped, the last because: {error.message}"
+            return self._fail_now(state, LemixError(error.code, message))
+        if state.complete:
+            self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
+        self._changed()
         return []
 
     def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:

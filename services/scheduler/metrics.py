@@ -20,6 +20,7 @@ WAITING = Gauge("lemix_scheduler_waiting", "Tasks without a node", ["kind"])
 INFLIGHT = Gauge("lemix_scheduler_inflight", "Tasks assigned and unfinished", ["node", "kind"])
 NODES = Gauge("lemix_scheduler_nodes", "Nodes that may get work")
 TRAINED = Counter("lemix_scheduler_trained_microbatches_total", "Micro-batches trained")
+SKIPPED = Counter("lemix_scheduler_skipped_microbatches_total", "Micro-batches with a loss or gradient not finite")
 FAILURE_SIGNATURE = Gauge(
     "lemix_scheduler_failure_signature", "1 while this goes wrong (docs/operations.md), else 0", ["signature"]
 )

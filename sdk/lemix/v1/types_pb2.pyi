@@ -154,7 +154,7 @@ class ServingReport(_message.Message):
     def __init__(self, weight_versions: _Optional[_Iterable[_Union[WeightVersion, _Mapping]]] = ..., staleness_s: _Optional[float] = ..., node_id: _Optional[str] = ..., reference_loss: _Optional[float] = ...) -> None: ...
 
 class Hyperparameters(_message.Message):
-    __slots__ = ("learning_rate", "num_epochs", "batch_size", "gradient_accumulation_steps", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm")
+    __slots__ = ("learning_rate", "num_epochs", "batch_size", "gradient_accumulation_steps", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "max_skipped_in_row")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     NUM_EPOCHS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +163,7 @@ class Hyperparameters(_message.Message):
     WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    MAX_SKIPPED_IN_ROW_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     num_epochs: int
     batch_size: int
@@ -171,10 +172,11 @@ class Hyperparameters(_message.Message):
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float
-    def __init__(self, learning_rate: _Optional[float] = ..., num_epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., gradient_accumulation_steps: _Optional[int] = ..., lr_schedule: _Optional[str] = ..., warmup_steps: _Optional[int] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ...) -> None: ...
+    max_skipped_in_row: int
+    def __init__(self, learning_rate: _Optional[float] = ..., num_epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., gradient_accumulation_steps: _Optional[int] = ..., lr_schedule: _Optional[str] = ..., warmup_steps: _Optional[int] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., max_skipped_in_row: _Optional[int] = ...) -> None: ...
 
 class TrainingJob(_message.Message):
-    __slots__ = ("job_id", "model", "training_file", "status", "created_unix_s", "finished_unix_s", "hyperparameters", "total_microbatches", "trained_microbatches", "trained_tokens", "last_loss", "steps_per_node", "error", "num_examples", "checkpoint", "unsaved_microbatches", "validation_file", "quality_gate", "heldout_loss", "best_heldout_loss", "best_checkpoint_id")
+    __slots__ = ("job_id", "model", "training_file", "status", "created_unix_s", "finished_unix_s", "hyperparameters", "total_microbatches", "trained_microbatches", "trained_tokens", "last_loss", "steps_per_node", "error", "num_examples", "checkpoint", "unsaved_microbatches", "validation_file", "quality_gate", "heldout_loss", "best_heldout_loss", "best_checkpoint_id", "skipped_microbatches")
     class StepsPerNodeEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +205,7 @@ class TrainingJob(_message.Message):
     HELDOUT_LOSS_FIELD_NUMBER: _ClassVar[int]
     BEST_HELDOUT_LOSS_FIELD_NUMBER: _ClassVar[int]
     BEST_CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     model: str
     training_file: str
@@ -224,7 +227,8 @@ class TrainingJob(_message.Message):
     heldout_loss: float
     best_heldout_loss: float
     best_checkpoint_id: str
-    def __init__(self, job_id: _Optional[str] = ..., model: _Optional[str] = ..., training_file: _Optional[str] = ..., status: _Optional[_Union[JobStatus, str]] = ..., created_unix_s: _Optional[float] = ..., finished_unix_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., total_microbatches: _Optional[int] = ..., trained_microbatches: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., last_loss: _Optional[float] = ..., steps_per_node: _Optional[_Mapping[str, int]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., num_examples: _Optional[int] = ..., checkpoint: _Optional[_Union[CheckpointPolicy, _Mapping]] = ..., unsaved_microbatches: _Optional[int] = ..., validation_file: _Optional[str] = ..., quality_gate: _Optional[_Union[QualityGate, _Mapping]] = ..., heldout_loss: _Optional[float] = ..., best_heldout_loss: _Optional[float] = ..., best_checkpoint_id: _Optional[str] = ...) -> None: ...
+    skipped_microbatches: int
+    def __init__(self, job_id: _Optional[str] = ..., model: _Optional[str] = ..., training_file: _Optional[str] = ..., status: _Optional[_Union[JobStatus, str]] = ..., created_unix_s: _Optional[float] = ..., finished_unix_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., total_microbatches: _Optional[int] = ..., trained_microbatches: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., last_loss: _Optional[float] = ..., steps_per_node: _Optional[_Mapping[str, int]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., num_examples: _Optional[int] = ..., checkpoint: _Optional[_Union[CheckpointPolicy, _Mapping]] = ..., unsaved_microbatches: _Optional[int] = ..., validation_file: _Optional[str] = ..., quality_gate: _Optional[_Union[QualityGate, _Mapping]] = ..., heldout_loss: _Optional[float] = ..., best_heldout_loss: _Optional[float] = ..., best_checkpoint_id: _Optional[str] = ..., skipped_microbatches: _Optional[int] = ...) -> None: ...
 
 class CheckpointPolicy(_message.Message):
     __slots__ = ("every_steps", "every_s")

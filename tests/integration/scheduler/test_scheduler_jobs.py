@@ -154,6 +154,44 @@ async def test_a_failed_microbatch_fails_its_job(cluster: Cluster) -> None:
     assert last.event.level == "error"
 
 
+def skipped(job_id: str, sequence: int) -> work_pb2.WorkOutcome:
+    error = LemixError(ErrorCode.INTERNAL, "the loss is nan").to_proto()
+    training = work_pb2.TrainingOutcome(job_id=job_id, sequence=sequence, error=error, skipped=True)
+    return work_pb2.WorkOutcome(task_id=f"{job_id}/{sequence}", node_id="n0", training=training)
+
+
+async def test_a_job_bears_some_losses_that_are_not_finite(cluster: Cluster) -> None:
+    """Two of them in a row, then a good one, then the third in a row too many."""
+    scheduler = await cluster.scheduler()
+    node, gateway = await cluster.node(scheduler), await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 9))
+    assert created.hyperparameters.max_skipped_in_row == 3
+    for number in range(6):
+        delivery = await node.take()
+        if number == 2:
+            await node.finish(delivery)
+        else:
+            await node.end(delivery, skipped(created.job_id, delivery.item.training.sequence))
+    messages = await watch(gateway, created.job_id)
+    last = messages[-1].job
+    assert (last.status, last.trained_microbatches, last.skipped_microbatches) == (types_pb2.JOB_STATUS_FAILED, 1, 5)
+    assert last.error.message == "3 micro-batches in a row were skipped, the last because: the loss is nan"
+    warnings = [message.event.message for message in messages if message.event.level == "warn"]
+    assert warnings[0] == "skipped micro-batch 0 (1 of 3 in a row): the loss is nan"
+    assert len(warnings) == 5
+
+
+async def test_a_job_with_skipped_microbatches_can_succeed(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    node, gateway = await cluster.node(scheduler), await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 2))
+    await node.finish(await node.take())
+    delivery = await node.take()
+    await node.end(delivery, skipped(created.job_id, delivery.item.training.sequence))
+    last = (await watch(gateway, created.job_id))[-1].job
+    assert (last.status, last.trained_microbatches, last.skipped_microbatches) == (types_pb2.JOB_STATUS_SUCCEEDED, 1, 1)
+
+
 async def test_microbatches_of_a_lost_node_are_trained_once_each(cluster: Cluster) -> None:
     scheduler = await cluster.scheduler()
     lost, gateway = await cluster.node(scheduler, "n0"), await cluster.gateway(scheduler)

@@ -132,6 +132,7 @@ def test_ids_are_plain(value: str) -> None:
         {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"learning_rate": float("inf")}, {"num_epochs": 0},
         {"num_epochs": 1001}, {"batch_size": 257}, {"gradient_accumulation_steps": 0}, {"weight_decay": -0.1},
         {"max_grad_norm": 0.0}, {"lr_schedule": "step"}, {"lr_schedule": ""},
+        {"max_skipped_in_row": 0}, {"max_skipped_in_row": 1001},
     ],
 )  # fmt: skip
 def test_hyperparameters_out_of_range_are_named(values: dict[str, Any]) -> None:

@@ -32,6 +32,40 @@ def outcome(sequence: int, *, node: str = "n", step: int = 1, loss: float = 1.0)
     return work_pb2.WorkOutcome(task_id=f"j/{sequence}", node_id=node, training=training)
 
 
+def skip(sequence: int) -> work_pb2.WorkOutcome:
+    training = work_pb2.TrainingOutcome(job_id="j", sequence=sequence, skipped=True)
+    training.error.message = "the loss is nan"
+    return work_pb2.WorkOutcome(task_id=f"j/{sequence}", node_id="n", training=training)
+
+
+def test_skipped_microbatches_count_as_done_but_not_as_trained() -> None:
+    job = state(4)
+    assert job.skipped(skip(1))
+    assert not job.skipped(skip(1)), "known"
+    assert (job.num_trained, job.num_skipped, job.backlog) == (0, 1, 3)
+    assert job.trained(outcome(0))
+    assert (job.num_trained, job.num_skipped, job.view().skipped_microbatches) == (1, 1, 1)
+    assert job.durable_record().next_sequence == 2
+    assert not job.skipped(skip(1)), "stored"
+    job.trained(outcome(2))
+    assert not job.complete
+    job.skipped(skip(3))
+    assert job.complete
+
+
+def test_skips_in_a_row_survive_a_restart_and_end_with_a_trained_one() -> None:
+    job = state(9)
+    job._record.job.hyperparameters.CopyFrom(resolve(types_pb2.Hyperparameters(max_skipped_in_row=3)))
+    job.skipped(skip(0))
+    job.skipped(skip(1))
+    again = JobState(job.durable_record(), FakeClock(), resumed=True)
+    assert not again.skipped_too_often
+    again.skipped(skip(2))
+    assert again.skipped_too_often
+    again.trained(outcome(3))
+    assert not again.skipped_too_often
+
+
 def offers(job: JobState) -> list[int]:
     found = []
     while (sequence := job.take_offer()) is not None:

@@ -20,7 +20,7 @@ HYPERPARAMETERS = lemix.Hyperparameters(
 )
 
 
-@pytest.fixture(params=[1, 2], ids=["one stage", "two stages"])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.slow, id="one stage"), pytest.param(2, id="two stages")])
 def user(request, model, profiles, tmp_path):
     config = LocalClusterConfig(
         model_path=model,

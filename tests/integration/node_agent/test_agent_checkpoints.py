@@ -3,14 +3,18 @@
 The emulated weights shrink by a tenth with every step, so that a weight tells how many steps it contains.
 """
 
+import asyncio
 import contextlib
+import errno
 import json
+import random
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.internal.v1 import work_pb2
@@ -425,3 +429,57 @@ async def test_a_published_checkpoint_is_taken_over_and_outlives_a_crash(tmp_pat
             node = await made.start_node("node-1", num_stages=1, stack=stack, **settings)
             assert made.scheduler.hellos[-1].checkpoints[0].reason == "publish"
             assert weights(node) == pytest.approx([after_steps(2)])
+
+
+class Jitter(Gate):
+    """Ops take a few turns of the loop, each stage and op another number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._random = random.Random(7)
+
+    async def sleep(self, seconds: float) -> None:
+        for _ in range(self._random.randrange(4)):
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("handling", ["drain", "stash"])
+async def test_all_stages_save_one_version_while_training_and_serving_go_on(tmp_path: Path, handling: str) -> None:
+    settings = {"checkpoint_every_steps": 1, "checkpoint_keep": 100, "num_stages": 3, "weight_handling": handling}
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", gate=Jitter(), **settings):
+        await train(made, range(30))
+        for index in range(5):
+            await made.assign(inference_item(f"r{index}", [1, 2], 20))
+        await trained(made, 30)
+        assert await made.scheduler.outcome("job/29")
+        for index in range(5):
+            outcome = (await made.scheduler.outcome(f"r{index}")).inference
+            assert len(outcome.token_ids) == 20
+        assert not any(report.HasField("error") for report in made.scheduler.checkpoints)
+    folders = list((tmp_path / "saved" / "node-0").glob("[0-9]*"))
+    assert len(folders) >= 2
+    for folder in folders:
+        manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
+        assert manifest["positions"]["job"] == [[0, manifest["step"] - 1]]
+        values = [value.mean() for file in weights_files(folder) for value in load_file(file).values()]
+        assert values == pytest.approx([after_steps(manifest["step"])] * 3)
+
+
+async def test_a_disk_that_is_full_when_it_is_flushed_leaves_the_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_steps=2):
+        await train_and_save(made, 2)
+        first = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
+        with monkeypatch.context() as patched:
+            patched.setattr("os.fsync", full)
+            await train(made, [2, 3])
+            report = await made.scheduler.checkpoint(2)
+        assert report.error.message == "cannot write a checkpoint: No space left on device"
+        assert [held.checkpoint_id for held in report.held] == [first]
+        assert not list((tmp_path / "saved" / "node-0").glob(".partial*"))
+        command(made, save="request")
+        assert (await made.scheduler.checkpoint(3)).checkpoint.trained_microbatches["job"] == 4

@@ -330,8 +330,15 @@ class JobRegistry:
             return self._fail_now(state, LemixError(error.code, message))
         if state.complete:
             self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
+        self._save_at_end(state)
         self._changed()
         return []
+
+    def _save_at_end(self, state: JobState) -> None:
+        """Nothing is left to do but checkpoints: ask for them."""
+        if state.only_to_save:
+            for node_id in sorted(state.unsaved_nodes):
+                self._checkpoints.tell(node_id, "job_end")
 
     def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
         """A micro-batch was trained and is in no checkpoint yet. May come twice."""
@@ -340,9 +347,7 @@ class JobRegistry:
             return
         if state.trained_unsaved(outcome):
             self._changed()
-        if state.only_to_save:
-            for node_id in sorted(state.unsaved_nodes):
-                self._checkpoints.tell(node_id, "job_end")
+        self._save_at_end(state)
 
     def on_node_away(self, node_id: str, wait_s: float) -> None:
         """A node is lost; what it trained since its checkpoint waits so long for it, 0: no longer."""

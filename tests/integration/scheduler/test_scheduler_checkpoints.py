@@ -72,6 +72,26 @@ async def test_a_job_ends_when_a_checkpoint_contains_all_of_it(cluster: Cluster)
     assert dict(final.steps_per_node) == {"n0": 6}
 
 
+async def test_a_job_whose_last_micro_batch_was_skipped_ends_with_a_checkpoint_too(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    node = await cluster.node(scheduler, keeps_checkpoints=True)
+    gateway = await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 3))
+    pairs = await train(node, 2)
+    await shows(gateway, created.job_id, 2, 2)
+    last = await node.take()
+    skipped = ended(node, last)
+    skipped.training.skipped = True
+    skipped.training.error.CopyFrom(LemixError(ErrorCode.INTERNAL, "the loss is nan").to_proto())
+    assert await node.end(last, skipped)
+    assert (await node.command()).checkpoint.save == "job_end"
+    for delivery, outcome in pairs:
+        assert await node.end(delivery, outcome)
+    final = (await watch(gateway, created.job_id))[-1].job
+    assert final.status == types_pb2.JOB_STATUS_SUCCEEDED
+    assert (final.trained_microbatches, final.skipped_microbatches) == (2, 1)
+
+
 async def test_a_node_that_comes_back_gets_what_its_checkpoint_lacks_in_order(cluster: Cluster) -> None:
     scheduler = await cluster.scheduler(node_return_s=30.0)
     node = await cluster.node(scheduler, keeps_checkpoints=True)

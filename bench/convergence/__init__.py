@@ -1,0 +1,1 @@
+"""`make convergence`: what keeping replicas together, or not, costs in held-out loss."""

@@ -77,6 +77,7 @@ bench: install  ## Run the benchmarks behind the published figures
 	@$(BIN)/python -m bench.decision
 	@$(BIN)/python -m bench.engine
 	@$(BIN)/python -m bench.simulator
+	@$(BIN)/python -m bench.exchange
 
 clean:  ## Remove what the commands made
 	@rm -rf out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

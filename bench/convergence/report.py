@@ -45,9 +45,9 @@ def _header(summary: Mapping[str, Any]) -> str:
     return (
         "<h1>Training replicas together and apart</h1>"
         f"<p>Replicas of one model share {summary['updates']:,} optimizer steps: every policy trains on the same "
-        "examples in the same order, dealt out in turn. average(k) makes all replicas the mean of all after every k steps of "
-        "each; checkpoint(k) lets one of them train and copies it to the others every k steps. Optimizer state stays "
-        "where it is. Steps, snapshots, means and loading run in the node agent's own code.</p>"
+        "examples in the same order, dealt out in turn. average(k) makes all replicas the mean of all after every k "
+        "steps of each; checkpoint(k) lets one of them train and copies it to the others every k steps. Optimizer "
+        "state stays where it is. Steps, snapshots, means and loading run in the node agent's own code.</p>"
         f'<p class="soft">{text(summary["started_at"])} · {text(summary["machine"]["cpu"])}, '
         f"{summary['machine']['cores']} cores · commit {text(summary['git_commit'])} · "
         f"{seeds} seed{'s' if seeds > 1 else ''}</p>"

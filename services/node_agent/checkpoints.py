@@ -7,6 +7,7 @@ restores the newest valid checkpoint and finds in the ledger exactly what is mis
 import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import structlog
@@ -336,6 +337,10 @@ class Checkpointer:
             except CorruptedCheckpoint as error:
                 raise LemixError(ErrorCode.CONFLICT, str(error), param="checkpoint_id") from error
             await self._load(folder, manifest)
+            for job_id, ranges in manifest.positions.items():
+                # Of another node's the positions are new here; one's own contain them.
+                numbers = chain.from_iterable(range(first, last + 1) for first, last in ranges)
+                self._positions[job_id] = add_to_ranges(self._positions.get(job_id, []), numbers)
         await self.save("rollback", request_id)
 
     async def _load(self, folder: Path, manifest: Manifest) -> None:

@@ -22,6 +22,8 @@ _CHECKPOINT_PREFIX = "checkpoint/"
 Announce = Callable[[Iterable[str], str, str], None]
 
 
+#: Lost nodes whose newest checkpoint is remembered.
+_MAX_LOST = 64
 #: Why a checkpoint was saved that holds nothing newly trained.
 _COPIES = frozenset({"rollback", "publish"})
 
@@ -38,6 +40,8 @@ class CheckpointDesk:
         #: Checkpoints of connected nodes that keep some, the newest first.
         self._held: dict[str, list[types_pb2.Checkpoint]] = {}
         self._hellos: dict[str, pb.NodeHello] = {}
+        #: Newest checkpoint of nodes that were lost.
+        self._lost: dict[str, str] = {}
         #: Node and answer by request.
         self._waiting: dict[str, tuple[str, asyncio.Future[Any]]] = {}
 
@@ -55,7 +59,10 @@ class CheckpointDesk:
 
     def left(self, node_id: str) -> None:
         """A node is gone, and with it the answers it owes."""
-        self._held.pop(node_id, None)
+        held = self._held.pop(node_id, None)
+        if held:
+            self._lost[node_id] = held[0].checkpoint_id
+            self._lost = dict(list(self._lost.items())[-_MAX_LOST:])
         self._hellos.pop(node_id, None)
         for asked_id, future in self._waiting.values():
             if asked_id == node_id and not future.done():
@@ -103,6 +110,10 @@ class CheckpointDesk:
     def held_by(self, node_id: str) -> list[types_pb2.Checkpoint]:
         """Checkpoints of a connected node, the newest first."""
         return self._held.get(node_id, [])
+
+    def newest_of_lost(self, node_id: str) -> str:
+        """Id of the newest checkpoint of a lost node; empty: none is known."""
+        return self._lost.get(node_id, "")
 
     def owner_of(self, checkpoint_id: str) -> str:
         """Connected node that holds this checkpoint. Raises NOT_FOUND."""

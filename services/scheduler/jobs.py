@@ -353,7 +353,7 @@ class JobRegistry:
         """A node is lost; what it trained since its checkpoint waits so long for it, 0: no longer."""
         for state in self._running.values():
             if node_id in state.unsaved_nodes or node_id in state.view().steps_per_node:
-                state.node_away(node_id, wait_s)
+                state.node_away(node_id, wait_s, self._checkpoints.newest_of_lost(node_id))
         self._changed()
 
     def announce(self, job_ids: Iterable[str], level: str, message: str) -> None:

@@ -483,3 +483,43 @@ async def test_a_disk_that_is_full_when_it_is_flushed_leaves_the_older_ones(
         assert not list((tmp_path / "saved" / "node-0").glob(".partial*"))
         command(made, save="request")
         assert (await made.scheduler.checkpoint(3)).checkpoint.trained_microbatches["job"] == 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_however_often_a_node_is_killed_every_step_is_in_its_weights_once(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    count = 20
+    settings = {
+        "checkpoint_every_steps": chance.choice([1, 3]),
+        "num_stages": chance.choice([1, 3]),
+        "weight_handling": chance.choice(["drain", "stash"]),
+    }
+    async with cluster(tmp_path) as made:
+        await train(made, range(count))
+        for _ in range(8):
+            async with life(made, tmp_path / "saved", gate=Jitter(), **settings):
+                for _ in range(chance.randrange(400)):
+                    await asyncio.sleep(0)
+        async with life(made, tmp_path / "saved", gate=Jitter(), **settings) as node:
+            while await states(made, count) != [TaskState.DONE] * count:
+                await asyncio.sleep(0.01)
+                command(made, save="request")
+            assert weights(node) == pytest.approx([after_steps(count)] * settings["num_stages"])
+        assert len(made.scheduler.trained) > count, "some were trained more than once on the way"
+        manifest = json.loads((newest(tmp_path / "saved") / "manifest.json").read_text())["manifest"]
+        assert manifest["positions"] == {"job": [[0, count - 1]]}
+
+
+async def test_another_node_goes_on_from_the_checkpoint_of_one_that_is_gone(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        async with life(made, tmp_path / "shared", checkpoint_every_steps=2):
+            await train_and_save(made, 2)
+            checkpoint_id = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
+        settings = {**NO_TIME, "checkpoint_directory": str(tmp_path / "shared")}
+        node = await made.start_node("node-1", **settings)
+        request = scheduler_pb2.CheckpointCommand(request_id="request", restore=checkpoint_id)
+        made.scheduler.command("node-1", checkpoint=request)
+        report = await made.scheduler.checkpoint(2)
+        assert report.checkpoint.checkpoint_id.startswith("node-1:")
+        assert report.checkpoint.trained_microbatches["job"] == 2
+        assert weights(node) == pytest.approx([after_steps(2)] * 2)

@@ -269,11 +269,12 @@ def test_the_loss_of_a_node_is_told_with_what_it_took_along() -> None:
     job = state(3)
     job.trained_unsaved(outcome(0))
     job.node_away("n", 30.0)
-    job.node_away("n", 0.0)
+    job.node_away("n", 0.0, "n:1:5")
     told = [(event.level, event.message) for event in job.events_after(1)]
     assert [level for level, _ in told] == ["warn", "error"]
     assert told[0][1].startswith("n was lost: 1 micro-batches since its newest checkpoint are trained again")
     assert told[1][1].startswith("n did not come back: other nodes train 1 micro-batches again")
+    assert "n:1:5" in told[1][1]
 
 
 def gated(tolerance: float = 0.1, max_bad: int = 2) -> JobState:

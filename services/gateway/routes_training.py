@@ -96,8 +96,7 @@ class _TrainingRoutes:
     async def restore_checkpoint(self, request: Request) -> JSONResponse:
         node_id = request.query_params.get("node_id", "")
         version = await self._training.restore_checkpoint(request.path_params["checkpoint_id"], node_id)
-        name = f"{version.node_id}:{version.incarnation}:{version.step}"
-        return JSONResponse({"object": "checkpoint.restored", "node_id": version.node_id, "weight_version": name})
+        return JSONResponse({"object": "checkpoint.restored", "weight_version": translate.version_object(version)})
 
     async def publish_checkpoint(self, request: Request) -> JSONResponse:
         wanted = training_service_pb2.PublishCheckpointRequest(
@@ -106,8 +105,8 @@ class _TrainingRoutes:
             force=request.query_params.get("force", "").lower() in ("true", "1"),
         )
         versions = await self._training.publish_checkpoint(wanted)
-        names = [f"{version.node_id}:{version.incarnation}:{version.step}" for version in versions]
-        return JSONResponse({"object": "checkpoint.published", "weight_versions": names})
+        served = [translate.version_object(version) for version in versions]
+        return JSONResponse({"object": "checkpoint.published", "weight_versions": served})
 
     async def feedback(self, request: Request) -> JSONResponse:
         body = await read_json(request, FeedbackBody)

@@ -163,6 +163,11 @@ def checkpoint_object(checkpoint: types_pb2.Checkpoint) -> dict[str, Any]:
     }
 
 
+def version_object(version: types_pb2.WeightVersion) -> dict[str, Any]:
+    """What a node serves from now on."""
+    return {"node_id": version.node_id, "incarnation": version.incarnation, "step": version.step}
+
+
 def _finite(loss: float) -> float | None:
     """JSON has no infinity: a model that has diverged has no loss there."""
     return loss if math.isfinite(loss) else None

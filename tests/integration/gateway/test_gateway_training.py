@@ -240,9 +240,9 @@ async def test_checkpoints_are_saved_listed_exported_restored_and_published(gate
     exported = (await gateway.http.post("/v1/checkpoints/node-0:1:1/export")).json()
     assert exported == {"object": "checkpoint.export", "node_id": "node-0", "path": "/exports/x"}
     restored = (await gateway.http.post("/v1/checkpoints/node-0:1:1/restore", params={"node_id": "node-1"})).json()
-    assert restored["weight_version"] == "node-1:1:9"
+    assert restored["weight_version"] == {"node_id": "node-1", "incarnation": 1, "step": 9}
     published = await gateway.http.post("/v1/checkpoints/node-0:1:1/publish", params={"node_id": ["node-1", "node-2"]})
-    assert published.json()["weight_versions"] == ["node-1:1:4", "node-2:1:4"]
+    assert [version["node_id"] for version in published.json()["weight_versions"]] == ["node-1", "node-2"]
     assert (await gateway.http.post("/v1/checkpoints/node-0:1:2/publish")).status_code == 409
     assert (await gateway.http.post("/v1/checkpoints/node-0:1:2/publish?force=true")).status_code == 200
     for action in ("export", "restore", "publish"):

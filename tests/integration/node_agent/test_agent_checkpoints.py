@@ -523,3 +523,33 @@ async def test_another_node_goes_on_from_the_checkpoint_of_one_that_is_gone(tmp_
         assert report.checkpoint.checkpoint_id.startswith("node-1:")
         assert report.checkpoint.trained_microbatches["job"] == 2
         assert weights(node) == pytest.approx([after_steps(2)] * 2)
+
+
+@pytest.mark.parametrize("handling", ["drain", "stash"])
+async def test_no_request_sees_a_half_restored_model(tmp_path: Path, handling: str) -> None:
+    """The emulated loss is the mean of the stages' weights: with two versions mixed it would be none of either."""
+    settings = {"checkpoint_every_steps": 4, "num_stages": 3, "weight_handling": handling, "max_batch": 2}
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", gate=Jitter(), **settings) as node:
+        for sequence in range(4):
+            await train(made, [sequence])
+        checkpoint_id = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
+        saved_step = int(checkpoint_id.rsplit(":", 1)[1])
+        await train(made, range(4, 8))
+        for index in range(40):
+            reference = {"reference_token_ids": [1, 2]}
+            await made.assign(inference_item(f"r{index}", [1, 2], 3, **reference))
+            if index % 10 == 5:
+                command(made, restore=checkpoint_id)
+        whole = {after_steps(count) for count in range(9)}
+        for index in range(40):
+            outcome = (await made.scheduler.outcome(f"r{index}")).inference
+            assert not outcome.HasField("error")
+            assert any(outcome.report.reference_loss == pytest.approx(value) for value in whole)
+            steps = [version.step for version in outcome.report.weight_versions]
+            assert steps == sorted(steps)
+        await made.scheduler.until(
+            lambda: sum(report.checkpoint.reason == "rollback" for report in made.scheduler.checkpoints) >= 1,
+            "rollback",
+        )
+        assert saved_step >= 4
+        assert len({round(weight, 6) for weight in weights(node)}) == 1

@@ -8,6 +8,7 @@ stops without ending, once a round has begun. Writes `out/bench/exchange.json`.
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,10 +36,11 @@ from services.node_agent.tensor_file import TensorFile
 
 #: Tensors a model of so many parameters is cut into, about as many as a Llama has per layer and ten layers.
 _TENSORS = 70
-#: Longest a member waits for the others, seconds: the scheduler's `sync_timeout_s` is 30.
-TIMEOUT_S = 10.0
-_JOIN_S = 60.0
-_ANSWER_S = 300.0
+#: Longest a member waits for the others, seconds, in a round and in one with a member that fails. The scheduler's
+#: `sync_timeout_s` is 30.
+_ROUND_S, TIMEOUT_S = 120.0, 10.0
+_JOIN_S = 180.0
+_ANSWER_S = 600.0
 
 
 class Member:
@@ -96,11 +98,11 @@ class PeerFiles:
         save_file(self._member.weights, path)
         self._snapshot = Replica(self.address(self._member.rank), [TensorFile.open(path)])
 
-    async def average(self, ranks: list[int]) -> None:
+    async def average(self, ranks: list[int], timeout_s: float) -> None:
         """Phase two, with the snapshots of `ranks`."""
         member = self._member
         peers = [rank for rank in ranks if rank != member.rank]
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             paths = [member.folder / f"peer-{member.rank}-{rank}" for rank in peers]
             pairs = zip(peers, paths, strict=True)
             fetched = await asyncio.gather(*(fetch_replica(self.address(rank), "s", path) for rank, path in pairs))
@@ -123,14 +125,14 @@ def load_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 @contextmanager
-def process_group(member: Member, rank: int, world: int, name: str) -> Iterator[None]:
+def process_group(member: Member, world: int, name: str, timeout_s: float) -> Iterator[None]:
     """A gloo group that rendezvous through a file."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{member.folder}/{name}",
-        rank=rank,
+        rank=member.rank,
         world_size=world,
-        timeout=timedelta(seconds=TIMEOUT_S),
+        timeout=timedelta(seconds=timeout_s),
     )
     try:
         yield
@@ -165,7 +167,7 @@ def run_files(member: Member, wait: Callable[[], None], repeat: int) -> list[dic
                 began_s, cpu_s = time.monotonic(), time.process_time()
                 way.take_snapshot()
                 await asyncio.to_thread(wait)  # the scheduler's: phase two begins when all snapshots exist
-                await way.average(list(range(member.world)))
+                await way.average(list(range(member.world)), _ROUND_S)
                 found.append({"wall_s": time.monotonic() - began_s, "cpu_s": time.process_time() - cpu_s})
             await asyncio.to_thread(wait)  # nobody leaves while others fetch
             return found
@@ -176,7 +178,7 @@ def run_files(member: Member, wait: Callable[[], None], repeat: int) -> list[dic
 def run_all_reduce(member: Member, wait: Callable[[], None], repeat: int) -> list[dict[str, float]]:
     """Rounds of all-reduce in one group."""
     found = []
-    with process_group(member, member.rank, member.world, "group"):
+    with process_group(member, member.world, "group", _ROUND_S):
         for _ in range(repeat):
             wait()
             began_s, cpu_s = time.monotonic(), time.process_time()
@@ -198,13 +200,13 @@ def lose_files(member: Member, wait: Callable[[], None], how: str) -> dict[str, 
                 fail(how)
             began_s = time.monotonic()
             try:
-                await way.average(list(range(member.world)))
+                await way.average(list(range(member.world)), TIMEOUT_S)
             except Exception:  # whatever it is, the round failed
                 noticed_s = time.monotonic() - began_s
             else:
                 raise AssertionError("a round with a lost member must fail")
             way.take_snapshot()
-            await way.average(list(range(member.world - 1)))
+            await way.average(list(range(member.world - 1)), TIMEOUT_S)
             again_s = time.monotonic() - began_s
             await asyncio.sleep(2.0)  # peers may still fetch
             return {"noticed_s": noticed_s, "again_s": again_s}
@@ -215,7 +217,7 @@ def lose_files(member: Member, wait: Callable[[], None], how: str) -> dict[str, 
 def lose_all_reduce(member: Member, wait: Callable[[], None], how: str) -> dict[str, float]:
     """As `lose_files`, with a new group of the survivors."""
     found = {}
-    with process_group(member, member.rank, member.world, "group"):
+    with process_group(member, member.world, "group", TIMEOUT_S):
         all_reduce(member, member.world)
         wait()
         if member.rank == member.world - 1:
@@ -227,7 +229,7 @@ def lose_all_reduce(member: Member, wait: Callable[[], None], how: str) -> dict[
             found["noticed_s"] = time.monotonic() - began_s
         else:
             raise AssertionError("a round with a lost member must fail")
-    with process_group(member, member.rank, member.world - 1, "survivors"):
+    with process_group(member, member.world - 1, "survivors", TIMEOUT_S):
         all_reduce(member, member.world - 1)
         found["again_s"] = time.monotonic() - began_s
     return found
@@ -316,11 +318,13 @@ def main() -> None:
     sizes = [int(1e6 * float(value)) for value in args.parameters.split(",")]
     worlds = [int(value) for value in args.members.split(",")]
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    rounds = [row for size in sizes for world in worlds for row in measure_rounds(size, world, args.repeat)]
+    rounds: list[dict[str, Any]] = []
     print(f"{'parameters':>10}{'members':>9}  {'way':<14}{'round s':>9}{'CPU s':>8}")
-    for row in rounds:
-        counts = f"{row['parameters'] / 1e6:>8.0f} M{row['members']:>9}"
-        print(f"{counts}  {row['way']:<14}{row['wall_s']:>9.3f}{row['cpu_s']:>8.2f}")
+    for size, world in itertools.product(sizes, worlds):
+        rounds += measure_rounds(size, world, args.repeat)
+        for row in rounds[-len(_ROUNDS) :]:
+            counts = f"{row['parameters'] / 1e6:>8.0f} M{row['members']:>9}"
+            print(f"{counts}  {row['way']:<14}{row['wall_s']:>9.3f}{row['cpu_s']:>8.2f}", flush=True)
     losses = measure_losses(sizes[0])
     print(f"{'a member is':<14}{'way':<14}{'noticed s':>10}{'next round s':>14}")
     for row in losses:

@@ -7,6 +7,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -129,6 +130,8 @@ def _play_all(
                     pass
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()  # a run lasts a minute, which nobody who interrupts wants to wait
             raise
     return results
 
@@ -169,6 +172,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"convergence: {error}", file=sys.stderr)
         return 2
     console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = run(config, console)
     except (ValueError, OSError, BrokenProcessPool) as error:

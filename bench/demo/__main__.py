@@ -13,6 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", type=int, default=defaults.cluster.stages, help="stages per node (default 1)")
     parser.add_argument("--seconds", type=float, help="length of the traffic (default 40)")
     parser.add_argument("--load", type=float, help="mean request rate / one node's capacity (default 0.3)")
+    parser.add_argument(
+        "--training-share", type=float, help="share of tasks that is training, as feedback (default: endless backlog)"
+    )
     parser.add_argument("--trace", type=Path, help="CSV with arrival_s,prompt_tokens,output_tokens to follow")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the traffic (default 0)")
     parser.add_argument("--out", type=Path, default=defaults.out, help="where results go (default out/demo)")
@@ -79,6 +83,7 @@ def parse(arguments: Sequence[str]) -> DemoConfig:
             load=load if options.load is None else options.load,
             trace=None if options.trace is None else str(options.trace),
         ),
+        training=replace(defaults.training, share=options.training_share),
         cluster=ClusterConfig(nodes=options.nodes, stages=options.stages),
     )
     check(config)

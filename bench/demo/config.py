@@ -84,6 +84,10 @@ class TrainingConfig:
     learning_rate: float = 3e-4
     #: Passes over the file: large enough that the backlog never empties.
     num_epochs: int = 100
+    #: Share of all tasks that is training: pieces come as feedback, with the requests. None: an endless backlog.
+    share: float | None = None
+    #: k of the policies that synchronise, when training comes as feedback and no job's length tells it.
+    feedback_sync_every_steps: int = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +133,10 @@ class DemoConfig:
 
 def check(config: DemoConfig) -> None:
     """Raise DemoError naming the first option that makes no sense."""
-    traffic, cluster = config.traffic, config.cluster
+    traffic, cluster, share = config.traffic, config.cluster, config.training.share
     rules = (
         (config.repeat >= 1, "--repeat must be at least 1"),
+        (share is None or 0.0 < share < 1.0, "--training-share must be above 0 and below 1"),
         (cluster.nodes >= 1, "--nodes must be at least 1"),
         (1 <= cluster.stages <= config.model.layers, f"--stages must be between 1 and {config.model.layers}"),
         (5 <= traffic.seconds <= 3600, "--seconds must be between 5 and 3600"),

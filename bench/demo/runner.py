@@ -19,7 +19,7 @@ from bench.demo.plan_file import write_plan
 from bench.demo.profile import Promise, newest_profile, node_latency, profile_grid, promise
 from bench.demo.records import RequestRecord, RunRecord
 from bench.demo.training_jobs import TrainingJobs, connect
-from bench.demo.workload import PlannedRequest, mean_lengths, warmup_plan
+from bench.demo.workload import Feedback, PlannedRequest, feedback_plan, mean_lengths, warmup_plan
 from bench.machine import usable_cores
 from deploy.local.cluster import LocalCluster
 from deploy.local.settings import LocalClusterConfig
@@ -83,7 +83,7 @@ class Runner:
     ) -> Outcome:
         """One run under one policy. Raises DemoError or ClusterError when it could not be carried through."""
         core = {
-            "sync_every_steps": policy.sync_every_steps,
+            "sync_every_steps": self._sync_every_steps(policy),
             "default_slo": {"ttft_s": promised.slo.ttft_s, "tpot_s": promised.slo.tpot_s},
         }
         name = f"{policy.name}-{repetition}"
@@ -114,6 +114,7 @@ class Runner:
                 model_name=_MODEL_NAME,
                 core=core,
                 node={"max_batch": config.cluster.max_batch},
+                scheduler={"feedback_learning_rate": config.training.learning_rate},
                 profiler={"grid": profile_grid(config.training)},
                 profiles_directory=self._profiles,
                 event_log=self._event_log(name),
@@ -152,10 +153,13 @@ class Runner:
         on_progress: OnProgress,
     ) -> "_Measured":
         config = self._config
-        files = [
-            await jobs.upload(f"{kind}.jsonl", pieces(split.training, config.training.piece_tokens, config.seed))
+        texts = {
+            kind: pieces(split.training, config.training.piece_tokens, config.seed)
             for kind, split in (("docs", self._corpus.docs), ("code", self._corpus.code))
-        ]
+        }
+        share = config.training.share
+        feedback = None if share is None else feedback_plan(requests, share, texts)
+        files = [await jobs.upload(f"{kind}.jsonl", items) for kind, items in texts.items()] if share is None else []
         client = self._client(cluster, f"{name}/traffic", requests, config.drain_s)
         meter = CpuMeter()
         tasks: list[asyncio.Future[Any]] = []
@@ -164,7 +168,8 @@ class Runner:
             start_s = time.monotonic() + _LEAD_S
             counts: dict[str, int] = {}
             sending = asyncio.create_task(client.run(start_s, counts.update))
-            training = asyncio.create_task(self._train(jobs, files, start_s))
+            working = self._train(jobs, files, start_s) if feedback is None else self._feed(jobs, feedback, start_s)
+            training = asyncio.create_task(working)
             tasks += [sending, training]
             await asyncio.sleep(start_s - time.monotonic())
             processes = {**cluster.processes(), "client": client.pid, "demo": os.getpid()}
@@ -188,6 +193,19 @@ class Runner:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await client.stop()
+
+    def _sync_every_steps(self, policy: PolicyRun) -> int:
+        training = self._config.training
+        if training.share is None or policy.sync_every_steps == 0:
+            return policy.sync_every_steps
+        # The feedback job begins without examples, from which no k can be derived.
+        return training.feedback_sync_every_steps
+
+    async def _feed(self, jobs: TrainingJobs, feedback: Sequence[Feedback], start_s: float) -> None:
+        """Feedback as it comes."""
+        for item in feedback:
+            await asyncio.sleep(max(0.0, start_s + item.at_s - time.monotonic()))
+            await jobs.give(item.text)
 
     async def _train(self, jobs: TrainingJobs, files: Sequence[str], start_s: float) -> None:
         """The documentation job from the start, the source code job from the drift; the backlog never empties."""

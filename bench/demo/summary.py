@@ -51,7 +51,7 @@ def build(
         "slo": {"ttft_ms": 1000 * promise.slo.ttft_s, "tpot_ms": 1000 * promise.slo.tpot_s},
         "policies": {name: combine(items) for name, items in measured.items()},
         "spread": {name: spread(items) for name, items in measured.items()} if config.repeat > 1 else {},
-        "claims": verdicts(measured, doubts),
+        "claims": [claim for claim in verdicts(measured, doubts) if _is_meant(config, claim)],
         "problems": list(problems),
         "warnings": sharing_warnings(config, facts.machine["cores"]) + warnings(measured),
         "capacity": {
@@ -136,8 +136,19 @@ def _describe_model(config: DemoConfig, facts: Mapping[str, Any]) -> str:
     )
 
 
+def _is_meant(config: DemoConfig, claim: Mapping[str, Any]) -> bool:
+    """How much is trained says nothing when what comes is the same for all."""
+    return config.training.share is None or claim["name"] != "training"
+
+
 def _describe_training(config: DemoConfig) -> str:
     training = config.training
+    if training.share is not None:
+        return (
+            f"feedback that comes with the requests, {100 * training.share:g} % of all tasks: one piece of "
+            f"{training.piece_tokens} tokens per AdamW step at {training.learning_rate:g}, documentation before the "
+            "drift and source code after it"
+        )
     return (
         f"one online job at a time: micro-batches of {training.batch_size} × {training.piece_tokens} tokens, one AdamW "
         f"step each at {training.learning_rate:g}, documentation before the drift and source code after it; the "

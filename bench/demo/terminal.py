@@ -63,4 +63,10 @@ def _title(summary: Mapping[str, Any]) -> str:
 
 def _claim(claim: Mapping[str, Any]) -> str:
     reason = f"({claim['reason']}) " if claim["reason"] else ""
-    return f"{reason}{claim['claim']}: {shown(claim, claim['median'])} ({limit(claim)})"
+    return f"{reason}{claim['claim']}: {shown(claim, claim['median'])}{_extent(claim)} ({limit(claim)})"
+
+
+def _extent(claim: Mapping[str, Any]) -> str:
+    """Smallest and largest of several repetitions."""
+    known = [value for value in claim["values"] if value is not None]
+    return f", {shown(claim, min(known))} to {shown(claim, max(known))}" if len(known) > 1 else ""

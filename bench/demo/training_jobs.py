@@ -17,7 +17,7 @@ def connect(url: str) -> httpx.AsyncClient:
 
 
 class TrainingJobs:
-    """Two files, one job at a time: documentation until the drift, source code from then on."""
+    """Documentation until the drift, source code from then on: two files, one job at a time, or pieces as feedback."""
 
     def __init__(self, http: httpx.AsyncClient, model: str, training: TrainingConfig) -> None:
         self._http = http
@@ -49,6 +49,13 @@ class TrainingJobs:
         job_id = str(_checked(await self._http.post("/v1/fine_tuning/jobs", json=body))["id"])
         self._jobs.append(job_id)
         return job_id
+
+    async def give(self, text: str) -> None:
+        """Hand over a piece of text as feedback."""
+        response = await self._http.post("/v1/feedback", json={"model": self._model, "text": text})
+        job_id = str(_checked(response)["job_id"])
+        if job_id not in self._jobs:
+            self._jobs.append(job_id)
 
     async def cancel(self, job_id: str) -> None:
         """Stop a job."""

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +12,9 @@ from bench.demo.config import DemoError, TrafficConfig
 from bench.demo.corpus import Corpus, sample_prompt
 from services.simulator import trace_file
 from services.simulator.trace_file import TraceError, TraceRow
+
+#: Undoes the rounding of a share: 0.9 is nine pieces of training per request.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,14 @@ class PlannedRequest:
     max_tokens: int
     #: "docs" before the drift, "code" after it.
     kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """A piece of text to learn from, handed over `at_s` after the start."""
+
+    at_s: float
+    text: str
 
 
 def mean_lengths(traffic: TrafficConfig) -> tuple[float, float]:
@@ -74,6 +85,20 @@ def plan(traffic: TrafficConfig, corpus: Corpus, mean_rate: float, seed: int) ->
     else:
         rows = scale_trace(read_trace(Path(traffic.trace)), traffic, mean_rate)
     return [_request(traffic, corpus, f"r{seed}-{index:05d}", row, rng) for index, row in enumerate(rows)]
+
+
+def feedback_plan(
+    requests: Sequence[PlannedRequest], share: float, pieces: Mapping[str, Sequence[str]]
+) -> list[Feedback]:
+    """Training that comes with the requests, so that it is `share` of all tasks; `pieces` by kind of text, in turn."""
+    given: list[Feedback] = []
+    taken = dict.fromkeys(pieces, 0)
+    for number, request in enumerate(requests, start=1):
+        while len(given) + 1 <= number * share / (1.0 - share) + _ROUNDING:
+            of_kind = pieces[request.kind]
+            given.append(Feedback(request.at_s, of_kind[taken[request.kind] % len(of_kind)]))
+            taken[request.kind] += 1
+    return given
 
 
 def warmup_plan(traffic: TrafficConfig, corpus: Corpus, seed: int) -> list[PlannedRequest]:

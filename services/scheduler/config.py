@@ -92,6 +92,8 @@ class SchedulerSettings(ServiceSettings):
     max_running_jobs: int = Field(8, ge=1)
     #: Feedback examples not trained yet.
     max_feedback_backlog: int = Field(10_000, ge=1)
+    #: Learning rate at which feedback is trained.
+    feedback_learning_rate: float = Field(1e-4, gt=0.0, allow_inf_nan=False)
     #: Examples of one file.
     max_file_examples: int = Field(1_000_000, ge=1)
     #: Progress of jobs is stored at most this often, seconds.

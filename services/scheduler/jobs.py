@@ -41,6 +41,7 @@ class JobRegistry:
         clock: Clock,
         max_running: int,
         max_feedback_backlog: int,
+        feedback_learning_rate: float,
         derive_sync_interval: bool,
         save_interval_s: float,
         checkpoints: CheckpointDesk | None = None,
@@ -51,6 +52,7 @@ class JobRegistry:
         self._clock = clock
         self._max_running = max_running
         self._max_feedback_backlog = max_feedback_backlog
+        self._feedback_learning_rate = feedback_learning_rate
         self._derive_sync_interval = derive_sync_interval
         self._save_interval_s = save_interval_s
         self._checkpoints = checkpoints or CheckpointDesk()
@@ -255,7 +257,7 @@ class JobRegistry:
             model=model,
             status=types_pb2.JOB_STATUS_QUEUED,
             created_unix_s=now_unix_s,
-            hyperparameters=resolve(types_pb2.Hyperparameters()),
+            hyperparameters=resolve(types_pb2.Hyperparameters(learning_rate=self._feedback_learning_rate)),
         )
         record = work_pb2.JobRecord(job=job)
         file = work_pb2.FileRecord(

@@ -92,6 +92,7 @@ class SchedulerService:
             clock=clock,
             max_running=settings.max_running_jobs,
             max_feedback_backlog=settings.max_feedback_backlog,
+            feedback_learning_rate=settings.feedback_learning_rate,
             derive_sync_interval=settings.core.sync_every_steps < 0,
             save_interval_s=settings.job_save_interval_s,
             checkpoints=self.checkpoints,

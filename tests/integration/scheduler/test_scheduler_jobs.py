@@ -258,7 +258,7 @@ async def test_outcomes_reported_to_nobody_count_after_a_restart(cluster: Cluste
 
 
 async def test_feedback_is_trained_as_it_comes(cluster: Cluster) -> None:
-    scheduler = await cluster.scheduler(max_feedback_backlog=2)
+    scheduler = await cluster.scheduler(max_feedback_backlog=2, feedback_learning_rate=2e-3)
     node, gateway = await cluster.node(scheduler), await cluster.gateway(scheduler)
 
     async def give(number: int, request_id: str = "") -> Any:
@@ -276,6 +276,7 @@ async def test_feedback_is_trained_as_it_comes(cluster: Cluster) -> None:
         delivery = await node.take()
         assert delivery.item.training.examples[0].token_ids[0] == number
         assert delivery.item.training.total_steps == 0
+        assert delivery.item.training.hyperparameters.learning_rate == 2e-3
         assert not delivery.item.training.last
         await node.finish(delivery)
 

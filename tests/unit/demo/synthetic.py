@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.demo import metrics, summary
-from bench.demo.config import DemoConfig, TrafficConfig
+from bench.demo.config import DemoConfig, TrafficConfig, TrainingConfig
 from bench.demo.profile import Promise
 from bench.demo.records import OpRecord, RequestRecord, RunRecord, Slo, Status, TaskSpan
 from services.latency import OpKind
@@ -63,9 +63,9 @@ def runs() -> list[RunRecord]:
     ]
 
 
-def whole_summary(repetitions: int = 2, cores: int = 2) -> dict[str, Any]:
+def whole_summary(repetitions: int = 2, cores: int = 2, share: float | None = None) -> dict[str, Any]:
     """A summary as the demo writes it."""
-    config = DemoConfig(repeat=repetitions, traffic=TrafficConfig())
+    config = DemoConfig(repeat=repetitions, traffic=TrafficConfig(), training=TrainingConfig(share=share))
     measured = {
         run.policy: [metrics.policy_metrics(run, SLO, config.hold_s) for _ in range(repetitions)] for run in runs()
     }

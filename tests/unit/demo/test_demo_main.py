@@ -13,10 +13,10 @@ def test_defaults():
 def test_options_reach_the_configuration(tmp_path):
     config = parse(
         ["--repeat", "3", "--policies", "lemix, separate", "--seconds", "10", "--nodes", "3", "--stages", "2",
-         "--seed", "9", "--load", "0.3", "--out", str(tmp_path)]
+         "--seed", "9", "--load", "0.3", "--training-share", "0.5", "--out", str(tmp_path)]
     )  # fmt: skip
     assert (config.repeat, config.policies, config.seed, config.out) == (3, ("lemix", "separate"), 9, tmp_path)
-    assert (config.traffic.seconds, config.traffic.load) == (10.0, 0.3)
+    assert (config.traffic.seconds, config.traffic.load, config.training.share) == (10.0, 0.3, 0.5)
     assert (config.cluster.nodes, config.cluster.stages) == (3, 2)
 
 
@@ -39,6 +39,8 @@ def test_quick_is_smaller_but_may_be_longer():
         (["--stages", "9"], "--stages must be between 1 and 6"),
         (["--seconds", "1"], "--seconds must be between 5 and 3600"),
         (["--load", "1.5"], "--load must be above 0"),
+        (["--training-share", "1"], "--training-share must be above 0 and below 1"),
+        (["--training-share", "0"], "--training-share must be above 0 and below 1"),
         (["--policies", ""], "--policies names no policy"),
         (["--policies", "lemix,best"], "unknown policy 'best'; known: separate, round_robin, lemix, lemix_no_sync"),
         (["--policies", "lemix,lemix"], "twice"),

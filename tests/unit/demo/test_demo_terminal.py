@@ -58,6 +58,19 @@ def test_what_unresolved_means_depends_on_the_repetitions():
         assert words in _printed(summary)
 
 
+def test_claims_of_several_repetitions_tell_their_spread():
+    summary = synthetic.whole_summary(2)
+    claim = next(claim for claim in summary["claims"] if claim["name"] == "loss_after_drift")
+    claim["values"], claim["median"] = [0.9, 1.1], 1.0
+    assert "1.00 times, 0.90 times to 1.10 times" in " ".join(_printed(summary).split())
+
+
+def test_a_given_share_of_training_is_no_claim_of_how_much_is_trained():
+    names = [{claim["name"] for claim in synthetic.whole_summary(share=share)["claims"]} for share in (None, 0.5)]
+    assert names[0] - names[1] == {"training"}
+    assert "50 % of all tasks" in synthetic.whole_summary(share=0.5)["training"]["description"]
+
+
 def test_without_a_terminal_steps_are_lines():
     console = _console()
     screen = Terminal(console, 10.0)

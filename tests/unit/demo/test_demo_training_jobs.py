@@ -29,6 +29,10 @@ class FakeApi:
                 "body": json.loads(request.content),
             }
             return httpx.Response(200, json={"id": job_id})
+        if path == "/v1/feedback":
+            self.files.append(json.loads(request.content)["text"])
+            self.jobs.setdefault("feedback", {"status": "running", "lemix": {"trained_tokens": 7}})
+            return httpx.Response(200, json={"job_id": "feedback"})
         job_id = path.split("/")[4]
         if job_id not in self.jobs:
             return httpx.Response(404, json={"error": {"message": "no such job"}})
@@ -75,3 +79,10 @@ async def test_a_job_that_ended_by_itself_spoils_the_run(api, jobs, status):
 async def test_an_http_error_is_told(jobs):
     with pytest.raises(DemoError, match=r"POST /v1/fine_tuning/jobs/ghost/cancel answered HTTP 404.*no such job"):
         await jobs.cancel("ghost")
+
+
+async def test_feedback_is_one_job(api, jobs):
+    for text in ("one", "two"):
+        await jobs.give(text)
+    assert api.files == ["one", "two"]
+    assert await jobs.trained_tokens() == 7

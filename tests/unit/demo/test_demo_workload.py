@@ -7,7 +7,16 @@ import pytest
 
 from bench.demo.config import DemoError, TrafficConfig
 from bench.demo.corpus import Corpus, Split
-from bench.demo.workload import arrivals, describe, mean_lengths, plan, read_trace, scale_trace, warmup_plan
+from bench.demo.workload import (
+    arrivals,
+    describe,
+    feedback_plan,
+    mean_lengths,
+    plan,
+    read_trace,
+    scale_trace,
+    warmup_plan,
+)
 
 _TEXT = "".join(chr(97 + index % 26) for index in range(4000))
 _CORPUS = Corpus(
@@ -126,3 +135,16 @@ def test_a_plan_from_a_trace_drifts_too(tmp_path):
     path = _write(tmp_path, "arrival_s,prompt_tokens,output_tokens\n" + lines)
     requests = plan(TrafficConfig(trace=str(path)), _CORPUS, 10.0, 0)
     assert [item.kind for item in requests] == ["docs"] * 200 + ["code"] * 200
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.75])
+def test_feedback_comes_with_the_requests_in_its_share(share):
+    requests = plan(_TRAFFIC, _CORPUS, 10.0, 0)
+    texts = {"docs": ["d0", "d1", "d2"], "code": ["c0", "c1"]}
+    given = feedback_plan(requests, share, texts)
+    assert len(given) == pytest.approx(len(requests) * share / (1 - share), abs=1)
+    assert {item.at_s for item in given} <= {item.at_s for item in requests}
+    assert [item.at_s for item in given] == sorted(item.at_s for item in given)
+    drift_s = _TRAFFIC.drift * _TRAFFIC.seconds
+    assert all(item.text[0] == ("c" if item.at_s >= drift_s else "d") for item in given)
+    assert [item.text for item in given[:4]] == ["d0", "d1", "d2", "d0"]

@@ -44,6 +44,7 @@ class Fed:
             max_running=4,
             max_feedback_backlog=4,
             derive_sync_interval=False,
+            feedback_learning_rate=2e-3,
             save_interval_s=0.01,
         )
         self.feeder = Feeder(jobs=self.jobs, guard=guard, inbox=self.inbox, look_ahead=LOOK_AHEAD)

@@ -36,6 +36,7 @@ def registry(ledger: MemoryLedger) -> JobRegistry:
         max_running=4,
         max_feedback_backlog=4,
         derive_sync_interval=False,
+        feedback_learning_rate=2e-3,
         save_interval_s=0.01,
     )
 

@@ -24,17 +24,17 @@ _SECONDS = {
 def measure(sizes: tuple[int, ...] = (4, 16, 64)) -> list[Figure]:
     """Bubble rate of a schedule by micro-batches per optimizer step.
 
-    A pipeline that empties for every step of M micro-batches idles for (S-1)/(M+S-1) at least: where that is above the
-    target, the figure stands beside it without a verdict.
+    A pipeline that empties for every step of M micro-batches idles for (S-1)/(M+S-1) with equal ops. Where that is
+    above the target, what drains cannot meet it: the figure stands beside it without a verdict.
     """
     figures = []
     for size in sizes:
-        least = (STAGES - 1) / (size + STAGES - 1)
+        textbook = (STAGES - 1) / (size + STAGES - 1)
         for schedule, handling in ((ASYNC, "stash"), *((schedule, "drain") for schedule in SCHEDULES)):
             empties = handling == "drain"
-            bound = f" (at least {least:.3f})" if empties else ""
+            bound = f" (textbook {textbook:.3f})" if empties else ""
             name = f"bubble rate, {schedule}, {handling}, {size} per step{bound}"
-            target = None if empties and least > TARGET else TARGET
+            target = None if empties and textbook > TARGET else TARGET
             figures.append(Figure(name, "", (bubble_rate(schedule, handling, size),), target, at_least=False))
     return figures
 

@@ -287,9 +287,9 @@ class AgentLoop:
             payload = weight_op.payload(op)
         else:
             payload = self._payloads.build(op, stage)
+        self._runners[stage].submit(payload, lambda result: self._op_ended(stage, op, result))
         if stage == 0 and op.batch:
             metrics.batch_size(op.kind).observe(op.batch)
-        self._runners[stage].submit(payload, lambda result: self._op_ended(stage, op, result))
 
     def _set_timer(self) -> None:
         wakeup_s = self._core.next_wakeup_s

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from services.node_agent.checkpoint_files import state_file, weights_file, weights_files
@@ -118,7 +119,7 @@ class EmulatedStage:
         """Do the op's bookkeeping; one that breaks it, or cannot be done, is returned as failed."""
         try:
             fields = self._handlers[type(op)](op)
-        except (BookkeepingError, ArithmeticError, OSError, ValueError, KeyError) as error:
+        except (BookkeepingError, ArithmeticError, OSError, SafetensorError, ValueError, KeyError) as error:
             fields = {"error": f"{type(error).__name__}: {error}"}
         if isinstance(op, VersionedChange) and op.version == self.version:
             self._advance(op)

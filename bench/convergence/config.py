@@ -47,9 +47,9 @@ class StudyConfig:
     piece_tokens: int = 128
     learning_rate: float = 5e-4
     #: Held-out text: so many windows of `piece_tokens`, measured every `evaluate_every` updates.
-    held_out_windows: int = 24
+    held_out_windows: int = 16
     evaluate_every: int = 200
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(hidden=128, layers=6, pretrain_steps=300))
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(hidden=128, layers=5, pretrain_steps=300))
     processes: int = 0
     out: Path = Path("out/convergence")
     #: Pre-trained models, the same as the demo's.

@@ -15,6 +15,7 @@ _COLORS = {
     "checkpoint_100": "#a05cc0",
 }
 _SIZE = (540, 300)
+_MARGINS = (26, 26, 40, 52)
 
 
 def render(summary: Mapping[str, Any]) -> str:
@@ -47,7 +48,8 @@ def _header(summary: Mapping[str, Any]) -> str:
         f"<p>Replicas of one model share {summary['updates']:,} optimizer steps: every policy trains on the same "
         "examples in the same order, dealt out in turn. average(k) makes all replicas the mean of all after every k "
         "steps of each; checkpoint(k) lets one of them train and copies it to the others every k steps. Optimizer "
-        "state stays where it is. Steps, snapshots, means and loading run in the node agent's own code.</p>"
+        "state stays where it is. Examples are equal, time is not: R replicas that train take 1/R of one trainer's. "
+        "Steps, snapshots, means and loading run in the node agent's own code.</p>"
         f'<p class="soft">{text(summary["started_at"])} · {text(summary["machine"]["cpu"])}, '
         f"{summary['machine']['cores']} cores · commit {text(summary['git_commit'])} · "
         f"{seeds} seed{'s' if seeds > 1 else ''}</p>"
@@ -91,7 +93,7 @@ def _curves(summary: Mapping[str, Any], counts: Sequence[int], key: str, title: 
     margin = 0.05 * (high - low) or 1.0
     figures = ""
     for count in counts:
-        chart = Chart.plot(*_SIZE, (0.0, summary["updates"]), (max(0.0, low - margin), high + margin))
+        chart = Chart.plot(*_SIZE, (0.0, summary["updates"]), (max(0.0, low - margin), high + margin), margins=_MARGINS)
         chart.axes(f"updates, {count} replicas", unit)
         for row in rows:
             if row["replicas"] in (1, count):

@@ -11,8 +11,6 @@ from services.node_agent.tensor_file import ELEMENT_BYTES, TensorFile, TensorInf
 
 _BLOCK_ELEMENTS = 1 << 18
 
-Floats = npt.NDArray[np.float64]
-
 
 class Replica:
     """The weights of one node: every stage's tensors, or a copy fetched from a peer."""
@@ -60,8 +58,12 @@ def write_mean(path: Path, replicas: Sequence[Replica]) -> None:
         element = ELEMENT_BYTES[info.dtype]
         dtype = np.dtype("<f8" if info.dtype == "F64" else "<f4")
         for offset in range(0, info.num_bytes, _BLOCK_ELEMENTS * element):
-            blocks = [_floats(info.dtype, replica.read(name, offset, _BLOCK_ELEMENTS * element)) for replica in ordered]
-            yield (sum(blocks[1:], blocks[0]) / len(blocks)).astype(dtype).tobytes()
+            blocks = (_floats(info.dtype, replica.read(name, offset, _BLOCK_ELEMENTS * element)) for replica in ordered)
+            total = next(blocks).astype(np.float64)
+            for block in blocks:
+                total += block
+            total /= len(ordered)
+            yield total.astype(dtype).tobytes()
 
     write_tensors(path, outputs, data)
 
@@ -75,11 +77,8 @@ def _check_same(first: Replica, other: Replica) -> None:
             raise ValueError(f"{name} differs in type or shape between {first.name} and {other.name}")
 
 
-def _floats(dtype: str, data: bytes) -> Floats:
-    """Elements as float64. numpy has no bfloat16: its bits are the upper half of a float32."""
-    raw: npt.NDArray[Any]
+def _floats(dtype: str, data: bytes) -> npt.NDArray[Any]:
+    """Elements as numbers. numpy has no bfloat16: its bits are the upper half of a float32."""
     if dtype == "BF16":
-        raw = (np.frombuffer(data, "<u2").astype("<u4") << np.uint32(16)).view("<f4")
-    else:
-        raw = np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
-    return raw.astype(np.float64)
+        return (np.frombuffer(data, "<u2").astype("<u4") << np.uint32(16)).view("<f4")
+    return np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])

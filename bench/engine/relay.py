@@ -11,7 +11,7 @@ import torch
 
 from services.node_agent.engine.base import Handle, OptimizerStep, StageOp, StageResult, TrainBackward, TrainForward
 from services.node_agent.engine.torch.transport import SharedTransport
-from services.node_agent.engine.torch.wire import WorkerSetup
+from services.node_agent.engine.torch.wire import Ready, WorkerSetup
 from services.node_agent.engine.torch.worker import serve
 
 ROWS, HIDDEN = 8 * 256, 384
@@ -26,6 +26,7 @@ class Relay:
         self._transport = SharedTransport(setup.stage, setup.arena_fds)
         self._rows = torch.ones(ROWS, HIDDEN)
         self._version = 0
+        self.ready = Ready(0, 0)
 
     def run(self, op: StageOp) -> StageResult:
         """Take what comes in, or publish what goes out."""

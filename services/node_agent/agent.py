@@ -18,8 +18,8 @@ from services.node_agent import metrics
 from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.checkpoints import Checkpointer, CheckpointLimits
 from services.node_agent.config import NodeAgentSettings
-from services.node_agent.core.types import NodeCoreConfig, QueueOrder
-from services.node_agent.engine.base import Engine
+from services.node_agent.core.types import MemoryConfig, NodeCoreConfig, QueueOrder
+from services.node_agent.engine.base import Engine, ModelInfo
 from services.node_agent.evaluation import evaluate
 from services.node_agent.intake import Intake
 from services.node_agent.loop import AgentLoop
@@ -73,7 +73,7 @@ class NodeAgent:
             node_id=settings.node_id,
             incarnation=self.incarnation,
             workers=engine.workers,
-            config=_core_config(settings),
+            config=_core_config(settings, engine.info),
             clock=clock,
             listener=self,
             op_timeout_s=settings.op_timeout_s,
@@ -372,7 +372,17 @@ class NodeAgent:
         )
 
 
-def _core_config(settings: NodeAgentSettings) -> NodeCoreConfig:
+def _core_config(settings: NodeAgentSettings, info: ModelInfo) -> NodeCoreConfig:
+    memory = None
+    if settings.stage_memory_bytes:
+        memory = MemoryConfig(
+            peak_bytes=settings.stage_memory_bytes,
+            kv_bytes_per_token=info.kv_bytes_per_token,
+            activation_bytes_per_token=info.activation_bytes_per_token,
+            kappa=settings.memory_kappa,
+            max_wait_s=settings.memory_max_wait_s,
+            max_forward_wait_s=settings.memory_max_forward_wait_s,
+        )
     return NodeCoreConfig(
         num_stages=settings.num_stages,
         max_batch=settings.max_batch,
@@ -380,6 +390,7 @@ def _core_config(settings: NodeAgentSettings) -> NodeCoreConfig:
         kv_capacity_tokens=settings.kv_capacity_tokens,
         kv_block_tokens=settings.kv_block_tokens,
         max_batch_tokens=settings.max_batch_tokens,
+        memory=memory,
         prefix_cache_tokens=settings.prefix_cache_tokens,
         epoch_steps=settings.epoch_steps,
         max_inflight_training=settings.max_inflight_training,

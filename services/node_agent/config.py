@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from services.runtime.config import ServiceSettings, Settings
 
@@ -86,9 +86,15 @@ class NodeAgentSettings(ServiceSettings):
     #: Keep only what enters each layer between forward and backward and compute the rest again: the forward runs
     #: twice for a fraction of the memory.
     activation_checkpointing: bool = False
-    #: Memory of a stage for KV caches and activations, accounted for with wait-or-offload. 0: it is not; no engine
-    #: offloads yet, only the simulator does.
+    #: M_peak: memory of a stage for KV caches and saved activations, bytes, beside its weights, gradients and optimizer
+    #: state. What does not fit waits for room, then goes to host memory and comes back before it is used. 0: no limit.
     stage_memory_bytes: int = Field(0, ge=0)
+    #: Share of it that may be used.
+    memory_kappa: float = Field(0.9, gt=0.0, le=1.0)
+    #: T_max: longest wait for room before data of other tasks goes to host memory, seconds; and that of training
+    #: forwards, for which nobody waits.
+    memory_max_wait_s: float = Field(0.05, ge=0.0)
+    memory_max_forward_wait_s: float = Field(5.0, ge=0.0)
 
     #: Folder of checkpoints, one folder per node in it; may be shared by all nodes. Empty: none are saved, and what was
     #: trained on a node that dies is lost.
@@ -126,13 +132,8 @@ class NodeAgentSettings(ServiceSettings):
     def _fits_together(self) -> "NodeAgentSettings":
         if self.kv_block_tokens > self.kv_capacity_tokens:
             raise ValueError(f"kv_block_tokens ({self.kv_block_tokens}) exceeds kv_capacity_tokens")
+        if self.stage_memory_bytes and self.prefix_cache_tokens:
+            raise ValueError("prefix_cache_tokens must be 0 where stage_memory_bytes limits what a stage holds")
         if self.max_batch_tokens and self.max_batch_tokens <= self.max_batch:
             raise ValueError(f"max_batch_tokens must be 0 or more than max_batch ({self.max_batch})")
         return self
-
-    @field_validator("stage_memory_bytes")
-    @classmethod
-    def _is_offloaded_by_engines(cls, value: int) -> int:
-        if value:
-            raise ValueError("no engine offloads to host memory, only the simulator does; leave it 0")
-        return value

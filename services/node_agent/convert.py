@@ -3,7 +3,7 @@
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import profile_pb2, scheduler_service_pb2, work_pb2
 from lemix.v1 import types_pb2
-from services.latency import OpKind
+from services.latency import MOVES, OpKind
 from services.node_agent.core.types import InferenceRequest, Op, TrainingMicrobatch
 from services.node_agent.engine.base import Example, Logprobs, ModelInfo, OptimizerSpec, Sampling, StageResult
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
@@ -19,6 +19,9 @@ OP_KIND_TO_PROTO = {
     OpKind.RELOAD: profile_pb2.OP_KIND_RELOAD,
 }
 OP_KIND_FROM_PROTO = {value: kind for kind, value in OP_KIND_TO_PROTO.items()}
+
+#: Ops that bring no task further.
+_OF_NO_TASK = MOVES | {OpKind.OPTIMIZER_STEP, OpKind.WEIGHT_SYNC}
 
 _FINISH_REASONS = {
     "stop": types_pb2.FINISH_REASON_STOP,
@@ -243,7 +246,7 @@ def trace_to_proto(op: Op, stage: int, result: StageResult, *, is_last: bool) ->
         op=OP_KIND_TO_PROTO[op.kind],
         begin_monotonic_s=result.begin_s,
         duration_s=result.end_s - result.begin_s,
-        task_ids=() if op.kind in (OpKind.OPTIMIZER_STEP, OpKind.WEIGHT_SYNC) else op.task_ids,
+        task_ids=() if op.kind in _OF_NO_TASK else op.task_ids,
         num_tokens=op.num_tokens,
         weight_step=op.version,
         first_token=op.kind is OpKind.PREFILL and is_last,

@@ -18,6 +18,8 @@ async def load(settings: NodeAgentSettings) -> tuple[Engine, str]:
     config = _engine_config(settings)
     try:
         if settings.engine == "emulated":
+            if settings.stage_memory_bytes:
+                raise StartupError("stage_memory_bytes must be 0: the emulated engine holds no tensors")
             timing = _timing(settings)
             return load_emulated_engine(config, timing), emulated_fingerprint(config, timing)
         # Imported here so that emulated nodes run without torch.
@@ -43,6 +45,7 @@ def _engine_config(settings: NodeAgentSettings) -> EngineConfig:
         cpus=settings.cpus,
         kv_capacity_tokens=settings.kv_capacity_tokens,
         kv_block_tokens=settings.kv_block_tokens,
+        can_offload=settings.stage_memory_bytes > 0,
         max_context_tokens=settings.max_context_tokens,
         seed=settings.seed,
     )

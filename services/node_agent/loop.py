@@ -15,7 +15,7 @@ import structlog
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2, work_pb2
 from lemix.v1 import types_pb2
-from services.latency import OpKind
+from services.latency import MOVES, OpKind
 from services.node_agent import metrics
 from services.node_agent.convert import logprobs_to_proto, outcome_to_proto, trace_to_proto
 from services.node_agent.core.node import NodeCore
@@ -38,7 +38,7 @@ from services.node_agent.core.types import (
     Tick,
     TrainingMicrobatch,
 )
-from services.node_agent.engine.base import OptimizerSpec, StageOp, StageResult, StageWorker
+from services.node_agent.engine.base import Offload, OptimizerSpec, Reload, StageOp, StageResult, StageWorker
 from services.node_agent.payloads import PayloadBuilder
 from services.node_agent.stage_runner import StageRunner
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
@@ -108,7 +108,8 @@ class AgentLoop:
         self._tasks: dict[str, Task] = {}
         self._payloads = PayloadBuilder(self._tasks, config.num_stages, max_optimizer_states)
         self._runners = [
-            StageRunner(stage, worker, self.fail, op_timeout_s=op_timeout_s) for stage, worker in enumerate(workers)
+            StageRunner(stage, worker, self.fail, op_timeout_s=op_timeout_s, forgets_first=config.memory is not None)
+            for stage, worker in enumerate(workers)
         ]
         # Of the KV caches kept for sessions, by the request that left them: the weights they stem from.
         self._kept_versions: dict[str, list[types_pb2.WeightVersion]] = {}
@@ -285,6 +286,8 @@ class AgentLoop:
             weight_op = self._weight_ops[op.subject][0]
             weight_op.version = op.version
             payload = weight_op.payload(op)
+        elif op.kind in MOVES:
+            payload = (Offload if op.kind is OpKind.OFFLOAD else Reload)(op.op_id, op.task_ids)
         else:
             payload = self._payloads.build(op, stage)
         self._runners[stage].submit(payload, lambda result: self._op_ended(stage, op, result))
@@ -324,7 +327,7 @@ class AgentLoop:
             self._take_loss(op, result)
         if op.kind is OpKind.WEIGHT_SYNC:
             self._weight_op_ended(stage, op, result)
-        else:
+        elif op.kind not in MOVES:
             self._payloads.ended(op, stage, result)
             if op.kind is OpKind.OPTIMIZER_STEP:
                 self._check_step(stage, op, error)
@@ -391,7 +394,7 @@ class AgentLoop:
         kind = error.partition(":")[0]
         out_of_memory = kind in ("MemoryError", "OutOfMemoryError")
         code = ErrorCode.RESOURCE_EXHAUSTED if out_of_memory else ErrorCode.INTERNAL
-        for task_id in op.task_ids:
+        for task_id in () if op.kind in MOVES else op.task_ids:
             task = self._tasks[task_id]
             if task.error is not None:
                 continue  # of a step that fails on one stage and is skipped on the next ones the first is the cause

@@ -19,20 +19,27 @@ Done = Callable[[StageResult], None]
 class StageRunner:
     """One stage: takes ops in order and frees what ended tasks hold in between.
 
-    Tasks are forgotten when the stage is idle, and at the latest before an op that takes memory. `on_broken` is called
-    once with the exception when the worker died, did not answer an op within `op_timeout_s`, or anything unexpected was
-    raised; the runner has ended then.
+    Tasks are forgotten when the stage is idle, and at the latest before an op that takes memory (forgets_first: before
+    any op). `on_broken` is called once with the exception when the worker died, did not answer an op within
+    `op_timeout_s`, or anything unexpected was raised; the runner has ended then.
 
     An op's end, what follows from it and the start of the next op are one callback: no task is woken in between.
     """
 
     def __init__(
-        self, stage: int, worker: StageWorker, on_broken: Callable[[BaseException], None], *, op_timeout_s: float
+        self,
+        stage: int,
+        worker: StageWorker,
+        on_broken: Callable[[BaseException], None],
+        *,
+        op_timeout_s: float,
+        forgets_first: bool = False,
     ) -> None:
         self.stage = stage
         self._worker = worker
         self._on_broken = on_broken
         self._op_timeout_s = op_timeout_s
+        self._forgets_first = forgets_first
         self._ops: deque[tuple[StageOp, Done]] = deque()
         self._forgets: dict[str, None] = {}
         self._runs = False
@@ -93,7 +100,9 @@ class StageRunner:
     def _must_forget_first(self, op: StageOp) -> bool:
         if not self._forgets:
             return False
-        return isinstance(op, Prefill | TrainForward) or len(self._forgets) >= _MAX_PENDING_FORGETS
+        return (
+            self._forgets_first or isinstance(op, Prefill | TrainForward) or len(self._forgets) >= _MAX_PENDING_FORGETS
+        )
 
     def _forget_all(self) -> None:
         task_ids = tuple(self._forgets)

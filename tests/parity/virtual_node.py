@@ -95,7 +95,11 @@ class VirtualNode:
     async def finish(self) -> None:
         """Run until nothing is left. Raises NodeBroken."""
         await self._settle()
-        while self._due:
+        while self._due or self.loop._wakeup_s is not None:
+            wakeup_s = self.loop._wakeup_s
+            if wakeup_s is not None and (not self._due or wakeup_s < self._due[0][0]):
+                # Its timer runs on the clock of the event loop, which is not the virtual one.
+                self.at(wakeup_s, self.loop._tick)
             time_s, _, act = heapq.heappop(self._due)
             self._clock.advance(max(0.0, time_s - self._clock.monotonic_s()))
             act()

@@ -234,6 +234,23 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class Offload:
+    """Move the KV caches of requests, and the saved activations of micro-batches, to host memory. Unknown ids are
+    ignored: a task that has just ended may have left."""
+
+    op_id: int
+    task_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """Move them back; nothing runs with what is in host memory."""
+
+    op_id: int
+    task_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Measure:
     """Time one op on this stage with made-up data; weights, KV cache and optimizer state are left as they were.
 
@@ -259,6 +276,8 @@ StageOp = (
     | SaveCheckpoint
     | RestoreCheckpoint
     | Forget
+    | Offload
+    | Reload
     | Measure
 )
 
@@ -312,6 +331,8 @@ class StageResult:
     grad_norm_sq: float | None = None
     #: Snapshot: path of a safetensors file with this stage's parameters under full-model names.
     weights_path: str = ""
+    #: With limited memory: bytes of KV blocks and saved activations on the device after it.
+    held_bytes: int = 0
     #: Measure: durations per repetition by op kind.
     durations_s: tuple[tuple[str, tuple[float, ...]], ...] = ()
     #: Resident memory of the worker, bytes (Measure only).
@@ -364,6 +385,8 @@ class EngineConfig:
     kv_capacity_tokens: int = 65536
     #: Tokens of a block, the unit in which the KV cache is given out.
     kv_block_tokens: int = 64
+    #: What ops keep may have to go to host memory.
+    can_offload: bool = False
     max_context_tokens: int = 0
     seed: int = 0
 
@@ -378,6 +401,9 @@ class ModelInfo:
     max_context_tokens: int
     num_parameters: int
     eos_token_ids: tuple[int, ...]
+    #: What a token takes on the stage where it takes most: in the KV cache, and for a backward (0: not measured).
+    kv_bytes_per_token: int = 0
+    activation_bytes_per_token: int = 0
 
 
 class Engine(Protocol):

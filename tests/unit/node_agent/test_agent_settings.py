@@ -4,19 +4,27 @@ import pytest
 
 from services.node_agent.config import NodeAgentSettings
 from services.node_agent.core.types import SCHEDULES
+from services.node_agent.engine_choice import load
+from services.runtime.app import StartupError
 from services.runtime.config import ConfigError, validate
 
 
-@pytest.mark.parametrize("engine", ["torch", "emulated"])
 @pytest.mark.parametrize(
-    ("key", "value", "problem"),
+    ("values", "problem"),
     [
-        ("stage_memory_bytes", 1 << 30, "no engine offloads"),
+        ({"stage_memory_bytes": 1 << 30, "prefix_cache_tokens": 64}, "prefix_cache_tokens must be 0"),
+        ({"max_batch": 16, "max_batch_tokens": 16}, "more than max_batch"),
     ],
 )
-def test_what_only_the_simulator_can_do_is_refused_at_start(engine: str, key: str, value: object, problem: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}.*{problem}"):
-        validate(NodeAgentSettings, {"engine": engine, key: value})
+def test_what_does_not_go_together_is_refused_at_start(values: dict[str, int], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        validate(NodeAgentSettings, values)
+
+
+async def test_the_emulated_engine_has_no_memory_to_limit() -> None:
+    settings = NodeAgentSettings(engine="emulated", model_path="anywhere", stage_memory_bytes=1 << 30)
+    with pytest.raises(StartupError, match="stage_memory_bytes must be 0: the emulated engine holds no tensors"):
+        await load(settings)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from services.node_agent.engine.base import EngineConfig, ModelInfo, StageOp, St
 from services.node_agent.engine.torch.arena import create_arena
 from services.node_agent.engine.torch.load import ModelSpec, check_engine_config, read_model
 from services.node_agent.engine.torch.process import ProcessStageWorker
-from services.node_agent.engine.torch.wire import WorkerSetup
+from services.node_agent.engine.torch.wire import Ready, WorkerSetup
 from services.node_agent.scratch import ScratchFolder
 
 if TYPE_CHECKING:
@@ -73,7 +74,15 @@ async def load_engine(config: EngineConfig, *, start_timeout_s: float = START_TI
     finally:
         for fd in arena_fds:
             os.close(fd)
-    return TorchEngine(spec.info(config.max_context_tokens), workers, folder)
+    return TorchEngine(_info(config, spec, [worker.ready for worker in workers]), workers, folder)
+
+
+def _info(config: EngineConfig, spec: ModelSpec, stages: Sequence[Ready]) -> ModelInfo:
+    return replace(
+        spec.info(config.max_context_tokens),
+        kv_bytes_per_token=max(stage.kv_bytes_per_token for stage in stages),
+        activation_bytes_per_token=max(stage.activation_bytes_per_token for stage in stages),
+    )
 
 
 class InProcessStageWorker:
@@ -115,7 +124,7 @@ def load_inprocess_engine(config: EngineConfig) -> TorchEngine:
         folder.remove()
         raise
     workers = [InProcessStageWorker(executor) for executor in executors]
-    return TorchEngine(spec.info(config.max_context_tokens), workers, folder)
+    return TorchEngine(_info(config, spec, [executor.ready for executor in executors]), workers, folder)
 
 
 def profile_fingerprint(config: EngineConfig, info: ModelInfo) -> str:

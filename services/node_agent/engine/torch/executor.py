@@ -17,8 +17,10 @@ from services.node_agent.engine.base import (
     Handle,
     LoadWeights,
     Measure,
+    Offload,
     OptimizerStep,
     Prefill,
+    Reload,
     RestoreCheckpoint,
     SaveCheckpoint,
     Snapshot,
@@ -37,6 +39,7 @@ from services.node_agent.engine.torch.stage import Stage, parse_dtype, widen
 from services.node_agent.engine.torch.training import Training
 from services.node_agent.engine.torch.transport import Transport
 from services.node_agent.engine.torch.weights import Snapshots, read_weights
+from services.node_agent.engine.torch.wire import Ready
 
 
 class VersionMismatch(RuntimeError):
@@ -62,6 +65,7 @@ class StageExecutor:
         )
         options = training_options(config, self.stage)
         self.training = Training(self.stage, max_context_tokens=context, options=options)
+        self._can_offload = config.can_offload
         self._snapshots = Snapshots(snapshot_folder)
         self._timer = StageTimer(self.stage, snapshot_folder, context, config.kv_block_tokens, options)
         self._handlers: dict[type, Callable[[Any], StageResult]] = {
@@ -75,6 +79,8 @@ class StageExecutor:
             SaveCheckpoint: self._save_checkpoint,
             RestoreCheckpoint: self._restore_checkpoint,
             Forget: self._forget,
+            Offload: self._offload,
+            Reload: self._reload,
             Measure: self._measure,
         }
 
@@ -82,6 +88,18 @@ class StageExecutor:
     def version(self) -> int:
         """The current weights version."""
         return self.stage.weights.version
+
+    @property
+    def ready(self) -> Ready:
+        """What a token takes here."""
+        shape = self.inference.cache.shape
+        activation = self._timer.activation_bytes_per_token() if self._can_offload else 0
+        return Ready(shape.block_bytes // shape.block_tokens, activation)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of KV blocks and saved activations on the device."""
+        return self.inference.cache.used_bytes + self.training.held_bytes
 
     def warm_up(self) -> None:
         """Make the first op as fast as the later ones; before any `run`."""
@@ -99,7 +117,8 @@ class StageExecutor:
             if isinstance(op, VersionedChange) and op.version == self.version:
                 # The op travels on all the same: stages stay at one version although this one changed nothing.
                 self.stage.weights.advance(op.oldest_version)
-        return replace(result, begin_s=begin_s, end_s=time.monotonic(), version=self.version)
+        held_bytes = self.held_bytes if self._can_offload else 0
+        return replace(result, begin_s=begin_s, end_s=time.monotonic(), version=self.version, held_bytes=held_bytes)
 
     def close(self) -> None:
         """Remove what the stage left on disk and let go of shared memory."""
@@ -204,6 +223,22 @@ class StageExecutor:
         self._transport.forget(op.task_ids)
         return _result(op)
 
+    def _offload(self, op: Offload) -> StageResult:
+        for task_id in op.task_ids:
+            if task_id in self.inference.cache:
+                self.inference.cache.offload(task_id)
+            elif self.training.holds(task_id):
+                self.training.offload(task_id)
+        return _result(op)
+
+    def _reload(self, op: Reload) -> StageResult:
+        for task_id in op.task_ids:
+            if task_id in self.inference.cache:
+                self.inference.cache.reload(task_id)
+            elif self.training.holds(task_id):
+                self.training.reload(task_id)
+        return _result(op)
+
     def _measure(self, op: Measure) -> StageResult:
         return _result(op, durations_s=self._timer.measure(op), resident_bytes=resident_bytes())
 
@@ -239,7 +274,7 @@ class StageExecutor:
 def training_options(config: EngineConfig, stage: Stage) -> TrainingOptions:
     """How a stage trains. Raises ValueError for a training_dtype that it cannot use."""
     if config.training_dtype in ("", config.dtype):
-        return TrainingOptions(checkpointing=config.activation_checkpointing)
+        return TrainingOptions(None, config.activation_checkpointing, config.can_offload)
     if (config.training_dtype, config.dtype) != ("bfloat16", "float32"):
         raise ValueError(
             f'training_dtype is {config.training_dtype!r} with dtype {config.dtype!r}; mixed precision is "bfloat16" '
@@ -247,7 +282,7 @@ def training_options(config: EngineConfig, stage: Stage) -> TrainingOptions:
         )
     if stage.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f'{stage.device} does not compute in bfloat16; leave training_dtype ""')
-    return TrainingOptions(parse_dtype(config.training_dtype), config.activation_checkpointing)
+    return TrainingOptions(parse_dtype(config.training_dtype), config.activation_checkpointing, config.can_offload)
 
 
 def _result(op: StageOp, **fields: Any) -> StageResult:

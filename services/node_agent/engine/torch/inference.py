@@ -117,7 +117,7 @@ class Inference:
             # Its client may have sent another history: what differs is computed.
             start = _common_length(entry.token_ids, sequence.token_ids[:start])
         elif start:
-            entry = self.cache.entry(sequence.request_id)
+            entry = self.cache.present(sequence.request_id)
             if entry.used != start:
                 raise ValueError(f"request {sequence.request_id} goes on at {start}, its cache holds {entry.used}")
         else:
@@ -188,7 +188,7 @@ class Inference:
         """The caches of decoding requests, with a block for the new token."""
         entries = []
         for sequence in sequences:
-            entry = self.cache.entry(sequence.request_id)
+            entry = self.cache.present(sequence.request_id)
             if sequence.position > entry.used:
                 raise ValueError(
                     f"request {sequence.request_id} decodes position {sequence.position}, but its cache holds "

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from services.node_agent.engine.torch.host_memory import to_host
+
 
 class KvCacheFull(RuntimeError):
     """No block is left; the message holds the numbers."""
@@ -48,6 +50,8 @@ class KvEntry:
 
     blocks: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    #: In host memory instead of blocks: (2, layers, n, kv_heads, block_tokens, head_dim).
+    away: Tensor | None = None
 
     @property
     def used(self) -> int:
@@ -112,10 +116,34 @@ class KvCache:
     def trim(self, entry: KvEntry, tokens: int) -> None:
         """Keep the first `tokens` positions."""
         del entry.token_ids[tokens:]
-        kept = self.shape.num_blocks(tokens)
+        self._release(entry, self.shape.num_blocks(tokens))
+
+    def _release(self, entry: KvEntry, kept: int) -> None:
         for block in entry.blocks[kept:]:
             heapq.heappush(self._free, block)
         del entry.blocks[kept:]
+
+    def offload(self, request_id: str) -> None:
+        """To host memory. Raises KeyError for a request without a cache."""
+        entry = self.entry(request_id)
+        if entry.away is not None:
+            return
+        blocks = torch.tensor(entry.blocks, dtype=torch.long, device=self.shape.device)
+        pools = [torch.stack([pool[blocks] for pool in pools]) for pools in (self.keys, self.values)]
+        entry.away = to_host(torch.stack(pools))
+        self._release(entry, 0)
+
+    def reload(self, request_id: str) -> None:
+        """Back from host memory, if it is there. Raises KeyError, and KvCacheFull when nothing has changed."""
+        entry = self.entry(request_id)
+        if entry.away is None:
+            return
+        self.grow(entry, entry.used)
+        blocks = torch.tensor(entry.blocks, dtype=torch.long, device=self.shape.device)
+        for pools, away in zip((self.keys, self.values), entry.away, strict=True):
+            for pool, rows in zip(pools, away, strict=True):
+                pool[blocks] = rows.to(pool.device)
+        entry.away = None
 
     def free(self, request_id: str) -> None:
         """Drop a request's cache; unknown ids are ignored."""
@@ -128,6 +156,13 @@ class KvCache:
         entry = self._entries.get(request_id)
         if entry is None:
             raise KeyError(f"request {request_id} has no KV cache on this stage")
+        return entry
+
+    def present(self, request_id: str) -> KvEntry:
+        """As `entry`; raises ValueError when it is in host memory."""
+        entry = self.entry(request_id)
+        if entry.away is not None:
+            raise ValueError(f"the KV cache of request {request_id} is in host memory")
         return entry
 
     def read(self, layer: int, entry: KvEntry, tokens: int) -> tuple[Tensor, Tensor]:

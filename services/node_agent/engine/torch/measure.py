@@ -85,6 +85,25 @@ class StageTimer:
         job = make_job([parameter], OptimizerSpec())
         job.optimizer.step()
 
+    def activation_bytes_per_token(self) -> int:
+        """Most bytes that a token of a micro-batch keeps on this stage until its backward, when every token is scored.
+
+        Measured on examples that differ in length: equal ones are computed together, and keep less.
+        """
+        half = min(_WARM_UP_TOKENS, self._max_context_tokens)
+        lengths = (half, half - 1)
+        tokens = sum(lengths)
+
+        def held_bytes(num_context_tokens: int) -> int:
+            examples = [Example(self._tokens(length), num_context_tokens) for length in lengths]
+            microbatch = Microbatch(self._stage, examples, 1.0, self._hidden(tokens), options=self._options)
+            microbatch.forward()
+            return microbatch.held_bytes
+
+        all_scored = held_bytes(1)
+        per_label = -(-(all_scored - held_bytes(2)) // len(lengths))
+        return -(-(all_scored + len(lengths) * per_label) // tokens)
+
     def _prefill(self, op: Measure) -> Callable[[], Durations]:
         inference, length = self._inference(op)
         prompt = self._tokens(length)

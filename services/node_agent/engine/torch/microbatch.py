@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from services.node_agent.engine.base import Example
 from services.node_agent.engine.torch.attention import PackedRuns, TrainingAttention
+from services.node_agent.engine.torch.host_memory import SavedTensors
 from services.node_agent.engine.torch.stage import Stage, widen
 
 
@@ -26,6 +27,8 @@ class TrainingOptions:
 
     dtype: torch.dtype | None = None
     checkpointing: bool = False
+    #: What a micro-batch keeps can go to host memory.
+    can_offload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class Microbatch:
         self._loss_scale = loss_scale
         self._loss = 0.0
         self._options = options
+        self._saved_tensors = SavedTensors(self.parameters) if options.can_offload else None
         self._units = _units(stage, examples, parts, options.checkpointing)
         #: Rows between two units of the same examples: values on the way up, gradients on the way down.
         self._carried: Tensor | None = None
@@ -104,7 +108,7 @@ class Microbatch:
     def forward(self, part: int = 0) -> ForwardOutput:
         """Run a piece. Raises ArithmeticError for a loss that is not finite."""
         for unit in self._share(self._units, part):
-            with torch.no_grad() if self._options.checkpointing else nullcontext():
+            with torch.no_grad() if self._options.checkpointing else self._recording():
                 unit.inputs = self._entering(unit)
                 output = self._run(unit)
             unit.output = None if self._options.checkpointing else output
@@ -137,6 +141,34 @@ class Microbatch:
             self._finished.reverse()
             entering = None if self._stage.is_first else self._take_finished()
         return Gradients(entering, total)
+
+    # ------------------------------------------------------------- memory
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it keeps on the device, where it can be moved."""
+        return 0 if self._saved_tensors is None else self._saved_tensors.num_bytes(self._tensors())
+
+    def offload(self) -> None:
+        """What it keeps goes to host memory. Raises ValueError when it cannot be moved."""
+        if self._saved_tensors is None:
+            raise ValueError("activations were not recorded so that they can be moved")
+        self._saved_tensors.offload(self._tensors())
+
+    def reload(self) -> None:
+        """What it keeps comes back, if it is away."""
+        if self._saved_tensors is not None:
+            self._saved_tensors.reload()
+
+    def _recording(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._saved_tensors is None else self._saved_tensors.recording()
+
+    def _tensors(self) -> list[Tensor]:
+        """What it holds itself, beside its graphs; each once."""
+        held = [self._hidden, self._carried, self._gradient, *self._finished]
+        for unit in self._units:
+            held += [unit.inputs, unit.output]
+        return list({id(tensor): tensor for tensor in held if tensor is not None}.values())
 
     # ------------------------------------------------------------- units
 

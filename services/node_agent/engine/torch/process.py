@@ -31,6 +31,8 @@ class ProcessStageWorker:
         self.stage = stage
         self._process = process
         self._stderr_lines = stderr_lines
+        #: What the stage said when it was loaded.
+        self.ready: Ready
         self._connection: _Connection
         self._stderr_task: asyncio.Task[None]
         self._death: asyncio.Task[None] | None = None
@@ -61,6 +63,7 @@ class ProcessStageWorker:
             await worker.close()
             raise _start_error(setup.stage, answer)
         assert isinstance(answer, Ready)
+        worker.ready = answer
         return worker
 
     @property

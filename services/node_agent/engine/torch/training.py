@@ -121,6 +121,23 @@ class Training:
         self._tied.pop(op.task_id, None)
         return BackwardOutput(found.entering, exported, _norm_sq(accumulated))
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of activations on the device."""
+        return sum(microbatch.held_bytes for microbatch in self._saved.values())
+
+    def offload(self, task_id: str) -> None:
+        """A micro-batch's activations go to host memory. Raises KeyError, ValueError."""
+        self._in_flight(task_id).offload()
+
+    def reload(self, task_id: str) -> None:
+        """They come back. Raises KeyError."""
+        self._in_flight(task_id).reload()
+
+    def holds(self, task_id: str) -> bool:
+        """Whether a micro-batch is between forward and backward."""
+        return task_id in self._saved
+
     def _in_flight(self, task_id: str) -> Microbatch:
         microbatch = self._saved.get(task_id)
         if microbatch is None:

@@ -38,7 +38,11 @@ class WorkerSetup:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The stage is loaded."""
+    """The stage is loaded. What a token takes on it, bytes: in the KV cache, and saved for the backward (0: not
+    measured)."""
+
+    kv_bytes_per_token: int
+    activation_bytes_per_token: int
 
 
 @dataclass(frozen=True, slots=True)

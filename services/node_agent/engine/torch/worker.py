@@ -23,6 +23,11 @@ from services.node_agent.engine.torch.wire import FRAME, Ready, StartFailed, Wor
 class Executor(Protocol):
     """What runs the ops of a stage."""
 
+    @property
+    def ready(self) -> Ready:
+        """What it says when it is loaded."""
+        ...
+
     def run(self, op: StageOp) -> StageResult:
         """Run one op to its end."""
         ...
@@ -44,6 +49,7 @@ def serve(make: Callable[[WorkerSetup], Executor]) -> None:
     _limit_process(setup.config, setup.stage)
     try:
         executor = make(setup)
+        ready = executor.ready
     except Exception as error:
         _send(connection, StartFailed(type(error).__name__, str(error)))
         return
@@ -51,7 +57,7 @@ def serve(make: Callable[[WorkerSetup], Executor]) -> None:
     gc.collect()
     gc.freeze()
     try:
-        _send(connection, Ready())
+        _send(connection, ready)
         while (op := _receive(connection)) is not None:
             _send(connection, executor.run(cast(StageOp, op)))
     except (BrokenPipeError, ConnectionResetError):

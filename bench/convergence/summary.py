@@ -46,13 +46,17 @@ def contestants(config: StudyConfig) -> list[tuple[Any, int]]:
 
 
 def final(results: Mapping[Run, Mapping[str, Any]], run: Run) -> dict[str, float]:
-    """Figures at the end of one run, with its loss over that of the reference of the same seed."""
+    """Figures at the end of one run, with its loss over that of the reference of the same seed.
+
+    over_reference_in_time: the reference after as many steps as each trainer made, so after the same time.
+    """
     result = results[run]
     last = result["points"][-1]
-    reference = results[Run(REFERENCE, 1, run.seed)]["points"][-1]["loss"]
+    reference = results[Run(REFERENCE, 1, run.seed)]["points"]
     return {
         "loss": last["loss"],
-        "over_reference": last["loss"] / reference,
+        "over_reference": last["loss"] / reference[-1]["loss"],
+        "over_reference_in_time": last["loss"] / _loss_at(reference, last["updates"] / run.num_trainers),
         "worst": last["worst"],
         "distance": last["distance"],
         "kl": last["kl"],
@@ -60,6 +64,16 @@ def final(results: Mapping[Run, Mapping[str, Any]], run: Run) -> dict[str, float
         "rounds": result["rounds"],
         "seconds": result["seconds"],
     }
+
+
+def _loss_at(points: Sequence[Mapping[str, float]], updates: float) -> float:
+    """Between two points, linearly; before the first one, the first."""
+    before = [point for point in points if point["updates"] <= updates] or [points[0]]
+    after = [point for point in points if point["updates"] >= updates]
+    low, high = before[-1], after[0]
+    span = high["updates"] - low["updates"]
+    share = max(0.0, (updates - low["updates"]) / span) if span else 0.0
+    return low["loss"] + share * (high["loss"] - low["loss"])
 
 
 def _point(points: Sequence[Mapping[str, float]]) -> dict[str, Any]:

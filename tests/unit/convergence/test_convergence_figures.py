@@ -70,6 +70,18 @@ def test_the_summary_has_a_row_per_contestant_and_is_json(whole):
     assert json.loads(json.dumps(whole))["updates"] == 400
 
 
+def test_in_equal_time_one_trainer_has_made_a_share_of_the_updates():
+    config = StudyConfig(updates=400, seeds=1, replicas=(2, 4), policies=("none", "checkpoint_100"))
+    results = {run: result(run, 2.0) for run in runs(config)}
+    rows = {
+        (row["policy"], row["replicas"]): row["final"] for row in summary.build(config, results, FACTS, "")["results"]
+    }
+    last, middle = 2.0 + 1 / 400, 2.0 + 1 / 200
+    assert rows["none", 2]["over_reference_in_time"] == pytest.approx(last / middle)
+    assert rows["none", 4]["over_reference_in_time"] == pytest.approx(last / middle), "not measured before 200 updates"
+    assert rows["checkpoint_100", 4]["over_reference_in_time"] == 1.0
+
+
 def test_claims_compare_seed_by_seed(whole):
     claims = {claim["name"]: claim for claim in whole["claims"]}
     assert claims["average_10_over_none_2"]["verdict"] == "held"

@@ -140,23 +140,15 @@ def print_results(console: Console, result: Mapping[str, Any]) -> None:
     """The table and the claims."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("policy", no_wrap=True, vertical="bottom")
-    for name in (
-        "replicas",
-        "held-out loss",
-        "smallest– largest",
-        "over one trainer",
-        "in equal time",
-        "distance",
-        "KL",
-    ):
-        table.add_column(name, justify="right", vertical="bottom")
+    for name in ("N", "held-out loss", "range", "over one trainer", "in equal time", "apart", "KL"):
+        table.add_column(name, justify="right", vertical="bottom", min_width=6)
     for row in result["results"]:
         values, (low, high) = row["final"], row["spread"]["loss"]
         table.add_row(
             row["title"],
             str(row["replicas"]),
             f"{values['loss']:.3f}",
-            f"{low:.3f}–{high:.3f}",
+            f"{low:.2f}–{high:.2f}",
             f"{100 * (values['over_reference'] - 1):+.1f} %",
             f"{100 * (values['over_reference_in_time'] - 1):+.1f} %",
             f"{values['distance']:.4f}",

@@ -390,6 +390,7 @@ def _core_config(settings: NodeAgentSettings, info: ModelInfo) -> NodeCoreConfig
         kv_capacity_tokens=settings.kv_capacity_tokens,
         kv_block_tokens=settings.kv_block_tokens,
         max_batch_tokens=settings.max_batch_tokens,
+        expected_output_tokens=settings.expected_output_tokens,
         memory=memory,
         prefix_cache_tokens=settings.prefix_cache_tokens,
         epoch_steps=settings.epoch_steps,

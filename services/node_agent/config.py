@@ -48,6 +48,9 @@ class NodeAgentSettings(ServiceSettings):
     kv_capacity_tokens: int = Field(65536, ge=1)
     #: Tokens of a block, the unit in which the KV cache is given out; small ones waste less, large ones are faster.
     kv_block_tokens: int = Field(64, ge=1)
+    #: Output that a request is admitted for, tokens. When one needs more and no block is left, the request admitted
+    #: last is computed again later, prompt and output so far. 0: max_tokens, so that nobody is.
+    expected_output_tokens: int = Field(0, ge=0)
     #: Tokens of it kept for sessions between their turns, as far as requests leave room. 0: none.
     prefix_cache_tokens: int = Field(0, ge=0)
     #: A kept KV cache serves until the weights have changed this often, counted in epochs: weights step // epoch_steps.
@@ -132,6 +135,8 @@ class NodeAgentSettings(ServiceSettings):
     def _fits_together(self) -> "NodeAgentSettings":
         if self.kv_block_tokens > self.kv_capacity_tokens:
             raise ValueError(f"kv_block_tokens ({self.kv_block_tokens}) exceeds kv_capacity_tokens")
+        if self.stage_memory_bytes and self.expected_output_tokens:
+            raise ValueError("expected_output_tokens must be 0 where stage_memory_bytes limits what a stage holds")
         if self.stage_memory_bytes and self.prefix_cache_tokens:
             raise ValueError("prefix_cache_tokens must be 0 where stage_memory_bytes limits what a stage holds")
         if self.max_batch_tokens and self.max_batch_tokens <= self.max_batch:

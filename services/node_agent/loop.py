@@ -107,8 +107,16 @@ class AgentLoop:
         self._core = NodeCore(config)
         self._tasks: dict[str, Task] = {}
         self._payloads = PayloadBuilder(self._tasks, config.num_stages, max_optimizer_states)
+        # What one task gave up is what the next op of another takes.
+        forgets_first = config.memory is not None or config.expected_output_tokens > 0
         self._runners = [
-            StageRunner(stage, worker, self.fail, op_timeout_s=op_timeout_s, forgets_first=config.memory is not None)
+            StageRunner(
+                stage,
+                worker,
+                self.fail,
+                op_timeout_s=op_timeout_s,
+                forgets_first=forgets_first,
+            )
             for stage, worker in enumerate(workers)
         ]
         # Of the KV caches kept for sessions, by the request that left them: the weights they stem from.
@@ -346,6 +354,8 @@ class AgentLoop:
         now_s = self._clock.monotonic_s()
         for task_id, loss in result.reference_losses:
             self._request(task_id).reference_loss = loss
+        for task_id in op.first_ids + op.partial_ids:
+            self._request(task_id).kv_freed = False
         for task_id, earlier_id in zip(op.first_ids + op.partial_ids, op.continued, strict=False):
             self._request(task_id).weight_versions += self._kept_versions.pop(earlier_id, [])
         for task_id in op.partial_ids:

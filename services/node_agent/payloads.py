@@ -217,15 +217,18 @@ class PayloadBuilder:
 
 
 def _prefill_sequence(task: RequestTask, cached_tokens: int, continues: str, end_token: int) -> PrefillSequence:
+    """With its output so far, if it gave up its cache for others."""
+    num_output = len(task.generated_ids)
     return PrefillSequence(
         task.task_id,
-        task.prompt_ids,
+        (*task.prompt_ids, *task.generated_ids) if num_output else task.prompt_ids,
         task.sampling,
-        task.max_tokens,
-        task.reference_ids,
+        task.max_tokens - num_output,
+        () if num_output else task.reference_ids,
         cached_tokens,
         continues,
         end_token,
+        num_output,
     )
 
 

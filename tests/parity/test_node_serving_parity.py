@@ -1,6 +1,7 @@
 """The whole node over real stages: however prompts are cut, mixed and continued, requests get their own tokens."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,31 @@ async def test_the_versions_of_all_keys_and_values_are_listed(models: dict[str, 
     assert [version.step for version in second] == [0, 1, 2]
     stamps = [ran.op.version for ran in node.ran if isinstance(ran.op, Prefill | Decode)]
     assert sorted(set(stamps)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("budget", [0, 24])
+@pytest.mark.parametrize("stages", [1, 2])
+async def test_a_request_that_is_computed_again_goes_on_where_it_was(
+    models: dict[str, Path], stages: int, budget: int
+) -> None:
+    """Samplings depend on the place of a token and, with penalties, on the output before it."""
+    path = models["llama"]
+    pipeline = Pipeline.load(path, stages, kv_block_tokens=4, kv_capacity_tokens=96)
+    node = VirtualNode(
+        [executor.run for executor in pipeline.executors],
+        duration_s,
+        kv_block_tokens=4,
+        kv_capacity_tokens=96,
+        expected_output_tokens=2,
+        max_batch=4,
+        max_batch_tokens=budget,
+    )
+    sampling = Sampling(temperature=0.8, seed=3, min_tokens=20, presence_penalty=0.7, frequency_penalty=0.2)
+    tasks = [RequestTask(f"r{i}", 0.0, tokens(9 + i, i), replace(sampling, seed=i), 24) for i in range(5)]
+    for task in tasks:
+        node.at(0.0, lambda task=task: node.request(task))
+    await node.finish()
+    assert node.loop.snapshot().preemptions > 0
+    for task in tasks:
+        assert list(node.outcomes[task.task_id].inference.token_ids) == await alone(path, task)
+    assert all(executor.inference.cache.used_blocks == 0 for executor in pipeline.executors)

@@ -5,7 +5,7 @@ its KV cache reserved, when its prefill starts.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from itertools import accumulate, chain, islice
 
@@ -48,6 +48,11 @@ class InferenceBatcher:
         # Those that no op holds and whose prompt is not at its end.
         self._filling: dict[str, None] = {}
         self._decodes_in_flight = 0
+        # How often live requests gave up their blocks, and all requests so far.
+        self._preempted: dict[str, int] = {}
+        self.preemptions = 0
+        # Set when no idle request finds a block for its next token: one must come back or leave first.
+        self._stalled = False
         # Set when nothing that waits can be admitted: no use in looking again before something arrives or leaves.
         self._blocked = False
 
@@ -79,11 +84,7 @@ class InferenceBatcher:
         if need > self.kv.capacity_tokens:
             detail = f"needs {need} KV tokens, the node holds {self.kv.capacity_tokens}"
             return [TaskDone(request.task_id, "error", detail)]
-        self._arrivals += 1
-        key = (self._deadline_s(request) if self._by_deadline else 0.0, self._arrivals)
-        insort(self._waiting, (*key, now_s, request))
-        self._waiting_keys[request.task_id] = key
-        self._blocked = False
+        self._enqueue(now_s, request)
         return []
 
     def resume(self, now_s: float, request: InferenceRequest, generated_tokens: int) -> None:
@@ -102,6 +103,7 @@ class InferenceBatcher:
         key = self._waiting_keys.get(task_id)
         if key is not None:
             self._remove_waiting(bisect_left(self._waiting, key))
+            self._preempted.pop(task_id, None)
             self._blocked = False
             return [TaskDone(task_id, "cancelled")]
         if task_id in self._idle or task_id in self._filling:
@@ -198,7 +200,7 @@ class InferenceBatcher:
         free_tokens = self.kv.capacity_tokens - self.kv.used_tokens
         for index in self._admission_order(now_s):
             request = self._waiting[index][3]
-            need = self.kv.need(request.prompt_tokens + request.max_tokens)
+            need = self.kv.need(self._reservation(request))
             if need > free_tokens:
                 passed.append(request.task_id)
                 if len(passed) > config.max_bypass or self._must_be_next(passed):
@@ -232,7 +234,7 @@ class InferenceBatcher:
         At most one decode op per stage is in flight. While others are, one smaller than half its even share waits for
         them to come back: stragglers merge instead of travelling alone for ever.
         """
-        if not self._idle:
+        if not self._idle or self._stalled:
             return None
         flying = self._decodes_in_flight
         stages = self._config.num_stages
@@ -260,6 +262,11 @@ class InferenceBatcher:
         if most_tokens is not None:
             sums = accumulate(self.kv.need(running[task_id].context_tokens) for task_id in task_ids)
             task_ids = task_ids[: max(1, sum(tokens <= most_tokens for tokens in sums))]
+        if self._config.expected_output_tokens:
+            task_ids = self._with_room(task_ids)
+            if not task_ids:
+                self._stalled = True
+                return (), 0
         if len(task_ids) == len(idle):
             idle.clear()
         else:
@@ -280,6 +287,7 @@ class InferenceBatcher:
     def complete(self, now_s: float, op: Op, stopped: tuple[str, ...]) -> list[Command]:
         """The op left the last stage: its requests got one token each, but those whose prompt is not at its end; those
         that are finished leave."""
+        self._stalled = False
         if op.kind is OpKind.DECODE or op.decodes:
             self._decodes_in_flight -= 1
         commands: list[Command] = []
@@ -306,6 +314,7 @@ class InferenceBatcher:
 
     def fail(self, op: Op) -> list[Command]:
         """The op raised: its requests end."""
+        self._stalled = False
         if op.kind is OpKind.DECODE or op.decodes:
             self._decodes_in_flight -= 1
         commands: list[Command] = []
@@ -335,6 +344,7 @@ class InferenceBatcher:
         twin._running = {task_id: replace(running) for task_id, running in self._running.items()}
         twin._idle = self._idle.copy()
         twin._filling = self._filling.copy()
+        twin._preempted = self._preempted.copy()
         return twin
 
     # ------------------------------------------------------------- internals
@@ -378,10 +388,77 @@ class InferenceBatcher:
             self._remove_waiting(index)
         for running in admitted:
             request = running.request
-            self.kv.reserve(request.task_id, request.prompt_tokens + request.max_tokens)
+            self.kv.reserve(request.task_id, self._reservation(request))
             self._running[request.task_id] = running
         self._made_room += self.prefixes.shrink(self.kv.capacity_tokens - self.kv.used_tokens)
         return admitted
+
+    # ------------------------------------------------------------- giving up blocks
+
+    def _reservation(self, request: InferenceRequest) -> int:
+        """Tokens that a request is admitted for."""
+        config = self._config
+        output = request.max_tokens
+        if config.expected_output_tokens and self._preempted.get(request.task_id, 0) < config.max_preemptions:
+            output = min(output, config.expected_output_tokens)
+        return request.prompt_tokens + output
+
+    def _with_room(self, task_ids: Iterable[str]) -> tuple[str, ...]:
+        """Those that have, or get, a block for their next token."""
+        chosen: dict[str, None] = {}
+        for task_id in task_ids:
+            if task_id in self._running and self._make_room(task_id, chosen):
+                chosen[task_id] = None
+        self._made_room += self.prefixes.shrink(self.kv.capacity_tokens - self.kv.used_tokens)
+        return tuple(chosen)
+
+    def _make_room(self, task_id: str, chosen: Container[str]) -> bool:
+        """Whether a request has room now: requests admitted after it that nobody runs may have to go for it."""
+        lack = self.kv.lack(task_id, self._running[task_id].context_tokens)
+        while self.kv.used_tokens + lack > self.kv.capacity_tokens:
+            victim = self._victim(task_id, chosen)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        self.kv.grow(task_id, lack)
+        return True
+
+    def _victim(self, task_id: str, chosen: Container[str]) -> str | None:
+        """The request admitted last that can go, if that was after this one: the first of all always has its way."""
+        for later in reversed(self._running):
+            if later == task_id:
+                break
+            is_free = later in self._idle or later in self._filling
+            if is_free and later not in chosen and self._preempted.get(later, 0) < self._config.max_preemptions:
+                return later
+        return None
+
+    def _preempt(self, task_id: str) -> None:
+        """Take a request's blocks. It waits again, with its output so far behind its prompt."""
+        running = self._running.pop(task_id)
+        self._idle.pop(task_id, None)
+        self._filling.pop(task_id, None)
+        self.kv.release(task_id)
+        self._made_room.append(task_id)
+        self._preempted[task_id] = self._preempted.get(task_id, 0) + 1
+        self.preemptions += 1
+        request, generated = running.request, running.generated_tokens
+        self._enqueue(
+            running.last_token_s,
+            replace(
+                request,
+                prompt_tokens=request.prompt_tokens + generated,
+                max_tokens=request.max_tokens - generated,
+                reference_tokens=0 if generated else request.reference_tokens,
+            ),
+        )
+
+    def _enqueue(self, now_s: float, request: InferenceRequest) -> None:
+        self._arrivals += 1
+        key = (self._deadline_s(request) if self._by_deadline else 0.0, self._arrivals)
+        insort(self._waiting, (*key, now_s, request))
+        self._waiting_keys[request.task_id] = key
+        self._blocked = False
 
     def _cached_tokens(self, request: InferenceRequest, kept_tokens: int) -> int:
         """Prompt tokens that need not be computed: the last one has to be, for it yields the first new token."""
@@ -397,7 +474,8 @@ class InferenceBatcher:
         self._idle.pop(task_id, None)
         self._filling.pop(task_id, None)
         self.kv.release(task_id)
-        self._blocked = False
+        self._preempted.pop(task_id, None)
+        self._blocked = self._stalled = False
         freed = [task_id]
         if running.request.session_id and reason in ("stop", "length"):
             freed = self._keep(running)

@@ -9,7 +9,8 @@ def whole_blocks(tokens: int, block_tokens: int) -> int:
 class KvLedger:
     """Who reserved how much of the KV cache; everything is rounded up to blocks, and the capacity down.
 
-    A request reserves its worst case (prompt + max_tokens) before its prefill, so a running request never runs out.
+    A request reserves its worst case (prompt + max_tokens) before its prefill, so a running request never runs out, or
+    what is expected, and more when it needs it.
     """
 
     __slots__ = ("_block_tokens", "_reserved", "capacity_tokens", "used_tokens")
@@ -34,6 +35,17 @@ class KvLedger:
             raise ValueError(f"cannot reserve {tokens} KV tokens for {task_id!r}: {self.used_tokens} used")
         self._reserved[task_id] = need = self.need(tokens)
         self.used_tokens += need
+
+    def lack(self, task_id: str, tokens: int) -> int:
+        """What a task must reserve in addition to hold this many tokens."""
+        return max(0, self.need(tokens) - self._reserved[task_id])
+
+    def grow(self, task_id: str, lack: int) -> None:
+        """Reserve in addition; raises ValueError when it does not fit."""
+        if self.used_tokens + lack > self.capacity_tokens:
+            raise ValueError(f"cannot reserve {lack} more KV tokens for {task_id!r}: {self.used_tokens} used")
+        self._reserved[task_id] += lack
+        self.used_tokens += lack
 
     def release(self, task_id: str) -> None:
         """Give a reservation back; raises KeyError when there is none, so nothing is freed twice."""

@@ -125,6 +125,7 @@ class NodeCore:
             kv_used_tokens=self._inference.kv.used_tokens,
             kv_capacity_tokens=self._inference.kv.capacity_tokens,
             kv_kept_tokens=self._inference.prefixes.used_tokens,
+            preemptions=self._inference.preemptions,
             versions=tuple(queue.version for queue in self._stages),
             queue_lengths=tuple(len(queue.ready) for queue in self._stages),
             running_ops=tuple(None if queue.running is None else queue.running.op for queue in self._stages),
@@ -310,6 +311,7 @@ class NodeCore:
                     commands.append(RunOp(queue.stage, flight.op))
                 else:
                     commands += self._start(now_s, queue, flight, self._memory)
+        commands += self._inference.take_freed()
         if self._memory is not None:
             waiting = chain(self._held.values(), *(queue.ready for queue in self._stages))
             self._room_due_s = self._memory.next_due_s(now_s, waiting)
@@ -464,6 +466,8 @@ class NodeCore:
             return None
         task_ids, context = self._inference.take_decode(self._most_tokens)
         count = len(task_ids)
+        if not count:
+            return None
         version = self._stages[0].version
         op = Op(self._new_id(), OpKind.DECODE, task_ids, version, count, context, batch=count)
         return Flight(op, claim)

@@ -249,6 +249,8 @@ class NodeSnapshot:
     kv_capacity_tokens: int
     #: Of sessions between two turns; makes room whenever a request needs it.
     kv_kept_tokens: int
+    #: Times that a request gave up its blocks, since the start.
+    preemptions: int
     versions: tuple[int, ...]
     #: Ops ready on a stage and not started.
     queue_lengths: tuple[int, ...]
@@ -317,6 +319,11 @@ class NodeCoreConfig:
     #: runs on a stage before this one's step. gpipe: no backward before all forwards of the group left the last stage.
     #: 1f1b: a stage has run at most (num_stages - stage) forwards more than backwards, and then takes turns.
     training_schedule: str = "async"
+    #: Output that a request is admitted for, tokens. Who needs more gets more blocks; when none is left, the request
+    #: admitted last gives its own up and is computed again, prompt and output so far. 0: max_tokens, so nobody is.
+    expected_output_tokens: int = 0
+    #: A request that was computed again so often is admitted for max_tokens and keeps its blocks.
+    max_preemptions: int = 2
     #: Tokens of KV cache kept for sessions between their turns, as far as running requests leave room. 0: none.
     prefix_cache_tokens: int = 0
     #: Kept KV serves until the weights have changed this often, counted in epochs: version // epoch_steps.
@@ -364,6 +371,8 @@ class NodeCoreConfig:
         for name in (
             "prefix_cache_tokens",
             "max_batch_tokens",
+            "expected_output_tokens",
+            "max_preemptions",
             "max_training_wait_s",
             "group_timeout_s",
             "max_bypass",
@@ -374,16 +383,21 @@ class NodeCoreConfig:
         for name in ("default_ttft_s", "default_tpot_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        self._check_memory()
+        if self.weight_handling not in ("drain", "stash"):
+            raise ValueError(f'weight_handling must be "drain" or "stash", got {self.weight_handling!r}')
+        if self.training_schedule not in SCHEDULES:
+            raise ValueError(f"training_schedule must be one of {', '.join(SCHEDULES)}, got {self.training_schedule!r}")
+
+    def _check_memory(self) -> None:
         if self.kv_block_tokens > self.kv_capacity_tokens:
             raise ValueError(
                 f"kv_block_tokens must be at most kv_capacity_tokens, got {self.kv_block_tokens} and "
                 f"{self.kv_capacity_tokens}"
             )
+        if self.expected_output_tokens and self.memory is not None:
+            raise ValueError("expected_output_tokens must be 0 where memory is limited: requests are offloaded there")
         if self.prefix_cache_tokens and self.memory is not None:
             raise ValueError(
                 "prefix_cache_tokens must be 0 where memory is limited: kept prefixes are not counted there"
             )
-        if self.weight_handling not in ("drain", "stash"):
-            raise ValueError(f'weight_handling must be "drain" or "stash", got {self.weight_handling!r}')
-        if self.training_schedule not in SCHEDULES:
-            raise ValueError(f"training_schedule must be one of {', '.join(SCHEDULES)}, got {self.training_schedule!r}")

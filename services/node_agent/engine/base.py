@@ -48,6 +48,7 @@ class PrefillSequence:
     The KV cache of the request `continues` ("": none), which has ended, becomes its own; as far as it holds the first
     `cached_tokens` of the prompt, they are not run. Without `continues` they were run by earlier ops (chunks).
     end_token: run the prompt up to here; 0: to its end, which yields the first new token.
+    output_tokens: so many of the last tokens are the request's own output, computed before it gave up its cache.
     """
 
     request_id: str
@@ -58,6 +59,7 @@ class PrefillSequence:
     cached_tokens: int = 0
     continues: str = ""
     end_token: int = 0
+    output_tokens: int = 0
 
 
 class DecodeSequence(NamedTuple):

@@ -7,6 +7,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from services.latency import MOVES, OpKind
 from services.node_agent.core.node import NodeCore
@@ -107,6 +108,9 @@ class Checker:
         self.live: set[str] = set()
         self._requests: dict[str, InferenceRequest] = {}
         self._holding: dict[str, int] = {}
+        self._ending: set[str] = set()
+        #: How often a request gave up its blocks.
+        self.preempted: Counter[str] = Counter()
         self._generated: Counter[str] = Counter()
         #: Prompt tokens computed, or in an op on its way.
         self.filled: dict[str, int] = {}
@@ -170,10 +174,14 @@ class Checker:
 
     def after(self, commands: Iterable[Command]) -> None:
         """Check what the core said."""
+        commands = list(commands)
+        self._ending = {command.task_id for command in commands if isinstance(command, TaskDone)}
         for command in commands:
             if isinstance(command, RunOp):
                 self._ran(command.stage, command.op)
             elif isinstance(command, FreeKv):
+                if self._gave_up_blocks(command.task_id):
+                    continue
                 self.freed[command.task_id] += 1
                 assert self.freed[command.task_id] == 1, f"{command.task_id} freed twice"
                 stages = range(self.config.num_stages)
@@ -205,6 +213,27 @@ class Checker:
         assert self.kept_tokens + sum(self._holding.values()) <= self.config.kv_capacity_tokens
         assert len({session_id for session_id, _ in self.kept.values()}) == len(self.kept)
 
+    def _gave_up_blocks(self, task_id: str) -> bool:
+        """Whether a request that goes on was freed: it waits again, with its output behind its prompt."""
+        if not self.config.expected_output_tokens or task_id not in self._holding:
+            return False
+        ends = task_id in self._ending
+        if ends:
+            return False
+        self.preempted[task_id] += 1
+        assert self.preempted[task_id] <= self.config.max_preemptions
+        assert all(task_id not in op.task_ids for op in self.running.values())
+        request, generated = self._requests[task_id], self._generated.pop(task_id, 0)
+        self._requests[task_id] = replace(
+            request,
+            prompt_tokens=request.prompt_tokens + generated,
+            max_tokens=request.max_tokens - generated,
+            reference_tokens=0 if generated else request.reference_tokens,
+        )
+        del self._holding[task_id]
+        del self.filled[task_id]
+        return True
+
     def _keep(self, done: TaskDone) -> None:
         """A request ended and its KV cache was not freed."""
         request = self._requests[done.task_id]
@@ -227,7 +256,8 @@ class Checker:
         num_tokens = 0
         for index, task_id in enumerate(op.first_ids + op.partial_ids):
             request = self._requests[task_id]
-            self._holding[task_id] = self._whole_blocks(request.prompt_tokens + request.max_tokens)
+            output = 0 if self.config.expected_output_tokens else request.max_tokens
+            self._holding[task_id] = self._whole_blocks(request.prompt_tokens + output)
             start = op.cached_tokens[index] if op.cached_tokens else 0
             end = op.end_tokens[index] if op.end_tokens else request.prompt_tokens
             if op.continued and op.continued[index]:
@@ -244,9 +274,17 @@ class Checker:
         assert op.num_tokens == num_tokens
         assert op.context_tokens == sum(op.cached_tokens)
         assert op.batch == len(op.task_ids) - op.decodes
+        self._grow(op.decode_ids)
         contexts = [self._requests[i].prompt_tokens + self._generated[i] for i in op.decode_ids]
         assert op.decode_context_tokens == sum(contexts)
         assert all(self.filled[i] == self._requests[i].prompt_tokens for i in op.decode_ids)
+
+    def _grow(self, task_ids: Iterable[str]) -> None:
+        """Requests get their next token; with admission by expectation that may take another block."""
+        if self.config.expected_output_tokens:
+            for task_id in task_ids:
+                tokens = self._requests[task_id].prompt_tokens + self._generated[task_id]
+                self._holding[task_id] = self._whole_blocks(tokens)
 
     def _ran(self, stage: int, op: Op) -> None:
         assert stage not in self.running, f"stage {stage} got two ops"
@@ -296,6 +334,9 @@ class Checker:
             else:
                 assert len(op.task_ids) == 1 or op.num_tokens <= self.config.max_prefill_tokens
                 assert (op.end_tokens, op.partials, op.decodes) == ((), 0, 0)
+        if op.kind is OpKind.DECODE and stage == 0:
+            self._grow(op.task_ids)
+            assert sum(self._holding.values()) <= self.config.kv_capacity_tokens
         assert op.decodes <= self.config.max_batch
         assert 1 <= len(op.task_ids) - op.decodes <= self.config.max_batch
         assert len(set(op.task_ids)) == len(op.task_ids)

@@ -52,6 +52,13 @@ plain_configs = st.builds(
 #: Kept prefixes and limited memory exclude each other.
 configs = st.one_of(
     plain_configs,
+    st.builds(
+        replace,
+        plain_configs,
+        expected_output_tokens=st.sampled_from([1, 4]),
+        max_preemptions=st.integers(0, 2),
+        prefix_cache_tokens=st.sampled_from([0, 30]),
+    ),
     st.builds(replace, plain_configs, memory=memories),
     st.builds(
         replace,

@@ -134,7 +134,7 @@ class EmulatedStage:
             end = sequence.end_token or len(sequence.token_ids)
             self._take_over(sequence)
             self._use_kv(sequence.request_id, end - self.kv_tokens.get(sequence.request_id, 0))
-            self._samplings[sequence.request_id] = sequence.sampling, len(sequence.token_ids)
+            self._samplings[sequence.request_id] = sequence.sampling, len(sequence.token_ids) - sequence.output_tokens
             if end == len(sequence.token_ids):
                 ended.append(sequence)
         self._append(op.decodes)

@@ -166,7 +166,9 @@ class Inference:
         the decoding requests."""
         ends = [(piece, start) for piece, start in zip(pieces, starts, strict=False) if piece.is_last]
         for piece, _ in ends:
-            self._sampler.begin(piece.sequence.request_id, piece.sequence.sampling, piece.end)
+            sequence = piece.sequence
+            num_prompt = piece.end - sequence.output_tokens
+            self._sampler.begin(sequence.request_id, sequence.sampling, num_prompt, sequence.token_ids[num_prompt:])
         # The projection runs only on rows whose logits are used: each prompt's last one and those before a reference.
         wanted = []
         for piece, start in ends:

@@ -39,9 +39,11 @@ class Sampler:
         self._eos = frozenset(eos_token_ids)
         self._requests: dict[str, _Sampled] = {}
 
-    def begin(self, request_id: str, sampling: Sampling, num_prompt: int) -> None:
-        """A request whose prompt has so many tokens; one that is known starts anew."""
-        self._requests[request_id] = _Sampled(sampling, num_prompt)
+    def begin(self, request_id: str, sampling: Sampling, num_prompt: int, output_ids: Sequence[int] = ()) -> None:
+        """A request whose prompt has so many tokens, with its output so far; one that is known starts anew."""
+        request = self._requests[request_id] = _Sampled(sampling, num_prompt)
+        if request.has_penalty:
+            request.counts.update(output_ids)
 
     def forget(self, request_id: str) -> None:
         """A request that left; an unknown id is ignored."""

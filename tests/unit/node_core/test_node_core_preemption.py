@@ -1,0 +1,71 @@
+"""Admission by expected output: who needs more takes blocks of those admitted later, who are computed again."""
+
+import pytest
+
+from services.latency import OpKind
+from services.node_agent.core.types import Cancelled, MemoryConfig, NodeCoreConfig
+from tests.unit.node_core.driver import Driver, request
+
+
+def _driver(**config: object) -> Driver:
+    small = {"kv_capacity_tokens": 32, "kv_block_tokens": 4, "expected_output_tokens": 2}
+    return Driver(**{"num_stages": 1, "max_batch": 4, **small, **config})
+
+
+def _two(**config: object) -> Driver:
+    """Two requests that fit at first: 10 + 2 tokens each; in the end each needs 24 of 32."""
+    return _driver(**config).at(0.0, request("a", max_tokens=14), request("b", max_tokens=14)).run()
+
+
+def test_more_run_at_once_than_the_worst_case_allows() -> None:
+    assert max(op.batch for _, op in _two().ops(OpKind.DECODE)) == 2
+    assert max(op.batch for _, op in _two(expected_output_tokens=0).ops(OpKind.DECODE)) == 1
+
+
+def test_the_request_admitted_last_is_computed_again_with_its_output() -> None:
+    driver = _two()
+    assert driver.results == {"a": "length", "b": "length"}
+    assert driver.checker.preempted == {"b": 1}
+    assert driver.core.snapshot().preemptions == 1
+    again = driver.ops(OpKind.PREFILL)[-1][1]
+    # 10 of the prompt and what it had produced when "a" needed its blocks.
+    assert again.task_ids == ("b",)
+    produced = sum("b" in op.task_ids for _, op in driver.ops(OpKind.DECODE)[:6]) + 1
+    assert again.num_tokens == 10 + produced
+    assert driver.ended_s["a"] < driver.ended_s["b"]
+
+
+def test_nobody_gets_a_token_twice_or_too_few() -> None:
+    driver = _driver(kv_capacity_tokens=48).at(0.0, *[request(f"r{i}", max_tokens=20) for i in range(4)]).run()
+    assert sum(driver.checker.preempted.values()) > 0
+    tokens = sum(len(op.first_ids) for _, op in driver.ops(OpKind.PREFILL))
+    tokens += sum(len(op.task_ids) for _, op in driver.ops(OpKind.DECODE))
+    assert tokens == 4 * 20
+
+
+def test_after_its_last_preemption_a_request_keeps_its_blocks() -> None:
+    driver = _driver(max_preemptions=1, kv_capacity_tokens=48)
+    driver.at(0.0, *[request(f"r{i}", max_tokens=20) for i in range(4)]).run()
+    assert max(driver.checker.preempted.values()) == 1
+    assert set(driver.results.values()) == {"length"}
+
+
+def test_without_preemptions_left_the_worst_case_is_reserved() -> None:
+    assert not _two(max_preemptions=0).checker.preempted
+
+
+def test_a_request_that_gave_up_its_blocks_can_be_cancelled() -> None:
+    driver = _driver().at(0.0, request("a", max_tokens=14), request("b", max_tokens=14))
+    driver.run(until_s=0.5)
+    assert driver.checker.preempted == {"b": 1}
+    driver.give(Cancelled("b"))
+    assert driver.results == {"b": "cancelled"}
+    driver.run()
+    assert driver.results["a"] == "length"
+    assert driver.core.snapshot().kv_used_tokens == 0
+
+
+def test_limited_memory_offloads_instead() -> None:
+    memory = MemoryConfig(peak_bytes=10, kv_bytes_per_token=1, activation_bytes_per_token=1)
+    with pytest.raises(ValueError, match="expected_output_tokens must be 0 where memory is limited"):
+        NodeCoreConfig(num_stages=1, expected_output_tokens=1, memory=memory)

@@ -50,6 +50,9 @@ def request_from_proto(
         message = f"{longest} tokens do not fit the model's context of {info.max_context_tokens}"
         raise LemixError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message)
     arrival_s = now_s - max(0.0, now_unix_s - work.arrival_unix_s) if work.arrival_unix_s else now_s
+    ttft_s = work.slo.ttft_s if work.slo.HasField("ttft_s") else None
+    if work.HasField("queue_ttft_s"):
+        ttft_s = work.queue_ttft_s
     task = RequestTask(
         task_id=task_id,
         taken_s=now_s,
@@ -63,7 +66,7 @@ def request_from_proto(
         arrival_s=arrival_s,
         prompt_tokens=len(prompt),
         max_tokens=sampling.max_tokens,
-        deadline_s=arrival_s + work.slo.ttft_s if work.slo.HasField("ttft_s") else None,
+        deadline_s=None if ttft_s is None else arrival_s + ttft_s,
         reference_tokens=len(reference),
         tpot_s=work.slo.tpot_s if work.slo.HasField("tpot_s") else None,
         session_id=work.session_id,

@@ -390,8 +390,8 @@ class Driver:
 
     async def _perform(self, command: Command) -> None:
         match command:
-            case Assign(task_id, node_id):
-                await self._assign(task_id, node_id, command.parts)
+            case Assign():
+                await self._assign(command)
             case Reject():
                 await self._reject(command)
             case Drop(task_id):
@@ -405,7 +405,8 @@ class Driver:
             case ApplyWeights():
                 self._apply_weights(command)
 
-    async def _assign(self, task_id: str, node_id: str, parts: int) -> None:
+    async def _assign(self, command: Assign) -> None:
+        task_id, node_id = command.task_id, command.node_id
         held = self._tasks[task_id]
         overdue = self._overdue(held.item)
         if overdue is not None:
@@ -415,7 +416,11 @@ class Driver:
             return
         held.item.fencing_token = self._token
         if held.item.HasField("training"):
-            held.item.training.parts = parts
+            held.item.training.parts = command.parts
+        elif command.queue_ttft_s is None:
+            held.item.inference.ClearField("queue_ttft_s")
+        else:
+            held.item.inference.queue_ttft_s = command.queue_ttft_s
         moved = await self._guard.until_done(
             lambda: self._ledger.assign(held.item, node_id, entry_id=held.entry_id, token=self._token)
         )

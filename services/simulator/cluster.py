@@ -241,7 +241,7 @@ class Simulation:
         node = self._nodes[command.node_id]
         if isinstance(work, Request):
             node.took(work.task_id, work.output_tokens)
-            self._send(command.node_id, RequestArrived(convert.node_request(work)))
+            self._send(command.node_id, RequestArrived(convert.node_request(work, command.queue_ttft_s)))
         else:
             sequence = self._sequences[work.job_id] = self._sequences.get(work.job_id, -1) + 1
             microbatch = convert.node_microbatch(work, sequence=sequence, parts=command.parts)

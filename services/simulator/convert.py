@@ -18,10 +18,11 @@ def training_task(work: Microbatch) -> TrainingTask:
     return TrainingTask(work.task_id, work.arrival_s, work.job_id, work.batch, work.length, work.accumulation)
 
 
-def node_request(work: Request) -> InferenceRequest:
-    """A request, for a node."""
+def node_request(work: Request, queue_ttft_s: float | None) -> InferenceRequest:
+    """A request, for a node; queue_ttft_s: see `Assign`."""
     slo = work.slo
-    deadline_s = None if slo.ttft_s is None else work.arrival_s + slo.ttft_s
+    ttft_s = slo.ttft_s if queue_ttft_s is None else queue_ttft_s
+    deadline_s = None if ttft_s is None else work.arrival_s + ttft_s
     return InferenceRequest(
         work.task_id,
         work.arrival_s,

@@ -10,9 +10,10 @@ from services.scheduler.core.types import CoreConfig, InferenceTask, Reject, Tas
 _RETRY_AFTER_S = 1.0
 
 
-def deadline_s(task: InferenceTask, config: CoreConfig) -> float:
-    """When the first token of a request is due, seconds; infinite without a promise."""
-    ttft_s = task.slo.ttft_s if task.slo.ttft_s is not None else config.default_slo.ttft_s
+def deadline_s(task: InferenceTask, config: CoreConfig, ttft_s: float | None = None) -> float:
+    """When the first token of a request is due, seconds; infinite without a promise. ttft_s: instead of that."""
+    if ttft_s is None:
+        ttft_s = task.slo.ttft_s if task.slo.ttft_s is not None else config.default_slo.ttft_s
     return math.inf if ttft_s is None else task.arrival_s + ttft_s
 
 

@@ -30,12 +30,12 @@ def predict_ahead(
     if mirror is None:
         return response
     if not (node.inference or node.training or node.spec.max_batch_tokens):
-        return Response(response.ttft_s + mirror.delay_s, response.tpot_s)
+        return Response(response.ttft_s + mirror.delay_s, response.tpot_s, response.place_s)
     ahead = _Ahead(now_s, live, node, cluster, mirror)
     first_s = ahead.first_token_s()
     if first_s is None:
         return response
-    return Response(first_s - live.task.arrival_s, response.tpot_s, ahead.demoted_s(first_s))
+    return Response(first_s - live.task.arrival_s, response.tpot_s, response.place_s, ahead.demoted_s(first_s))
 
 
 class _Ahead:
@@ -68,7 +68,7 @@ class _Ahead:
         self._now_s = mirror.known_s
         at_s = now_s + mirror.delay_s
         #: By time, the next one last.
-        self._pending: list[tuple[float, Event]] = [*pending, (at_s, RequestArrived(node_request(live.task)))][::-1]
+        self._pending: list[tuple[float, Event]] = [*pending, (at_s, RequestArrived(node_request(live)))][::-1]
         # An operation without a trace has not ended before one could have come.
         told_s = now_s - mirror.lag_s
         self._ends_s = [
@@ -94,7 +94,9 @@ class _Ahead:
         waiting_s = [
             live.prefill_s
             for task_id, live in self._node.inference.items()
-            if live.deadline_s < first_s and not live.has_first_token and task_id not in self._prefilled
+            if (live.is_demoted or live.deadline_s < first_s)
+            and not live.has_first_token
+            and task_id not in self._prefilled
         ]
         return sum(waiting_s) / self._costs.num_stages
 

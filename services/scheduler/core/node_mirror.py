@@ -10,7 +10,6 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 from services.latency import MOVES, OpKind
 from services.node_agent.core.node import NodeCore
@@ -30,10 +29,8 @@ from services.node_agent.core.types import (
     TrainingMicrobatch,
 )
 from services.scheduler.core import types
-from services.scheduler.core.types import InferenceTask, NodeSpec, OpFinished, TrainingTask
-
-if TYPE_CHECKING:
-    from services.scheduler.core.state import LiveTask, NodeState
+from services.scheduler.core.state import LiveInference, LiveTask, NodeState
+from services.scheduler.core.types import NodeSpec, OpFinished, TrainingTask
 
 #: So many inputs are taken in although nobody asks: who asks is in a hurry. Not at once, for the ends of requests come
 #: after the traces of their last operations.
@@ -81,7 +78,7 @@ class NodeMirror:
         "num_restarts",
     )
 
-    def __init__(self, now_s: float, node: "NodeState", order: types.QueueOrder) -> None:
+    def __init__(self, now_s: float, node: NodeState, order: types.QueueOrder) -> None:
         self._node = node
         self._order = QueueOrder(order.value)
         self._top = node.spec.num_stages - 1
@@ -102,7 +99,7 @@ class NodeMirror:
 
     # ------------------------------------------------------------- what happens
 
-    def given(self, now_s: float, live: "LiveTask") -> None:
+    def given(self, now_s: float, live: LiveTask) -> None:
         """The node gets a task."""
         self._given_s[live.task.task_id] = now_s
         self._add(_Input(now_s + self.delay_s, self._arrival(now_s, live)))
@@ -235,7 +232,7 @@ class NodeMirror:
         for live in node.inference.values():
             if live.has_first_token:
                 produced = 1 + live.context_tokens - live.task.prompt_tokens
-                decoding.append((node_request(live.task), produced))
+                decoding.append((node_request(live), produced))
             else:
                 arrived.append(self._arrival(at_s, live))
         arrived += [self._arrival(at_s, live) for live in node.training.values() if not live.backward_done]
@@ -245,13 +242,11 @@ class NodeMirror:
         for event in arrived or [Tick()]:
             self._began(at_s, self._core.step(at_s, event))
 
-    def _arrival(self, now_s: float, live: "LiveTask") -> Event:
-        task = live.task
-        if isinstance(task, InferenceTask):
-            return RequestArrived(node_request(task))
+    def _arrival(self, now_s: float, live: LiveTask) -> Event:
+        if isinstance(live, LiveInference):
+            return RequestArrived(node_request(live))
         self._num_tasks += 1
-        parts = getattr(live, "parts", 1)
-        return MicrobatchArrived(_node_microbatch(now_s, task, self._num_tasks, parts))
+        return MicrobatchArrived(_node_microbatch(now_s, live.task, self._num_tasks, live.parts))
 
 
 def _is_same(op: Op, trace: OpFinished) -> bool:
@@ -282,15 +277,17 @@ def core_config(spec: NodeSpec, order: QueueOrder) -> NodeCoreConfig:
     )
 
 
-def node_request(task: InferenceTask) -> InferenceRequest:
+def node_request(live: LiveInference) -> InferenceRequest:
     """The request as the node's core gets it."""
+    task = live.task
     slo = task.slo
+    deadline_s = None if slo.ttft_s is None else task.arrival_s + slo.ttft_s
     return InferenceRequest(
         task.task_id,
         task.arrival_s,
         task.prompt_tokens,
         task.max_tokens,
-        None if slo.ttft_s is None else task.arrival_s + slo.ttft_s,
+        live.deadline_s if live.is_demoted else deadline_s,
         tpot_s=slo.tpot_s,
         session_id=task.session_id,
     )

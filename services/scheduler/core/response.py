@@ -19,11 +19,13 @@ _BLOCKING_QUANTILE = 0.75
 class Response:
     """Prediction for one request on one node, seconds. ttft_s counts from the request's arrival.
 
-    demoted_s: prefills that the node puts off until after this one because they come too late anyway.
+    place_s: of that the time until there is a place in the batches and room in the KV cache. demoted_s: prefills that
+    the node puts off until after this one, because they break their promise anyway; if it does so too, they come first.
     """
 
     ttft_s: float
     tpot_s: float
+    place_s: float = 0.0
     demoted_s: float = 0.0
 
 
@@ -41,16 +43,25 @@ def predict_response(
     # Each stage works on its own decode batch, so a request meets the running requests of one stage.
     iteration_s = costs.node_s(OpKind.DECODE, max(1.0, running / stages), context)
     own_s = costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens - cached_tokens, cached_tokens)
-    waiting_s = _blocking_s(node, iteration_s) + node.prefilling_s / stages
+    demoted_s = _demoted_s(node)
+    waiting_s = _blocking_s(node, iteration_s) + node.prefilling_s / stages - demoted_s
     num_leaving = _num_leaving(live, node, slots)
+    place_s = 0.0
     if num_leaving:
         # Of n running requests one leaves every (output length / n) iterations.
         output_tokens = cluster.outputs.expected_tokens(task.max_tokens)
-        waiting_s += num_leaving * output_tokens * iteration_s / min(num_live, slots)
+        place_s = num_leaving * output_tokens * iteration_s / min(num_live, slots)
     # With more than one stage training fills the gaps of each, and an iteration meets it half done.
     training_s = 0.5 * node.training_op_s * stages if stages > 1 else 0.0
-    ttft_s = now_s - task.arrival_s + waiting_s + own_s
-    return Response(ttft_s, iteration_s + _prefills_s(now_s, node) + training_s)
+    ttft_s = now_s - task.arrival_s + waiting_s + place_s + own_s
+    return Response(ttft_s, iteration_s + _prefills_s(now_s, node) + training_s, place_s, demoted_s)
+
+
+def _demoted_s(node: NodeState) -> float:
+    """Prefills that let the request pass: all that were demoted but for one, which may be running."""
+    if not node.num_demoted:
+        return 0.0
+    return node.demoted_s * (1.0 - 1.0 / node.num_demoted) / node.costs.num_stages
 
 
 def _prefills_s(now_s: float, node: NodeState) -> float:

@@ -22,7 +22,7 @@ class LiveInference:
 
     task: InferenceTask
     sequence: int
-    #: When its first token is due, seconds; infinite without a promise.
+    #: When its first token is due, seconds; infinite without a promise. Later for one that lets others pass.
     deadline_s: float
     node: "NodeState | None" = None
     cancelled: bool = False
@@ -37,6 +37,8 @@ class LiveInference:
     context_tokens: int = 0
     #: Tokens of its prompt that need no prefill, as its policy expects.
     cached_tokens: int = 0
+    #: It would break its promise and lets others pass (`Assign.queue_ttft_s`).
+    is_demoted: bool = False
     #: Weights step of its prefill.
     weight_step: int = 0
 
@@ -131,6 +133,9 @@ class NodeState:
     #: Requests whose prefill is not over, and their predicted prefill in total, seconds.
     num_prefilling: int = 0
     prefilling_s: float = 0.0
+    #: The same of those of them that let others pass.
+    num_demoted: int = 0
+    demoted_s: float = 0.0
     #: Tokens in the contexts of all its requests, and tokens of KV cache they may come to need.
     context_tokens: int = 0
     reserved_tokens: int = 0
@@ -205,6 +210,9 @@ class NodeState:
         self.inference[task.task_id] = live
         self.num_prefilling += 1
         self.prefilling_s += live.prefill_s
+        if live.is_demoted:
+            self.num_demoted += 1
+            self.demoted_s += live.prefill_s
         self.prefills.observe(live.prefill_s / self.costs.num_stages)
         self.context_tokens += live.context_tokens
         self.reserved_tokens += task.prompt_tokens + task.max_tokens
@@ -226,6 +234,8 @@ class NodeState:
             done_s = min(live.prefill_s, stage_s)
             live.prefill_s -= done_s
             self.prefilling_s -= done_s
+            if live.is_demoted:
+                self.demoted_s -= done_s
 
     def decoded(self, live: LiveInference) -> None:
         """One of its requests got one more token."""
@@ -245,6 +255,9 @@ class NodeState:
         self.num_prefilling -= 1
         # Exactly zero when nothing waits, whatever rounding the sum has gathered.
         self.prefilling_s = self.prefilling_s - live.prefill_s if self.num_prefilling else 0.0
+        if live.is_demoted:
+            self.num_demoted -= 1
+            self.demoted_s = self.demoted_s - live.prefill_s if self.num_demoted else 0.0
 
     def add_training(self, live: LiveTraining) -> None:
         """Take a micro-batch."""

@@ -293,6 +293,9 @@ class Assign:
     terms: tuple[NodeTerms, ...] = ()
     #: Pieces a micro-batch's forward and backward are to be cut into on every stage, so that requests get in between.
     parts: int = 1
+    #: A request's place in the node's queue is that of one promised its first token so long after its arrival. None: as
+    #: it was promised.
+    queue_ttft_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,12 @@ def test_promises_count_from_the_arrival_at_the_gateway() -> None:
     assert task.sampling == Sampling(temperature=0.5, top_p=0.9, top_k=7, seed=11)
 
 
+def test_a_place_in_the_queue_replaces_the_promise() -> None:
+    work = _work(arrival_unix_s=1000.0, slo=types_pb2.Slo(ttft_s=2.0), queue_ttft_s=24.0)
+    _, request = request_from_proto("r", work, INFO, now_s=50.0, now_unix_s=1000.0)
+    assert request.deadline_s == 74.0
+
+
 def test_the_core_learns_the_session() -> None:
     _, request = request_from_proto("r", _work(session_id="s"), INFO, now_s=50.0, now_unix_s=1000.0)
     assert request.session_id == "s"

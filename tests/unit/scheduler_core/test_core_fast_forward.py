@@ -27,7 +27,8 @@ from services.simulator.cluster import Simulation
 from services.simulator.types import Microbatch, Request, SimulationConfig, SimulationResult, VirtualNode, Work
 from tests.unit.scheduler_core.support import core_with, microbatch, node, request
 
-AHEAD = {"forecast": "fast_forward"}
+#: What is predicted holds for a request that is queued by its promise.
+AHEAD = {"forecast": "fast_forward", "demotion": 0.0}
 _FORMS = {
     OpKind.PREFILL: LatencyModel("full", (0.001, 1e-4, 1e-7)),
     OpKind.DECODE: LatencyModel("full_decode", (0.002, 0.001, 1e-5)),

@@ -1,6 +1,8 @@
 """LeMix's own policy: which nodes are open, which one a request gets, where training runs and in how many pieces."""
 
-from services.latency import OpKind
+import pytest
+
+from services.latency import LatencyModel, NodeLatency, OpKind
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.types import (
     Assign,
@@ -233,3 +235,51 @@ def _terms_of_all(core: SchedulerCore, count: int) -> tuple[NodeTerms, ...]:
             if isinstance(command, Assign):
                 terms = command.terms
     return terms
+
+
+# ----------------------------------------------------------------------------- demotion
+
+
+def demoted(core: SchedulerCore, count: int, **kwargs: object) -> list[float | None]:
+    """What requests that come in one moment are queued by."""
+    found = []
+    for index in range(count):
+        commands = core.step(1.0, TaskArrived(request(f"q{index}", arrival_s=1.0, **kwargs)))  # type: ignore[arg-type]
+        found += [command.queue_ttft_s for command in commands if isinstance(command, Assign)]
+    return found
+
+
+def test_a_request_that_breaks_its_promise_anyway_lets_others_pass() -> None:
+    # Five fit into 0.5 s. Each later one would be the sixth, for those before it in the queue were put off.
+    assert demoted(lemix_core("a"), 8) == [None] * 5 + [12.0 * TTFT_S] * 3
+
+
+def test_nobody_is_demoted_when_told_so() -> None:
+    assert demoted(lemix_core("a", policy_options={"demotion": 0.0}), 8) == [None] * 8
+
+
+def test_demoted_requests_are_no_load_for_one_that_keeps_its_promise() -> None:
+    per_square = {OpKind.PREFILL: LatencyModel("quadratic", (1e-6,))}
+    specs = [node(name, latency=NodeLatency(({**constant_latency().models[0], **per_square},))) for name in "ab"]
+    core = core_with(*specs, policy="lemix", default_slo=SloTarget(ttft_s=1.0, tpot_s=0.1))
+    # 1.44 s of prefill break the promise of 1 s on any node. The third would wait for both on "a".
+    assert demoted(core, 3, prompt=1200) == [12.0, 12.0, 12.0]
+    commands = core.step(1.0, TaskArrived(request("short", arrival_s=1.0, prompt=100)))
+    (assign,) = (command for command in commands if isinstance(command, Assign))
+    # One of the two on "a" may be running; the other one comes later.
+    assert {t.node_id: t.response_s for t in assign.terms} == {"a": pytest.approx(1.45), "b": pytest.approx(1.45)}
+    assert assign.queue_ttft_s == 12.0
+
+
+def test_a_request_that_lacks_a_place_in_the_batches_is_not_demoted() -> None:
+    core = core_with(node("a", max_batch=1), policy="lemix", default_slo=SloTarget(ttft_s=TTFT_S, tpot_s=0.1))
+    # 100 tokens of 0.01 s each pass before the second one has a place.
+    assert demoted(core, 2, output=100) == [None, None]
+
+
+def test_a_request_of_a_lost_node_is_queued_anew() -> None:
+    core = lemix_core("a")
+    demoted(core, 6)
+    core.step(1.1, NodeLost("a"))
+    commands = core.step(1.2, NodeJoined(node("a", latency=constant_latency(prefill=0.01))))
+    assert [c.queue_ttft_s for c in commands if isinstance(c, Assign)] == [None] * 6

@@ -398,6 +398,17 @@ async def test_a_node_is_told_how_far_to_cut(rig: Rig) -> None:
         assert item.training.parts == parts
 
 
+async def test_a_node_is_told_how_to_queue(rig: Rig) -> None:
+    """And a node that takes the request over from a lost one is told anew."""
+    for node_id, queue_ttft_s in (("n0", 6.0), ("n1", None)):
+        answer = partial(lambda command, event: [command], Assign("r", node_id, queue_ttft_s=queue_ttft_s))
+        rig.core.answers = {TaskArrived: answer, NodeLost: answer}
+        await rig.handle(await rig.accept("r") if node_id == "n0" else NodeGone("n0", "lost"))
+        (item,) = await rig.ledger.unfinished(node_id)
+        assert item.inference.HasField("queue_ttft_s") == (queue_ttft_s is not None)
+        assert item.inference.queue_ttft_s == (queue_ttft_s or 0.0)
+
+
 async def test_an_overdue_request_is_not_assigned(rig: Rig) -> None:
     rig.core.answers[TaskArrived] = assign_to("n0")
     delivered = await rig.accept("r", deadline_unix_s=rig.clock.unix_s() + 1.0)

@@ -16,12 +16,14 @@ Options = dict[str, float | int | str | bool]
 class Placement:
     """Where a task goes and why: terms of every candidate.
 
-    cached_tokens: tokens of its prompt that the policy expects the node to keep of the turns before.
+    cached_tokens: tokens of its prompt that the policy expects the node to keep of the turns before. queue_ttft_s: see
+    `Assign`.
     """
 
     node: NodeState
     terms: tuple[NodeTerms, ...] = ()
     cached_tokens: int = 0
+    queue_ttft_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,16 +38,18 @@ _OPTIONS = {
     "cut": 0.5,
     "consistency": 0.0,
     "slo_units": 5.0,
+    "demotion": 12.0,
     "sessions": True,
 }
 
 
 class _Look(NamedTuple):
-    """A request on a node, as predicted."""
+    """A request on a node, as predicted. breaks_ttft: even with a place in the batches at once."""
 
     node: NodeState
     stress: float
     terms: NodeTerms
+    breaks_ttft: bool
 
 
 class LeMix:
@@ -59,6 +61,8 @@ class LeMix:
     burst several, and one close. Nodes that train are open anyway. With `sessions` the next turn of a session is
     predicted without the prefill of what a node keeps of the turns before. With room to spare the share of the prefill
     that it saves counts as much as being first; a closed node is looked at as well if it has work and is held anyway.
+    A request that is predicted to break its time to first token is queued as if it had been promised `demotion` times
+    that (0: as it was promised), so that those after it keep theirs.
 
     Training runs on one node per `backlog_s` of predicted work, on all of them when there is more than the core can
     see, and goes to the shortest stream. Its operations are cut to `cut` of the mean prefill where the runtime can do
@@ -87,6 +91,7 @@ class LeMix:
         #: With so little stress on a node, the others need not be looked at.
         self._enough = -math.inf if self._consistency else min(self._slo_fraction, self._open_at)
         self._slo_units = values["slo_units"]
+        self._demotion = values["demotion"]
         self._sessions = bool(values["sessions"])
         self._num_open = 1
         self._opened_s = self._changed_s = -math.inf
@@ -130,7 +135,18 @@ class LeMix:
             best = max(looks + keeper, key=_score)
             self._num_open = len(looks)
             self._changed_s = self._opened_s = now_s
-        return Placement(best.node, tuple(look.terms for look in looks + keeper), best.terms.cached_tokens)
+        queue_ttft_s = self._queue_ttft_s(live, best, cluster)
+        terms = tuple(look.terms for look in looks + keeper)
+        return Placement(best.node, terms, best.terms.cached_tokens, queue_ttft_s)
+
+    def _queue_ttft_s(self, live: LiveInference, best: _Look, cluster: Cluster) -> float | None:
+        """Where the request will break its promise anyway, a later one to be queued by.
+
+        Not when what it lacks is a place in the batches: those come in turn, and whoever is passed waits for one more.
+        """
+        if not (self._demotion and best.breaks_ttft):
+            return None
+        return self._demotion * self._promise(live, best.node, cluster)[0]
 
     def _keeper(
         self,
@@ -157,7 +173,8 @@ class LeMix:
         self._num_ahead -= 1
         response = predict(now_s, live, node, cluster, cached_tokens)
         ttft_s, tpot_s = self._promise(live, node, cluster)
-        stress = (response.ttft_s + response.demoted_s) / ttft_s
+        breaks_ttft = response.ttft_s - response.place_s > ttft_s
+        stress = (response.ttft_s + breaks_ttft * response.demoted_s) / ttft_s
         if live.task.max_tokens > 1:
             stress = max(stress, response.tpot_s / tpot_s)
         # Above 0 for nodes with room to spare, the earlier the higher; below 0 for the others.
@@ -169,7 +186,7 @@ class LeMix:
             consistency = node.lengths.consistency(live.task.prompt_tokens)
             score += self._consistency * consistency
         terms = NodeTerms(node.spec.node_id, 0.0, response.ttft_s, 0.0, consistency, score, cached_tokens)
-        return _Look(node, stress, terms)
+        return _Look(node, stress, terms, breaks_ttft)
 
     def _closes(self, now_s: float, looks: Sequence[_Look]) -> bool:
         """Whether the request could do without the last open node."""

@@ -20,6 +20,7 @@ from lemix.types import (
     Hyperparameters,
     JobEvent,
     JobStatus,
+    Lora,
     Message,
     Model,
     NodeStatus,
@@ -30,6 +31,8 @@ from lemix.types import (
     TokenLogprob,
     TrainingFile,
     TrainingJob,
+    TrainingMethod,
+    TrainingMode,
     Usage,
     WeightVersion,
 )
@@ -51,6 +54,7 @@ __all__ = [
     "JobEvent",
     "JobStatus",
     "LemixError",
+    "Lora",
     "Message",
     "Model",
     "NodeStatus",
@@ -61,6 +65,8 @@ __all__ = [
     "TokenLogprob",
     "TrainingFile",
     "TrainingJob",
+    "TrainingMethod",
+    "TrainingMode",
     "Usage",
     "WeightVersion",
 ]

@@ -112,6 +112,8 @@ def create_job(
     checkpoint: types.CheckpointPolicy | None = None,
     validation_file: str = "",
     quality_gate: types.QualityGate | None = None,
+    lora: types.Lora | None = None,
+    mode: types.TrainingMode = types.TrainingMode.ONLINE,
 ) -> Call[types.TrainingJob]:
     """TrainingService.CreateJob."""
     return Call(
@@ -124,6 +126,8 @@ def create_job(
             checkpoint=_convert.checkpoint_policy(checkpoint),
             validation_file=validation_file,
             quality_gate=_convert.quality_gate(quality_gate),
+            mode=_convert.mode(mode),
+            lora=_convert.lora(lora),
         ),
         response=training_pb.CreateJobResponse,
         read=lambda message: _convert.job(message.job),
@@ -159,6 +163,16 @@ def cancel_job(job_id: str) -> Call[types.TrainingJob]:
         request=training_pb.CancelJobRequest(job_id=job_id),
         response=training_pb.CancelJobResponse,
         read=lambda message: _convert.job(message.job),
+    )
+
+
+def delete_model(model: str) -> Call[None]:
+    """TrainingService.DeleteModel."""
+    return Call(
+        method=_TRAINING + "DeleteModel",
+        request=training_pb.DeleteModelRequest(model=model),
+        response=training_pb.DeleteModelResponse,
+        read=lambda message: None,
     )
 
 

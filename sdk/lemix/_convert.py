@@ -157,8 +157,35 @@ def job(message: types_pb2.TrainingJob) -> types.TrainingJob:
         best_heldout_loss=message.best_heldout_loss if message.HasField("best_heldout_loss") else None,
         best_checkpoint_id=message.best_checkpoint_id,
         skipped_microbatches=message.skipped_microbatches,
+        method=_METHODS.get(message.method, types.TrainingMethod.FULL),
+        mode=_MODES.get(message.mode, types.TrainingMode.ONLINE),
+        lora=_lora(message.lora) if message.HasField("lora") else None,
+        served_model=message.served_model,
         error=LemixError.from_proto(message.error) if message.HasField("error") else None,
     )
+
+
+def _lora(message: types_pb2.Lora) -> types.Lora:
+    return types.Lora(
+        rank=message.rank, alpha=message.alpha, dropout=message.dropout, target_modules=tuple(message.target_modules)
+    )
+
+
+def lora(values: types.Lora | None) -> types_pb2.Lora | None:
+    """Raises LemixError INVALID_REQUEST for a number outside its range."""
+    if values is None:
+        return None
+    try:
+        return types_pb2.Lora(
+            rank=values.rank, alpha=values.alpha, dropout=values.dropout, target_modules=values.target_modules
+        )
+    except (TypeError, ValueError) as error:
+        raise LemixError(ErrorCode.INVALID_REQUEST, f"lora: {error}", param="lora") from error
+
+
+def mode(value: types.TrainingMode) -> types_pb2.TrainingMode:
+    """The wire form."""
+    return next(key for key, known in _MODES.items() if known is value)
 
 
 def checkpoint_policy(policy: types.CheckpointPolicy | None) -> types_pb2.CheckpointPolicy | None:
@@ -238,7 +265,12 @@ def receipt(message: training_pb.SubmitFeedbackResponse) -> types.FeedbackReceip
 def models(message: cluster_pb.ListModelsResponse) -> list[types.Model]:
     """The models served."""
     return [
-        types.Model(model_id=model.id, max_context_tokens=model.max_context_tokens, created_unix_s=model.created_unix_s)
+        types.Model(
+            model_id=model.id,
+            max_context_tokens=model.max_context_tokens,
+            created_unix_s=model.created_unix_s,
+            parent=model.parent,
+        )
         for model in message.models
     ]
 
@@ -266,6 +298,14 @@ def cluster_status(message: cluster_pb.GetStatusResponse) -> types.ClusterStatus
     )
 
 
+_METHODS = {
+    types_pb2.TRAINING_METHOD_FULL: types.TrainingMethod.FULL,
+    types_pb2.TRAINING_METHOD_LORA: types.TrainingMethod.LORA,
+}
+_MODES = {
+    types_pb2.TRAINING_MODE_ONLINE: types.TrainingMode.ONLINE,
+    types_pb2.TRAINING_MODE_ISOLATED: types.TrainingMode.ISOLATED,
+}
 _STATUSES = frozenset(types_pb2.JobStatus.values())
 _FINISH_REASONS = {
     types_pb2.FINISH_REASON_STOP: types.FinishReason.STOP,

@@ -110,16 +110,28 @@ class Client:
         checkpoint: types.CheckpointPolicy | None = None,
         validation_file: str = "",
         quality_gate: types.QualityGate | None = None,
+        lora: types.Lora | None = None,
+        mode: types.TrainingMode = types.TrainingMode.ONLINE,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> types.TrainingJob:
-        """Start training the served model on a stored file. Returns when the job is durable.
+        """Start training the served model, or a LoRA adapter on top of it, on a stored file. Returns when the job is
+        durable.
 
-        validation_file: examples whose loss is measured for every checkpoint, for the quality gate.
+        validation_file: examples whose loss is measured for every checkpoint, for the quality gate. mode ISOLATED: the
+        adapter serves requests for `TrainingJob.served_model`, the model stays as it is.
         """
         return await self._unary(
             _calls.create_job(
-                training_file, model, hyperparameters, request_id, checkpoint, validation_file, quality_gate
+                training_file,
+                model,
+                hyperparameters,
+                request_id,
+                checkpoint,
+                validation_file,
+                quality_gate,
+                lora,
+                mode,
             ),
             timeout_s,
         )
@@ -131,12 +143,20 @@ class Client:
         model: str = "",
         hyperparameters: types.Hyperparameters | None = None,
         checkpoint: types.CheckpointPolicy | None = None,
+        lora: types.Lora | None = None,
+        mode: types.TrainingMode = types.TrainingMode.ONLINE,
         timeout_s: float | None = None,
     ) -> types.TrainingJob:
         """`upload_file`, then `create_job`."""
         stored = await self.upload_file(file, timeout_s=timeout_s)
         return await self.create_job(
-            stored.file_id, model=model, hyperparameters=hyperparameters, checkpoint=checkpoint, timeout_s=timeout_s
+            stored.file_id,
+            model=model,
+            hyperparameters=hyperparameters,
+            checkpoint=checkpoint,
+            lora=lora,
+            mode=mode,
+            timeout_s=timeout_s,
         )
 
     async def get_job(self, job_id: str, *, timeout_s: float | None = None) -> types.TrainingJob:
@@ -146,6 +166,10 @@ class Client:
     async def list_jobs(self, limit: int = 20, *, timeout_s: float | None = None) -> list[types.TrainingJob]:
         """Newest first; limit 1 to 100."""
         return await self._unary(_calls.list_jobs(limit), timeout_s)
+
+    async def delete_model(self, model: str, *, timeout_s: float | None = None) -> None:
+        """Delete the model of an isolated job that has succeeded. Raises LemixError MODEL_NOT_FOUND, CONFLICT."""
+        await self._unary(_calls.delete_model(model), timeout_s)
 
     async def cancel_job(self, job_id: str, *, timeout_s: float | None = None) -> types.TrainingJob:
         """Stop a job. Raises LemixError NOT_FOUND, CONFLICT (it has ended otherwise)."""

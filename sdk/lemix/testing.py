@@ -66,7 +66,7 @@ class FakeLemix:
 
     def _replies_to(self, spec: inference_pb.GenerationSpec) -> list[str]:
         """One per output wanted."""
-        if spec.model not in ("", self._model):
+        if spec.model not in ("", *self._models()):
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"model {spec.model!r} is not served", param="model")
         form = spec.WhichOneof("prompt")
         if form == "text":
@@ -87,7 +87,7 @@ class FakeLemix:
         return [
             inference_pb.GenerateResponse(
                 request_id=request.spec.request_id,
-                model=self._model,
+                model=request.spec.model or self._model,
                 text=texts[0],
                 finish_reason=types_pb2.FINISH_REASON_STOP,
                 usage=_usage(texts),
@@ -112,7 +112,7 @@ class FakeLemix:
         self, spec: inference_pb.GenerationSpec, choice_index: int, **fields: Any
     ) -> inference_pb.GenerateStreamResponse:
         return inference_pb.GenerateStreamResponse(
-            request_id=spec.request_id, model=self._model, choice_index=choice_index, **fields
+            request_id=spec.request_id, model=spec.model or self._model, choice_index=choice_index, **fields
         )
 
     def _CreateFile(self, request: training_pb.CreateFileRequest) -> list[Any]:  # noqa: N802
@@ -146,7 +146,14 @@ class FakeLemix:
             trained_microbatches=num_examples,
             num_examples=num_examples,
             last_loss=1.0,
+            method=types_pb2.TRAINING_METHOD_FULL,
+            mode=request.mode,
         )
+        if request.HasField("lora"):
+            job.method = types_pb2.TRAINING_METHOD_LORA
+            job.lora.CopyFrom(request.lora)
+            if job.mode == types_pb2.TRAINING_MODE_ISOLATED:
+                job.served_model = f"{self._model}:{job.job_id}"
         self._jobs[job.job_id] = job
         return [training_pb.CreateJobResponse(job=job)]
 
@@ -159,6 +166,16 @@ class FakeLemix:
     def _CancelJob(self, request: training_pb.CancelJobRequest) -> list[Any]:  # noqa: N802
         self._job(request.job_id)
         raise LemixError(ErrorCode.CONFLICT, "the job has ended")
+
+    def _DeleteModel(self, request: training_pb.DeleteModelRequest) -> list[Any]:  # noqa: N802
+        job = next((job for job in self._jobs.values() if job.served_model == request.model != ""), None)
+        if job is None:
+            raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"model {request.model!r} is not served", param="model")
+        job.served_model = ""
+        return [training_pb.DeleteModelResponse()]
+
+    def _models(self) -> list[str]:
+        return [self._model, *(job.served_model for job in self._jobs.values() if job.served_model)]
 
     def _WatchJob(self, request: training_pb.WatchJobRequest) -> list[Any]:  # noqa: N802
         job = self._job(request.job_id)
@@ -210,8 +227,12 @@ class FakeLemix:
         return [training_pb.SubmitFeedbackResponse(job_id="feedback", sequence=len(self.feedback))]
 
     def _ListModels(self, _: cluster_pb.ListModelsRequest) -> list[Any]:  # noqa: N802
-        model = cluster_pb.Model(id=self._model, max_context_tokens=4096, created_unix_s=_NOW_UNIX_S)
-        return [cluster_pb.ListModelsResponse(models=[model])]
+        parents = ["", *(self._model for _ in self._models()[1:])]
+        models = [
+            cluster_pb.Model(id=model, parent=parent, max_context_tokens=4096, created_unix_s=_NOW_UNIX_S)
+            for model, parent in zip(self._models(), parents, strict=True)
+        ]
+        return [cluster_pb.ListModelsResponse(models=models)]
 
     def _GetStatus(self, _: cluster_pb.GetStatusRequest) -> list[Any]:  # noqa: N802
         node = cluster_pb.NodeStatus(node_id="fake-node", ready=True, num_stages=1, role="both")

@@ -21,6 +21,7 @@ __all__ = [
     "Hyperparameters",
     "JobEvent",
     "JobStatus",
+    "Lora",
     "Message",
     "Model",
     "NodeStatus",
@@ -31,6 +32,8 @@ __all__ = [
     "TokenLogprob",
     "TrainingFile",
     "TrainingJob",
+    "TrainingMethod",
+    "TrainingMode",
     "Usage",
     "WeightVersion",
 ]
@@ -60,6 +63,20 @@ class JobStatus(Enum):
         return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
 
 
+class TrainingMethod(Enum):
+    """Which parameters a job changes: all of the model, or those of a low-rank adapter."""
+
+    FULL = "full"
+    LORA = "lora"
+
+
+class TrainingMode(Enum):
+    """Whom the result serves: everybody, or requests that name the job's own model."""
+
+    ONLINE = "online"
+    ISOLATED = "isolated"
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation. role: "system", "user" or "assistant"."""
@@ -79,14 +96,15 @@ class Slo:
 class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of the generating calls, all optional.
 
-    model: empty, the only one served. max_tokens: default 16, for a conversation what fits. temperature: in [0, 2],
-    0 is greedy; default 1. top_p: in (0, 1]; default 1. top_k: default no limit. seed: default drawn by the server.
-    stop: strings that end the output, at most 4. include_stop_str_in_output: show the one that did. ignore_eos:
-    generate past the end of sequence. min_tokens: the output does not end before. presence_penalty, frequency_penalty:
-    in [-2, 2]. logit_bias: added to the logit of a token id. logprobs: report log-probabilities, with so many likeliest
-    tokens per place, 0 to 20. n: outputs wanted, 1 to 128. slo: default the cluster's. session_id: the conversation.
-    request_id: repeating one returns the stored result; default a new one. reference: the true continuation, whose loss
-    is measured and reported. max_staleness_s: most seconds since the newest optimizer step in the serving weights.
+    model: empty, the served model itself; or that of an isolated job (`TrainingJob.served_model`). max_tokens:
+    default 16, for a conversation what fits. temperature: in [0, 2], 0 is greedy; default 1. top_p: in (0, 1];
+    default 1. top_k: default no limit. seed: default drawn by the server. stop: strings that end the output, at
+    most 4. include_stop_str_in_output: show the one that did. ignore_eos: generate past the end of sequence.
+    min_tokens: the output does not end before. presence_penalty, frequency_penalty: in [-2, 2]. logit_bias: added
+    to the logit of a token id. logprobs: report log-probabilities, with so many likeliest tokens per place, 0 to
+    20. n: outputs wanted, 1 to 128. slo: default the cluster's. session_id: the conversation. request_id: repeating
+    one returns the stored result; default a new one. reference: the true continuation, whose loss is measured and
+    reported. max_staleness_s: most seconds since the newest optimizer step in the serving weights.
     """
 
     model: str
@@ -283,12 +301,26 @@ class ExportedCheckpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """A low-rank adapter in the terms of peft's LoraConfig; None and empty take the server's defaults.
+
+    target_modules: projections by the last part of their names, or "all-linear" alone.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    target_modules: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingJob:
     """A training job. last_loss: nats per token of the newest micro-batch. error: why it failed.
 
     unsaved_microbatches: of the trained ones, those that no checkpoint contains yet. heldout_loss: newest loss on the
     examples of validation_file, nats per token; best_heldout_loss is that of best_checkpoint_id.
     skipped_microbatches: those whose loss or gradient was not finite.
+    served_model: what requests name to be served by an isolated job; empty: nothing (any more).
     """
 
     job_id: str
@@ -311,6 +343,10 @@ class TrainingJob:
     best_heldout_loss: float | None = None
     best_checkpoint_id: str = ""
     skipped_microbatches: int = 0
+    method: TrainingMethod = TrainingMethod.FULL
+    mode: TrainingMode = TrainingMode.ONLINE
+    lora: Lora | None = None
+    served_model: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,11 +372,12 @@ class FeedbackReceipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A served model. max_context_tokens: prompt plus output."""
+    """A served model. max_context_tokens: prompt plus output. parent: the model it is an adapter of, if it is one."""
 
     model_id: str
     max_context_tokens: int
     created_unix_s: float
+    parent: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

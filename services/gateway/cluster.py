@@ -29,17 +29,38 @@ class ClusterView:
         self.model = model
         self._timeout_s = call_timeout_s
 
-    def get_model(self, model_id: str) -> cluster_service_pb2.Model:
+    async def get_model(self, model_id: str) -> cluster_service_pb2.Model:
         """Raises MODEL_NOT_FOUND."""
-        if model_id != self.model.id:
+        if model_id == self.model.id:
+            return self.model
+        found = next((model for model in await self.models() if model.id == model_id), None)
+        if found is None:
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"model {model_id[:200]!r} is not served here", param="model")
-        return self.model
+        return found
+
+    async def models(self) -> list[cluster_service_pb2.Model]:
+        """The model itself, then the adapters of isolated jobs; without a scheduler nobody knows of any."""
+        try:
+            adapters = (await self._state()).adapters
+        except LemixError:
+            return [self.model]
+        models = [self.model]
+        for adapter in adapters:
+            if adapter.parent == self.model.id:
+                model = cluster_service_pb2.Model(id=adapter.id, parent=adapter.parent)
+                model.max_context_tokens = self.model.max_context_tokens
+                model.created_unix_s = adapter.created_unix_s
+                models.append(model)
+        return models
+
+    async def _state(self) -> pb.GetClusterStateResponse:
+        timeout_s = min(self._timeout_s, _STATUS_TIMEOUT_S)
+        return await call(self._stub.GetClusterState, pb.GetClusterStateRequest(), timeout_s)
 
     async def status(self) -> cluster_service_pb2.GetStatusResponse:
         """Nodes, queues, policy. Never fails for an unreachable scheduler: that is a status."""
-        timeout_s = min(self._timeout_s, _STATUS_TIMEOUT_S)
         try:
-            response = await call(self._stub.GetClusterState, pb.GetClusterStateRequest(), timeout_s)
+            response = await self._state()
         except LemixError as error:
             return cluster_service_pb2.GetStatusResponse(ready=False, not_ready_reason=error.message)
         status: cluster_service_pb2.GetStatusResponse = response.status

@@ -56,10 +56,9 @@ class GenerationService:
         self._max_concurrent_requests = max_concurrent_requests
         self._num_active = 0
 
-    @property
-    def model(self) -> str:
-        """Id of the model served."""
-        return self._prompts.model
+    def model_of(self, request: GenerationRequest) -> str:
+        """Id of the model that answers a request."""
+        return request.model or self._prompts.model
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """The whole output. Errors as `stream`."""

@@ -8,7 +8,7 @@ from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.gateway.tokenizer import ModelTokenizer
 from services.gateway.types import GenerationRequest, Sampling, Turn
-from services.gateway.validation import check_id, check_sampling, check_slo, check_staleness, invalid
+from services.gateway.validation import check_id, check_sampling, check_slo, check_staleness, invalid, is_id
 
 #: No vocabulary has longer tokens in practice; text beyond context x this is refused before it is tokenised.
 MAX_CHARS_PER_TOKEN = 128
@@ -33,15 +33,28 @@ class PromptBuilder:
                 ErrorCode.MODEL_NOT_FOUND, f"model {model[:200]!r} is not served here; {self.model!r} is", param="model"
             )
 
+    def adapter_of(self, model: str) -> str:
+        """Isolated adapter, by the id of its job, that a model name asks for; empty: the model itself.
+
+        Raises MODEL_NOT_FOUND for the name of no adapter of this model. Whether a node holds it the scheduler knows.
+        """
+        base, _, job_id = model.rpartition(":")
+        if model == self.model or base != self.model or not is_id(job_id):
+            self.check_model(model)
+            return ""
+        return job_id
+
     def work(self, request: GenerationRequest) -> work_pb2.InferenceWork:
         """Tokenised work with every default resolved; identity and times are the caller's to fill in.
 
         Raises INVALID_REQUEST, MODEL_NOT_FOUND, CONTEXT_LENGTH_EXCEEDED, UNSUPPORTED.
         """
-        self.check_model(request.model)
+        adapter_id = self.adapter_of(request.model)
         check_sampling(request.sampling)
         check_slo(request.slo_ttft_s, request.slo_tpot_s)
         check_staleness(request.max_staleness_s)
+        if adapter_id and request.max_staleness_s is not None:
+            raise invalid("max_staleness_s is about the served model, not an adapter", "max_staleness_s")
         self._check_token_ids(list(request.sampling.logit_bias), "logit_bias")
         check_id(request.session_id, "session_id")
         prompt = self._prompt_tokens(request.prompt)
@@ -56,6 +69,7 @@ class PromptBuilder:
             session_id=request.session_id,
             reference_token_ids=reference,
             max_staleness_s=request.max_staleness_s,
+            adapter_id=adapter_id,
         )
 
     def _prompt_tokens(self, prompt: str | tuple[int, ...] | tuple[Turn, ...]) -> list[int]:

@@ -20,10 +20,11 @@ def cluster_routes(cluster: ClusterView, readiness: Readiness) -> list[Route]:
     """/v1/models, /healthz, /readyz, /metrics."""
 
     async def list_models(_: Request) -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [translate.model_object(cluster.model)]})
+        models = [translate.model_object(model) for model in await cluster.models()]
+        return JSONResponse({"object": "list", "data": models})
 
     async def get_model(request: Request) -> JSONResponse:
-        return JSONResponse(translate.model_object(cluster.get_model(request.path_params["model_id"])))
+        return JSONResponse(translate.model_object(await cluster.get_model(request.path_params["model_id"])))
 
     async def healthz(_: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})

@@ -21,12 +21,12 @@ def inference_routes(generation: GenerationService) -> list[Route]:
     async def completions(request: Request) -> ASGIApp:
         body = await read_json(request, CompletionBody)
         wanted = translate.completion_request(body, request.headers)
-        return await _answer(request, body, wanted, generation, CompletionShape(generation.model))
+        return await _answer(request, body, wanted, generation, CompletionShape(generation.model_of(wanted)))
 
     async def chat(request: Request) -> ASGIApp:
         body = await read_json(request, ChatBody)
         wanted = translate.chat_request(body, request.headers)
-        return await _answer(request, body, wanted, generation, ChatShape(generation.model))
+        return await _answer(request, body, wanted, generation, ChatShape(generation.model_of(wanted)))
 
     return [
         Route("/v1/completions", completions, methods=["POST"]),

@@ -70,6 +70,11 @@ class _TrainingRoutes:
     async def cancel_job(self, request: Request) -> JSONResponse:
         return JSONResponse(translate.job_object(await self._training.cancel_job(request.path_params["job_id"])))
 
+    async def delete_model(self, request: Request) -> JSONResponse:
+        model_id = request.path_params["model_id"]
+        await self._training.delete_model(model_id)
+        return JSONResponse({"id": model_id, "object": "model", "deleted": True})
+
     async def events(self, request: Request) -> ASGIApp:
         job_id = request.path_params["job_id"]
         # OpenAI's lists run from new to old: the page after an event holds older ones. A stream goes on to newer ones.
@@ -117,7 +122,7 @@ class _TrainingRoutes:
 
 
 def training_routes(training: TrainingService) -> list[Route]:
-    """/v1/files, /v1/fine_tuning/jobs and /v1/feedback."""
+    """/v1/files, /v1/fine_tuning/jobs, /v1/feedback, and the deletion of the models of isolated jobs."""
     handlers = _TrainingRoutes(training)
     jobs = "/v1/fine_tuning/jobs"
     return [
@@ -135,6 +140,7 @@ def training_routes(training: TrainingService) -> list[Route]:
         Route("/v1/checkpoints/{checkpoint_id}/restore", handlers.restore_checkpoint, methods=["POST"]),
         Route("/v1/checkpoints/{checkpoint_id}/publish", handlers.publish_checkpoint, methods=["POST"]),
         Route("/v1/feedback", handlers.feedback, methods=["POST"]),
+        Route("/v1/models/{model_id:path}", handlers.delete_model, methods=["DELETE"]),
     ]
 
 

@@ -180,10 +180,21 @@ class QualityGateBody(Strict):
     publish: StrictBool = False
 
 
+class LoraBody(Strict):
+    """An adapter."""
+
+    rank: StrictInt | None = None
+    alpha: Number | None = None
+    dropout: Number | None = None
+    target_modules: list[StrictStr] | None = None
+
+
 class LemixTraining(Strict):
     """Our extension of jobs; meanings and defaults as in types.proto."""
 
-    kind: Literal["online"] = "online"
+    kind: Literal["online", "isolated"] = "online"
+    method: Literal["full", "lora"] | None = None
+    lora: LoraBody | None = None
     learning_rate: Number | None = None
     gradient_accumulation_steps: StrictInt | None = None
     lr_schedule: StrictStr | None = None

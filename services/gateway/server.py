@@ -55,7 +55,7 @@ class InferenceHandlers(inference_grpc.InferenceServiceServicer):
     ) -> inference_pb.GenerateResponse:
         """The whole output."""
         wanted = convert.generation_request(request.spec, context.time_remaining())
-        return convert.generate_response(await self._generation.generate(wanted), self._generation.model)
+        return convert.generate_response(await self._generation.generate(wanted), self._generation.model_of(wanted))
 
     async def GenerateStream(  # noqa: N802
         self, request: inference_pb.GenerateStreamRequest, context: Context
@@ -64,7 +64,7 @@ class InferenceHandlers(inference_grpc.InferenceServiceServicer):
         wanted = convert.generation_request(request.spec, context.time_remaining())
         async with aclosing(self._generation.stream(wanted)) as pieces:
             async for piece in pieces:
-                yield convert.stream_response(piece, self._generation.model)
+                yield convert.stream_response(piece, self._generation.model_of(wanted))
 
 
 class TrainingHandlers(training_grpc.TrainingServiceServicer):
@@ -109,6 +109,13 @@ class TrainingHandlers(training_grpc.TrainingServiceServicer):
     ) -> training_pb.CancelJobResponse:
         """Stop a job."""
         return training_pb.CancelJobResponse(job=await self._training.cancel_job(request.job_id))
+
+    async def DeleteModel(  # noqa: N802
+        self, request: training_pb.DeleteModelRequest, context: Context
+    ) -> training_pb.DeleteModelResponse:
+        """Delete the model of an isolated job."""
+        await self._training.delete_model(request.model)
+        return training_pb.DeleteModelResponse()
 
     async def WatchJob(  # noqa: N802
         self, request: training_pb.WatchJobRequest, context: Context
@@ -172,7 +179,7 @@ class ClusterHandlers(cluster_grpc.ClusterServiceServicer):
         self, request: cluster_pb.ListModelsRequest, context: Context
     ) -> cluster_pb.ListModelsResponse:
         """Models served."""
-        return cluster_pb.ListModelsResponse(models=[self._cluster.model])
+        return cluster_pb.ListModelsResponse(models=await self._cluster.models())
 
     async def GetStatus(  # noqa: N802
         self, request: cluster_pb.GetStatusRequest, context: Context

@@ -17,7 +17,7 @@ from services.gateway.config import Limits
 from services.gateway.prompts import PromptBuilder
 from services.gateway.scheduler_calls import call, follow
 from services.gateway.training_examples import ExampleBuilder, parse_file
-from services.gateway.validation import check_hyperparameters, check_id, invalid
+from services.gateway.validation import check_hyperparameters, check_id, check_training, invalid
 from services.runtime.clock import Clock
 
 #: Tokens per message of an upload: about 300 kB.
@@ -115,6 +115,7 @@ class TrainingService:
         check_id(request.validation_file, "validation_file")
         check_id(request.request_id, "request_id")
         check_hyperparameters(request.hyperparameters)
+        check_training(request)
         checked = training_service_pb2.CreateJobRequest()
         checked.CopyFrom(request)
         checked.model = self._prompts.model
@@ -135,6 +136,13 @@ class TrainingService:
         """Raises NOT_FOUND, CONFLICT."""
         check_required_id(job_id, "job_id")
         return (await call(self._stub.CancelJob, pb.CancelJobRequest(job_id=job_id), self._timeout_s)).job
+
+    async def delete_model(self, model: str) -> None:
+        """Raises MODEL_NOT_FOUND, CONFLICT (it still trains, or is the served model itself)."""
+        if model in ("", self._prompts.model):
+            raise LemixError(ErrorCode.CONFLICT, f"{self._prompts.model} itself cannot be deleted", param="model")
+        self._prompts.adapter_of(model)
+        await call(self._stub.DeleteModel, pb.DeleteModelRequest(model=model), self._timeout_s)
 
     async def watch_job(
         self, job_id: str, after_sequence: int, timeout_s: float = MAX_WATCH_S, *, existing_only: bool = False

@@ -191,4 +191,5 @@ def model_object(model: cluster_service_pb2.Model) -> dict[str, Any]:
         "created": int(model.created_unix_s),
         "owned_by": "lemix",
         "max_model_len": model.max_context_tokens,
+        **({"parent": model.parent} if model.parent else {}),
     }

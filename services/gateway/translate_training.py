@@ -6,7 +6,14 @@ from typing import Any
 from lemix.errors import LemixError
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
-from services.gateway.schemas import CheckpointBody, FeedbackBody, HyperparametersBody, JobBody, QualityGateBody
+from services.gateway.schemas import (
+    CheckpointBody,
+    FeedbackBody,
+    HyperparametersBody,
+    JobBody,
+    LoraBody,
+    QualityGateBody,
+)
 from services.gateway.training_examples import ExampleBuilder
 from services.gateway.translate import turns
 from services.gateway.validation import invalid
@@ -19,6 +26,24 @@ _JOB_STATUS = {
     types_pb2.JOB_STATUS_SUCCEEDED: "succeeded",
     types_pb2.JOB_STATUS_FAILED: "failed",
     types_pb2.JOB_STATUS_CANCELLED: "cancelled",
+}
+
+
+_METHODS = {
+    types_pb2.TRAINING_METHOD_UNSPECIFIED: "full",
+    types_pb2.TRAINING_METHOD_FULL: "full",
+    types_pb2.TRAINING_METHOD_LORA: "lora",
+}
+_METHOD_OF_NAME = {
+    None: types_pb2.TRAINING_METHOD_UNSPECIFIED,
+    "full": types_pb2.TRAINING_METHOD_FULL,
+    "lora": types_pb2.TRAINING_METHOD_LORA,
+}
+_MODE_OF_NAME = {"online": types_pb2.TRAINING_MODE_ONLINE, "isolated": types_pb2.TRAINING_MODE_ISOLATED}
+_MODES = {
+    types_pb2.TRAINING_MODE_UNSPECIFIED: "online",
+    types_pb2.TRAINING_MODE_ONLINE: "online",
+    types_pb2.TRAINING_MODE_ISOLATED: "isolated",
 }
 
 
@@ -55,7 +80,19 @@ def job_request(body: JobBody, request_id: str) -> training_service_pb2.CreateJo
         checkpoint=_checkpoint_policy(body.lemix.checkpoint),
         validation_file=body.validation_file or "",
         quality_gate=_quality_gate(body.lemix.quality_gate),
+        method=_METHOD_OF_NAME[body.lemix.method],
+        mode=_MODE_OF_NAME[body.lemix.kind],
+        lora=_lora_request(body.lemix.lora),
     )
+
+
+def _lora_request(body: LoraBody | None) -> types_pb2.Lora | None:
+    if body is None:
+        return None
+    try:
+        return types_pb2.Lora(**body.model_dump(exclude_none=True))
+    except ValueError as error:  # a number outside its protobuf type
+        raise invalid(f"lemix.lora is out of range: {error}", "lemix.lora") from error
 
 
 def _checkpoint_policy(body: CheckpointBody | None) -> types_pb2.CheckpointPolicy | None:
@@ -77,7 +114,8 @@ def _quality_gate(body: QualityGateBody | None) -> types_pb2.QualityGate | None:
 
 
 def _hyperparameters(body: JobBody, openai: HyperparametersBody) -> types_pb2.Hyperparameters:
-    values: dict[str, Any] = body.lemix.model_dump(exclude={"kind", "checkpoint", "quality_gate"}, exclude_none=True)
+    extras = {"kind", "method", "lora", "checkpoint", "quality_gate"}
+    values: dict[str, Any] = body.lemix.model_dump(exclude=extras, exclude_none=True)
     multiplier = openai.learning_rate_multiplier
     if multiplier not in (None, "auto"):
         if "learning_rate" in values:
@@ -108,8 +146,7 @@ def job_object(job: types_pb2.TrainingJob) -> dict[str, Any]:
         "created_at": int(job.created_unix_s),
         "finished_at": None if ended is None else int(ended),
         "model": job.model,
-        # Online training changes the served model itself.
-        "fine_tuned_model": job.model if job.status == types_pb2.JOB_STATUS_SUCCEEDED else None,
+        "fine_tuned_model": _fine_tuned_model(job),
         "organization_id": "",
         "status": _JOB_STATUS.get(job.status, "queued"),
         "training_file": job.training_file,
@@ -124,10 +161,32 @@ def job_object(job: types_pb2.TrainingJob) -> dict[str, Any]:
     }
 
 
+def _fine_tuned_model(job: types_pb2.TrainingJob) -> str | None:
+    if job.status != types_pb2.JOB_STATUS_SUCCEEDED:
+        return None
+    # Online training changes the served model itself.
+    return (job.served_model or None) if job.mode == types_pb2.TRAINING_MODE_ISOLATED else job.model
+
+
+def _lora(job: types_pb2.TrainingJob) -> dict[str, Any] | None:
+    if not job.HasField("lora"):
+        return None
+    lora = job.lora
+    return {
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "dropout": lora.dropout,
+        "target_modules": list(lora.target_modules),
+    }
+
+
 def _job_extension(job: types_pb2.TrainingJob) -> dict[str, Any]:
     values = job.hyperparameters
     return {
-        "kind": "online",
+        "kind": _MODES[job.mode],
+        "method": _METHODS[job.method],
+        "lora": _lora(job),
+        "served_model": job.served_model or None,
         "num_examples": job.num_examples,
         "total_microbatches": job.total_microbatches,
         "trained_microbatches": job.trained_microbatches,

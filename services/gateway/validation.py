@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from lemix.errors import ErrorCode, LemixError
-from lemix.v1 import types_pb2
+from lemix.v1 import training_service_pb2, types_pb2
 from services.gateway.types import Sampling
 
 MAX_STOP_STRINGS = 4
@@ -14,6 +14,7 @@ MAX_LOGPROBS = 20
 _MAX_BIASED_TOKENS = 300
 _MAX_STOP_CHARS = 256
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_MAX_TARGET_MODULES = 32
 _SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -22,9 +23,14 @@ def invalid(message: str, param: str | None = None) -> LemixError:
     return LemixError(ErrorCode.INVALID_REQUEST, message, param=param)
 
 
+def is_id(value: str) -> bool:
+    """Whether it is a well-formed, non-empty id."""
+    return _ID.fullmatch(value) is not None
+
+
 def check_id(value: str, param: str) -> None:
     """Raises INVALID_REQUEST unless empty or 1 to 128 letters, digits and `._:-`: ids travel in keys and headers."""
-    if value and not _ID.fullmatch(value):
+    if value and not is_id(value):
         raise invalid(f"{param} must be 1 to 128 letters, digits, '.', '_', ':' or '-'", param)
 
 
@@ -105,3 +111,26 @@ def check_hyperparameters(values: types_pb2.Hyperparameters) -> None:
             raise invalid(f"{name} must be {bound}, not {value:g}", f"hyperparameters.{name}")
     if values.HasField("lr_schedule") and values.lr_schedule not in _SCHEDULES:
         raise invalid(f"lr_schedule must be one of {', '.join(_SCHEDULES)}", "hyperparameters.lr_schedule")
+
+
+def check_training(request: training_service_pb2.CreateJobRequest) -> None:
+    """Raises INVALID_REQUEST for an adapter out of range, and for what no training is: an adapter with all parameters,
+    all parameters for an own model."""
+    is_lora = request.method == types_pb2.TRAINING_METHOD_LORA or (
+        request.method == types_pb2.TRAINING_METHOD_UNSPECIFIED and request.HasField("lora")
+    )
+    if request.HasField("lora") and not is_lora:
+        raise invalid("lora goes with method 'lora' only", "lora")
+    if request.mode == types_pb2.TRAINING_MODE_ISOLATED and not is_lora:
+        raise invalid("mode 'isolated' needs method 'lora': only an adapter leaves the model as it is", "mode")
+    lora = request.lora
+    if lora.HasField("rank") and not 1 <= lora.rank <= 256:
+        raise invalid(f"rank must be in [1, 256], not {lora.rank}", "lora.rank")
+    if lora.HasField("alpha") and not (math.isfinite(lora.alpha) and lora.alpha > 0):
+        raise invalid(f"alpha must be positive, not {lora.alpha:g}", "lora.alpha")
+    if not 0 <= lora.dropout < 1:
+        raise invalid(f"dropout must be in [0, 1), not {lora.dropout:g}", "lora.dropout")
+    if len(lora.target_modules) > _MAX_TARGET_MODULES:
+        raise invalid(f"at most {_MAX_TARGET_MODULES} target modules", "lora.target_modules")
+    if any(not is_id(name) for name in lora.target_modules):
+        raise invalid("target modules are named by the last part of their names, such as q_proj", "lora.target_modules")

@@ -18,6 +18,7 @@ from services.node_agent import metrics
 from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.checkpoints import Checkpointer, CheckpointLimits
 from services.node_agent.config import NodeAgentSettings
+from services.node_agent.convert import adapter_to_proto
 from services.node_agent.core.types import MemoryConfig, NodeCoreConfig, QueueOrder
 from services.node_agent.engine.base import Engine, ModelInfo
 from services.node_agent.evaluation import evaluate
@@ -78,6 +79,7 @@ class NodeAgent:
             listener=self,
             op_timeout_s=settings.op_timeout_s,
             max_optimizer_states=settings.max_optimizer_states,
+            max_adapters=settings.max_adapters,
         )
         self._session = SchedulerSession(
             channel=scheduler,
@@ -109,6 +111,7 @@ class NodeAgent:
             timeout_s=settings.sync_timeout_s,
             checkpoints=self._checkpoints,
         )
+        self._loop.adapters.on_change = self._session.report_vitals
         self._measurer = Measurer(self._loop, engine.info)
         self._welcomed = asyncio.Event()
         self._evaluations: set[asyncio.Task[None]] = set()
@@ -289,6 +292,10 @@ class NodeAgent:
         """See session.Commands."""
         self._weights.start_apply(command.sync_id, command.mode, command.source_addresses)
 
+    def on_forget_adapter(self, adapter_id: str) -> None:
+        """See session.Commands."""
+        self._loop.forget_adapter(adapter_id)
+
     def on_evaluate(self, command: scheduler_pb2.EvaluateCommand) -> None:
         """See session.Commands."""
         if len(self._evaluations) >= _MAX_EVALUATIONS:
@@ -345,7 +352,12 @@ class NodeAgent:
             restore_note="" if self._checkpoints is None else self._checkpoints.note,
             max_batch_tokens=settings.max_batch_tokens,
             kv_block_tokens=settings.kv_block_tokens,
+            adapters=self._held_adapters(),
+            weights_changed=self._loop.adapters.weights_changed,
         )
+
+    def _held_adapters(self) -> tuple[scheduler_pb2.HeldAdapter, ...]:
+        return tuple(map(adapter_to_proto, self._loop.adapters.held.values()))
 
     def _vitals(self) -> Vitals:
         ages = self._loop.ages
@@ -355,6 +367,8 @@ class NodeAgent:
             self._loop.snapshot().kv_used_tokens,
             self._draining,
             None if trained_unix_s is None else max(0.0, self._clock.unix_s() - trained_unix_s),
+            self._held_adapters(),
+            self._loop.adapters.weights_changed,
         )
 
     def _node_info(self) -> node_pb2.GetNodeInfoResponse:

@@ -71,6 +71,8 @@ class NodeAgentSettings(ServiceSettings):
     #: Jobs whose optimizer state a stage keeps (two more copies of its weights each). At least as many as train at
     #: once: a job crowded out by others starts its moments and its schedule anew when it comes back.
     max_optimizer_states: int = Field(8, ge=1, le=8)
+    #: LoRA adapters on this node; a job that needs one more fails.
+    max_adapters: int = Field(16, ge=1, le=64)
     #: "drain": micro-batches in flight finish before the weights change. "stash": the weights change at once; what is
     #: on its way goes on with those it started with, and a stage keeps one copy per version for it.
     weight_handling: Literal["drain", "stash"] = "drain"

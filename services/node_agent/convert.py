@@ -5,7 +5,15 @@ from lemix.internal.v1 import profile_pb2, scheduler_service_pb2, work_pb2
 from lemix.v1 import types_pb2
 from services.latency import MOVES, OpKind
 from services.node_agent.core.types import InferenceRequest, Op, TrainingMicrobatch
-from services.node_agent.engine.base import Example, Logprobs, ModelInfo, OptimizerSpec, Sampling, StageResult
+from services.node_agent.engine.base import (
+    AdapterSpec,
+    Example,
+    Logprobs,
+    ModelInfo,
+    OptimizerSpec,
+    Sampling,
+    StageResult,
+)
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
 
 OP_KIND_TO_PROTO = {
@@ -60,6 +68,7 @@ def request_from_proto(
         sampling=_sampling_from_proto(sampling),
         max_tokens=sampling.max_tokens,
         reference_ids=reference,
+        adapter_id=work.adapter_id,
     )
     request = InferenceRequest(
         task_id=task_id,
@@ -69,7 +78,8 @@ def request_from_proto(
         deadline_s=None if ttft_s is None else arrival_s + ttft_s,
         reference_tokens=len(reference),
         tpot_s=work.slo.tpot_s if work.slo.HasField("tpot_s") else None,
-        session_id=work.session_id,
+        # Keys and values that are kept for a session are of the adapter that made them.
+        session_id=f"{work.adapter_id}/{work.session_id}" if work.adapter_id and work.session_id else work.session_id,
     )
     return task, request
 
@@ -106,6 +116,10 @@ def microbatch_from_proto(
         raise LemixError(ErrorCode.INVALID_REQUEST, "a micro-batch needs an example")
     examples = tuple(example_from_proto(example, info) for example in work.examples)
     accumulation = max(1, work.hyperparameters.gradient_accumulation_steps)
+    adapter = None
+    if work.HasField("lora"):
+        adapter = adapter_from_proto(work.job_id, work.lora, isolated=work.isolated)
+        _check_targets(adapter, info)
     task = MicrobatchTask(
         task_id=task_id,
         job_id=work.job_id,
@@ -114,6 +128,7 @@ def microbatch_from_proto(
         optimizer=optimizer_from_proto(work.hyperparameters, work.total_steps),
         accumulation=accumulation,
         last=work.last,
+        adapter=adapter,
     )
     microbatch = TrainingMicrobatch(
         task_id=task_id,
@@ -127,6 +142,25 @@ def microbatch_from_proto(
         parts=max(1, min(work.parts, most_parts, len(examples) * (info.num_layers // num_stages))),
     )
     return task, microbatch
+
+
+def adapter_from_proto(adapter_id: str, lora: types_pb2.Lora, *, isolated: bool) -> AdapterSpec:
+    """What an adapter is; the scheduler has filled the defaults in."""
+    return AdapterSpec(adapter_id, lora.rank, lora.alpha, lora.dropout, tuple(lora.target_modules), isolated)
+
+
+def _check_targets(adapter: AdapterSpec, info: ModelInfo) -> None:
+    unknown = sorted(set(adapter.target_modules).difference(info.projections))
+    if info.projections and unknown and adapter.target_modules != ("all-linear",):
+        known = ", ".join(info.projections)
+        message = f"the model has no projection {unknown[0]!r} to adapt; it has {known}, or all-linear"
+        raise LemixError(ErrorCode.INVALID_REQUEST, message, param="lora.target_modules")
+
+
+def adapter_to_proto(spec: AdapterSpec) -> scheduler_service_pb2.HeldAdapter:
+    """For the scheduler."""
+    lora = types_pb2.Lora(rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, target_modules=spec.target_modules)
+    return scheduler_service_pb2.HeldAdapter(adapter_id=spec.adapter_id, lora=lora, isolated=spec.isolated)
 
 
 def example_from_proto(example: work_pb2.TrainingExample, info: ModelInfo) -> Example:
@@ -226,6 +260,12 @@ def _error_of(task: Task, reason: str) -> LemixError | None:
     return None
 
 
+def public_error(error: str) -> str:
+    """What may be told to whoever sent the work: numbers of arithmetic and value errors, else the error's type."""
+    kind = error.partition(":")[0]
+    return error[:200] if kind in ("ArithmeticError", "ValueError", "MemoryError", "OutOfMemoryError") else kind
+
+
 def refusal_to_proto(item: work_pb2.WorkItem, error: LemixError, *, node_id: str) -> work_pb2.WorkOutcome:
     """The end of a task that never ran here."""
     outcome = work_pb2.WorkOutcome(task_id=item.task_id, node_id=node_id)
@@ -242,8 +282,10 @@ def refusal_to_proto(item: work_pb2.WorkItem, error: LemixError, *, node_id: str
     return outcome
 
 
-def trace_to_proto(op: Op, stage: int, result: StageResult, *, is_last: bool) -> scheduler_service_pb2.OpTrace:
-    """What the scheduler learns about a finished op."""
+def trace_to_proto(
+    op: Op, stage: int, result: StageResult, *, is_last: bool, isolated: bool = False
+) -> scheduler_service_pb2.OpTrace:
+    """What the scheduler learns about a finished op. isolated: its job's adapter is no part of the served model."""
     return scheduler_service_pb2.OpTrace(
         stage=stage,
         op=OP_KIND_TO_PROTO[op.kind],
@@ -259,4 +301,5 @@ def trace_to_proto(op: Op, stage: int, result: StageResult, *, is_last: bool) ->
         partials=op.partials,
         decodes=op.decodes,
         decode_context_tokens=op.decode_context_tokens,
+        isolated=isolated and op.kind is OpKind.OPTIMIZER_STEP,
     )

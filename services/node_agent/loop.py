@@ -17,7 +17,8 @@ from lemix.internal.v1 import scheduler_service_pb2, work_pb2
 from lemix.v1 import types_pb2
 from services.latency import MOVES, OpKind
 from services.node_agent import metrics
-from services.node_agent.convert import logprobs_to_proto, outcome_to_proto, trace_to_proto
+from services.node_agent.adapters import NodeAdapters
+from services.node_agent.convert import logprobs_to_proto, outcome_to_proto, public_error, trace_to_proto
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.types import (
     Cancelled,
@@ -96,9 +97,11 @@ class AgentLoop:
         listener: Listener,
         op_timeout_s: float,
         max_optimizer_states: int,
+        max_adapters: int = 16,
     ) -> None:
         self.node_id = node_id
         self.ages = WeightAges()
+        self.adapters = NodeAdapters(max_adapters)
         #: Set with a NodeBroken when the node cannot go on.
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._incarnation = incarnation
@@ -196,6 +199,7 @@ class AgentLoop:
     def _add(self, task: Task, event: Event) -> None:
         if task.task_id in self._tasks:
             raise ValueError(f"{task.task_id} is on this node already")
+        self.adapters.admit(task)
         self._tasks[task.task_id] = task
         self._feed(event)
 
@@ -205,6 +209,19 @@ class AgentLoop:
             return False
         self._feed(Cancelled(task_id))
         return True
+
+    def forget_adapter(self, adapter_id: str) -> None:
+        """Cancel what uses an adapter, then let the stages free it."""
+        for task_id in self.adapters.unwanted(adapter_id, self._tasks.values()):
+            self.cancel(task_id)
+        self._free_adapters()
+
+    def _free_adapters(self) -> None:
+        for adapter_id in self.adapters.take_unused(self._tasks.values(), self._payloads.is_trained):
+            _log.info("adapter freed", adapter=adapter_id)
+            self._payloads.forget_job(adapter_id)
+            for runner in self._runners:
+                runner.forget_adapter(adapter_id)
 
     async def run_weight_op(self, subject: str, weight_op: WeightOp) -> WeightOp:
         """Run a weight operation between ops, at a version boundary; returns it with every stage's result.
@@ -340,14 +357,23 @@ class AgentLoop:
             if op.kind is OpKind.OPTIMIZER_STEP:
                 self._check_step(stage, op, error)
             if is_last and op.changes_weights:
-                if error:
-                    self.ages.record(op.version + 1, self.ages.at(op.version))
-                else:
-                    self.ages.record(op.version + 1, self._clock.unix_s(), op.subject)
+                self._stepped(op, bool(error))
         self._step(OpDone(stage, op.op_id, tuple(stopped), bool(error)))
         # The next ops are on their way by now: nobody waits for what follows.
         self._count(stage, op, result, bool(error))
-        self._listener.on_trace(trace_to_proto(op, stage, result, is_last=is_last))
+        isolated = self.adapters.is_isolated(op.subject)
+        self._listener.on_trace(trace_to_proto(op, stage, result, is_last=is_last, isolated=isolated))
+
+    def _stepped(self, op: Op, failed: bool) -> None:
+        """An optimizer step left the last stage. That of an isolated adapter makes the served model no newer."""
+        now_unix_s = self._clock.unix_s()
+        if not failed:
+            self.adapters.stepped(op.subject, now_unix_s)
+        self._free_adapters()
+        if failed or self.adapters.is_isolated(op.subject):
+            self.ages.record(op.version + 1, self.ages.at(op.version))
+        else:
+            self.ages.record(op.version + 1, now_unix_s, op.subject)
 
     def _take_tokens(self, op: Op, result: StageResult) -> list[str]:
         """Append the new tokens to their requests; returns those that ended the output."""
@@ -366,7 +392,7 @@ class AgentLoop:
             task = self._request(token.request_id)
             if task.first_token_s is None:
                 task.first_token_s = now_s
-                trained_unix_s = self.ages.at(op.version)
+                trained_unix_s = self.adapters.newest_step(task.adapter_id, self.ages.at(op.version))
                 if trained_unix_s is not None:
                     task.staleness_s = max(0.0, self._clock.unix_s() - trained_unix_s)
             task.generated_ids.append(token.token_id)
@@ -374,19 +400,24 @@ class AgentLoop:
             logprobs = () if token.logprobs is None else (logprobs_to_proto(token.logprobs),)
             task.logprobs += logprobs
             self._listener.on_tokens(token.request_id, (token.token_id,), logprobs)
-            if token.is_end or _completes_stop(task, token.token_id):
+            if token.is_end or task.completes_stop(token.token_id):
                 stopped.append(token.request_id)
         return stopped
 
     def _note_version(self, task: RequestTask, step: int) -> None:
         if not task.weight_versions or task.weight_versions[-1].step != step:
             version = types_pb2.WeightVersion(
-                node_id=self.node_id, incarnation=self._incarnation, step=step, job_id=self.ages.job_of(step)
+                node_id=self.node_id,
+                incarnation=self._incarnation,
+                step=step,
+                job_id=task.adapter_id or self.ages.job_of(step),
             )
             task.weight_versions.append(version)
 
     def _take_loss(self, op: Op, result: StageResult) -> None:
         task = self._tasks[op.task_ids[0]]
+        if isinstance(task, MicrobatchTask) and task.adapter is not None:
+            self.adapters.made(task.adapter)
         if isinstance(task, MicrobatchTask) and result.loss is not None:
             task.loss, task.label_tokens = result.loss, result.label_tokens
             metrics.TRAINING_LOSS.labels(self.node_id).set(result.loss)
@@ -410,7 +441,7 @@ class AgentLoop:
                 continue  # of a step that fails on one stage and is skipped on the next ones the first is the cause
             if isinstance(task, MicrobatchTask):
                 task.skipped = kind == "ArithmeticError"
-            task.error = LemixError(code, f"{op.kind} failed on stage {stage}: {_public(error)}")
+            task.error = LemixError(code, f"{op.kind} failed on stage {stage}: {public_error(error)}")
 
     def _weight_op_ended(self, stage: int, op: Op, result: StageResult) -> None:
         weight_op, future = self._weight_ops[op.subject]
@@ -443,6 +474,7 @@ class AgentLoop:
                 _log.info("optimizer state dropped", job=job_id, complete=job_id == task.job_id and task.last)
                 for runner in self._runners:
                     runner.forget(job_id)
+        self._free_adapters()
 
     def _request(self, task_id: str) -> RequestTask:
         task = self._tasks[task_id]
@@ -457,21 +489,8 @@ class AgentLoop:
             metrics.tokens(op.kind).inc(op.num_tokens)
 
 
-def _completes_stop(task: RequestTask, token_id: int) -> bool:
-    if task.stop_text is None:
-        return False
-    task.stop_text.add((token_id,))
-    return task.stop_text.stopped
-
-
 def _unusable(op: Op, result: StageResult) -> str:
     """Why a result must not be used although the op did not raise; empty when it may."""
     if op.kind is OpKind.TRAIN_FORWARD and result.loss is not None and not math.isfinite(result.loss):
         return f"ArithmeticError: the loss is {result.loss}"
     return ""
-
-
-def _public(error: str) -> str:
-    """What may be told to whoever sent the work: numbers of arithmetic and value errors, else the error's type."""
-    kind = error.partition(":")[0]
-    return error[:200] if kind in ("ArithmeticError", "ValueError", "MemoryError", "OutOfMemoryError") else kind

@@ -133,6 +133,14 @@ class PayloadBuilder:
             del self._optimizers[job_id]
         return jobs
 
+    def is_trained(self, job_id: str) -> bool:
+        """Whether gradients of this job wait for their step."""
+        return any(gradients.job_id == job_id for gradients in self._gradients.values())
+
+    def forget_job(self, job_id: str) -> None:
+        """Its optimizer state goes with its adapter."""
+        self._optimizers.pop(job_id, None)
+
     @property
     def optimizers(self) -> Mapping[str, OptimizerSpec]:
         """Jobs whose optimizer state the stages keep."""
@@ -189,6 +197,7 @@ class PayloadBuilder:
             op.parts,
             task.job_id,
             self._optimizers[task.job_id] if op.part == 0 else None,
+            task.adapter,
         )
 
     def _optimizer_step(self, op: Op, stage: int, state: _Travelling) -> OptimizerStep:
@@ -229,6 +238,7 @@ def _prefill_sequence(task: RequestTask, cached_tokens: int, continues: str, end
         continues,
         end_token,
         num_output,
+        task.adapter_id,
     )
 
 

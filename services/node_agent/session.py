@@ -47,6 +47,9 @@ class Commands(Protocol):
     def on_apply_weights(self, command: scheduler_pb2.ApplyWeights) -> None:
         """Phase two of a synchronisation."""
 
+    def on_forget_adapter(self, adapter_id: str) -> None:
+        """Nobody may use an adapter any more."""
+
     def on_evaluate(self, command: scheduler_pb2.EvaluateCommand) -> None:
         """Measure the loss on held-out examples."""
 
@@ -63,6 +66,9 @@ class Vitals:
     draining: bool = False
     #: Seconds since the newest optimizer step in the weights; None: never trained.
     weights_age_s: float | None = None
+    adapters: tuple[scheduler_pb2.HeldAdapter, ...] = ()
+    #: Whether the weights are no longer those of the model directory.
+    weights_changed: bool = False
 
 
 class SchedulerSession:
@@ -216,6 +222,8 @@ class SchedulerSession:
                 self._commands.on_apply_weights(message.apply_weights)
             case "checkpoint":
                 self._commands.on_checkpoint(message.checkpoint)
+            case "forget_adapter":
+                self._commands.on_forget_adapter(message.forget_adapter.adapter_id)
             case "evaluate":
                 self._commands.on_evaluate(message.evaluate)
             case other:
@@ -275,4 +283,6 @@ class SchedulerSession:
             kv_used_tokens=vitals.kv_used_tokens,
             draining=vitals.draining,
             weights_age_s=vitals.weights_age_s,
+            adapters=vitals.adapters,
+            weights_changed=vitals.weights_changed,
         )

@@ -42,6 +42,7 @@ class StageRunner:
         self._forgets_first = forgets_first
         self._ops: deque[tuple[StageOp, Done]] = deque()
         self._forgets: dict[str, None] = {}
+        self._adapter_forgets: dict[str, None] = {}
         self._runs = False
         self._loop = asyncio.get_running_loop()
         # The op that the worker runs; None when it is idle.
@@ -81,6 +82,14 @@ class StageRunner:
     def forget(self, task_id: str) -> None:
         """Free what an ended task holds on this stage, soon."""
         self._forgets[task_id] = None
+        self._forget_soon()
+
+    def forget_adapter(self, adapter_id: str) -> None:
+        """Free an adapter with its optimizer, soon; no op that is queued uses it."""
+        self._adapter_forgets[adapter_id] = None
+        self._forget_soon()
+
+    def _forget_soon(self) -> None:
         if self._running is None and self._soon is None:
             # Not at once: the event that ended the task may bring the stage's next op, which then goes first.
             self._soon = self._loop.call_soon(self._next)
@@ -94,10 +103,12 @@ class StageRunner:
             return
         if self._ops and not self._must_forget_first(self._ops[0][0]):
             self._start(*self._ops.popleft())
-        elif self._forgets:
+        elif self._forgets or self._adapter_forgets:
             self._forget_all()
 
     def _must_forget_first(self, op: StageOp) -> bool:
+        if self._adapter_forgets:
+            return True
         if not self._forgets:
             return False
         return (
@@ -106,8 +117,10 @@ class StageRunner:
 
     def _forget_all(self) -> None:
         task_ids = tuple(self._forgets)
+        adapter_ids = tuple(self._adapter_forgets)
         self._forgets.clear()
-        self._start(Forget(AGENT_OP_ID, task_ids), self._forgotten)
+        self._adapter_forgets.clear()
+        self._start(Forget(AGENT_OP_ID, task_ids, adapter_ids), self._forgotten)
 
     def _forgotten(self, result: StageResult) -> None:
         if result.error:

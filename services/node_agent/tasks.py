@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from lemix.errors import LemixError
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
-from services.node_agent.engine.base import Example, OptimizerSpec, Sampling
+from services.node_agent.engine.base import AdapterSpec, Example, OptimizerSpec, Sampling
 from services.text import OutputText
 
 
@@ -19,6 +19,8 @@ class RequestTask:
     sampling: Sampling
     max_tokens: int
     reference_ids: tuple[int, ...] = ()
+    #: Isolated adapter that serves it; empty: the model itself.
+    adapter_id: str = ""
     #: Its text, followed until a stop string; None: it has none.
     stop_text: OutputText | None = None
     generated_ids: list[int] = field(default_factory=list)
@@ -32,6 +34,13 @@ class RequestTask:
     kv_freed: bool = False
     error: LemixError | None = None
 
+    def completes_stop(self, token_id: int) -> bool:
+        """Whether a new token completes a stop string."""
+        if self.stop_text is None:
+            return False
+        self.stop_text.add((token_id,))
+        return self.stop_text.stopped
+
 
 @dataclass(slots=True)
 class MicrobatchTask:
@@ -43,6 +52,8 @@ class MicrobatchTask:
     examples: tuple[Example, ...]
     optimizer: OptimizerSpec
     accumulation: int = 1
+    #: What its job trains; None: all weights.
+    adapter: AdapterSpec | None = None
     #: The job's last micro-batch.
     last: bool = False
     loss: float | None = None

@@ -100,6 +100,7 @@ def ops_from_traces(
             partials=op.partials,
             decodes=op.decodes,
             decode_context_tokens=op.decode_context_tokens,
+            isolated=op.isolated,
         )
         for op in ops
         if op.op in _OPS
@@ -141,8 +142,10 @@ def _inference_task(task_id: str, work: work_pb2.InferenceWork, now_s: float, no
         len(work.prompt_token_ids),
         work.sampling.max_tokens,
         slo,
-        work.session_id,
+        # What is kept of a session's turns before is of the adapter that served them.
+        f"{work.adapter_id}/{work.session_id}" if work.adapter_id and work.session_id else work.session_id,
         work.max_staleness_s if work.HasField("max_staleness_s") else None,
+        work.adapter_id,
     )
 
 

@@ -113,6 +113,8 @@ class Feeder:
             total_steps=_total_steps(state),
             last=cut.sequence == state.total_microbatches - 1,
             checkpoint=state.checkpoint,
+            lora=state.lora,
+            isolated=state.is_isolated,
         )
         await self._inbox.put(Offered(work_pb2.WorkItem(task_id=_task_id(state, cut.sequence), training=work)))
 

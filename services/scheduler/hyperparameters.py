@@ -3,7 +3,7 @@
 import math
 
 from lemix.errors import ErrorCode, LemixError
-from lemix.v1 import types_pb2
+from lemix.v1 import training_service_pb2, types_pb2
 
 _SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 #: Lowest, highest, default.
@@ -33,6 +33,26 @@ def resolve(given: types_pb2.Hyperparameters) -> types_pb2.Hyperparameters:
     _check(resolved.lr_schedule in _SCHEDULES, "lr_schedule", f"must be one of {', '.join(_SCHEDULES)}")
     resolved.warmup_steps = given.warmup_steps
     return resolved
+
+
+def resolve_method(
+    request: training_service_pb2.CreateJobRequest,
+) -> tuple[types_pb2.TrainingMethod, types_pb2.TrainingMode, types_pb2.Lora | None]:
+    """What a job trains, and for whom; the adapter with every field but its targets set, None: there is none.
+
+    Raises INVALID_REQUEST when an own model is wanted without an adapter.
+    """
+    is_isolated = request.mode == types_pb2.TRAINING_MODE_ISOLATED
+    mode = types_pb2.TRAINING_MODE_ISOLATED if is_isolated else types_pb2.TRAINING_MODE_ONLINE
+    if request.method != types_pb2.TRAINING_METHOD_LORA and not request.HasField("lora"):
+        if is_isolated:
+            raise LemixError(ErrorCode.INVALID_REQUEST, "mode 'isolated' needs method 'lora'", param="mode")
+        return types_pb2.TRAINING_METHOD_FULL, mode, None
+    given = request.lora
+    lora = types_pb2.Lora(
+        rank=given.rank or 8, alpha=given.alpha or 16.0, dropout=given.dropout, target_modules=given.target_modules
+    )
+    return types_pb2.TRAINING_METHOD_LORA, mode, lora
 
 
 def resolve_checkpoints(given: types_pb2.CheckpointPolicy) -> types_pb2.CheckpointPolicy:

@@ -82,6 +82,16 @@ class JobState:
         return self._record.job.num_examples
 
     @property
+    def lora(self) -> types_pb2.Lora | None:
+        """The adapter it trains; None: it trains the weights themselves."""
+        return self._record.job.lora if self._record.job.HasField("lora") else None
+
+    @property
+    def is_isolated(self) -> bool:
+        """Whether its adapter serves only requests that name it."""
+        return self._record.job.mode == types_pb2.TRAINING_MODE_ISOLATED
+
+    @property
     def hyperparameters(self) -> types_pb2.Hyperparameters:
         """In force, defaults filled in."""
         return self._record.job.hyperparameters
@@ -348,6 +358,14 @@ class JobState:
     def went_back(self) -> None:
         """Its node trains on from an earlier checkpoint."""
         self._record.num_bad_evaluations = 0
+
+    def unserve(self) -> bool:
+        """Its model is not served any more. False when it was not."""
+        if not self._record.job.served_model:
+            return False
+        self._record.job.served_model = ""
+        self.dirty = True
+        return True
 
     def set_error(self, error: LemixError) -> None:
         """Why it fails."""

@@ -17,10 +17,11 @@ from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
 from services.runtime.clock import Clock
 from services.scheduler import metrics
+from services.scheduler.adapters import AdapterDesk, model_of
 from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.core.types import Event, JobCancelled, SyncIntervalSet
 from services.scheduler.guard import LedgerGuard
-from services.scheduler.hyperparameters import resolve, resolve_checkpoints, resolve_gate
+from services.scheduler.hyperparameters import resolve, resolve_checkpoints, resolve_gate, resolve_method
 from services.scheduler.inbox import Inbox, Told
 from services.scheduler.job_state import JobState
 
@@ -45,6 +46,7 @@ class JobRegistry:
         derive_sync_interval: bool,
         save_interval_s: float,
         checkpoints: CheckpointDesk | None = None,
+        adapters: AdapterDesk | None = None,
     ) -> None:
         self._guard = guard
         self._ledger = guard.ledger
@@ -56,6 +58,8 @@ class JobRegistry:
         self._derive_sync_interval = derive_sync_interval
         self._save_interval_s = save_interval_s
         self._checkpoints = checkpoints or CheckpointDesk()
+        self.adapters = adapters or AdapterDesk()
+        self.adapters.find_job = self.find
         self._checkpoints.announce = self.announce
         self._running: dict[str, JobState] = {}
         #: Ended, and not stored as such yet.
@@ -134,6 +138,7 @@ class JobRegistry:
         hyperparameters = resolve(request.hyperparameters)
         policy = resolve_checkpoints(request.checkpoint)
         gate = resolve_gate(request.quality_gate)
+        method, mode, lora = resolve_method(request)
         if models and request.model and request.model not in models:
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"no node serves model {request.model!r}", param="model")
         file = await self.get_file(request.training_file)
@@ -145,8 +150,10 @@ class JobRegistry:
             message = f"{self._max_running} jobs are running already"
             raise LemixError(ErrorCode.OVERLOADED, message, retry_after_s=_RETRY_AFTER_S)
         batches_per_epoch = -(-file.num_examples // hyperparameters.batch_size)
+        job_id = f"job-{uuid.uuid4().hex[:16]}"
+        is_isolated = mode == types_pb2.TRAINING_MODE_ISOLATED
         job = types_pb2.TrainingJob(
-            job_id=f"job-{uuid.uuid4().hex[:16]}",
+            job_id=job_id,
             model=request.model,
             training_file=file.file_id,
             status=types_pb2.JOB_STATUS_QUEUED,
@@ -157,6 +164,10 @@ class JobRegistry:
             checkpoint=policy,
             validation_file=request.validation_file,
             quality_gate=gate,
+            method=method,
+            mode=mode,
+            lora=lora,
+            served_model=model_of(request.model, job_id) if is_isolated else "",
         )
         state = await self._start(work_pb2.JobRecord(job=job, request_id=request.request_id))
         return state.view()
@@ -205,6 +216,27 @@ class JobRegistry:
         elif state.status != types_pb2.JOB_STATUS_CANCELLED:
             raise LemixError(ErrorCode.CONFLICT, f"job {job_id} has ended already")
         return state.view()
+
+    async def delete_model(self, model: str) -> None:
+        """Serve the adapter of an isolated job no longer. Raises MODEL_NOT_FOUND, CONFLICT while the job runs,
+        UNAVAILABLE."""
+        job_id = model.rpartition(":")[2]
+        state = self._known(job_id) or await self._stored(job_id)
+        job = None if state is None else state.view()
+        if state is None or job is None or job.mode != types_pb2.TRAINING_MODE_ISOLATED:
+            raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"there is no model {model[:200]!r}", param="model")
+        if not state.ended:
+            raise LemixError(ErrorCode.CONFLICT, f"job {job_id} still trains this model: cancel it", param="model")
+        if state.unserve():
+            state.add_event("info", "its model was deleted")
+            self._ending[job_id] = state
+            await self._guard.once(self.save)
+        self.adapters.free(job_id)
+
+    async def find(self, job_id: str) -> types_pb2.TrainingJob | None:
+        """One job; None: there is none. Raises UNAVAILABLE."""
+        state = self._known(job_id) or await self._stored(job_id)
+        return None if state is None else state.view()
 
     async def watch(
         self, job_id: str, after_sequence: int, *, existing_only: bool = False
@@ -414,15 +446,23 @@ class JobRegistry:
         known = self._known(job_id)
         if known is not None:
             return known
+        stored = await self._stored(job_id)
+        if stored is None:
+            raise LemixError(ErrorCode.NOT_FOUND, f"no job {job_id[:200]!r}", param="job_id")
+        return stored
+
+    async def _stored(self, job_id: str) -> JobState | None:
         record = await self._guard.once(lambda: self._ledger.get_job(job_id))
         if record is None:
-            raise LemixError(ErrorCode.NOT_FOUND, f"no job {job_id[:200]!r}", param="job_id")
+            return None
         state = JobState(record, self._clock)
         state.restore_events(await self._guard.once(lambda: self._ledger.read_job_events(job_id)))
         return state
 
     def _end(self, state: JobState, status: types_pb2.JobStatus, level: str, message: str) -> None:
         state.end(status, level, message)
+        if status != types_pb2.JOB_STATUS_SUCCEEDED and state.unserve():
+            self.adapters.free(state.job_id)
         self._running.pop(state.job_id, None)
         self._ending[state.job_id] = state
         _log.info("job ended", job=state.job_id, status=types_pb2.JobStatus.Name(status), reason=message)

@@ -137,6 +137,11 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         """Stop a job."""
         return pb.CancelJobResponse(job=await self._jobs.cancel(request.job_id))
 
+    async def DeleteModel(self, request: pb.DeleteModelRequest, context: Context) -> pb.DeleteModelResponse:  # noqa: N802
+        """The model of an isolated job is no longer served."""
+        await self._jobs.delete_model(request.model)
+        return pb.DeleteModelResponse()
+
     async def WatchJob(  # noqa: N802  the name of the RPC
         self, request: pb.WatchJobRequest, context: Context
     ) -> AsyncIterator[pb.WatchJobResponse]:
@@ -192,7 +197,8 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
     ) -> pb.GetClusterStateResponse:
         """The cluster now."""
         snapshot = self._core.snapshot()
-        return pb.GetClusterStateResponse(status=status_to_proto(snapshot, self._not_ready_reason(len(snapshot.nodes))))
+        status = status_to_proto(snapshot, self._not_ready_reason(len(snapshot.nodes)))
+        return pb.GetClusterStateResponse(status=status, adapters=self._jobs.adapters.models())
 
     async def ExplainTask(  # noqa: N802  the name of the RPC
         self, request: pb.ExplainTaskRequest, context: Context

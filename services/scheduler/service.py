@@ -15,6 +15,7 @@ from services.runtime.config import ConfigError
 from services.runtime.grpc_client import open_channel
 from services.runtime.grpc_server import GrpcServer
 from services.scheduler import metrics
+from services.scheduler.adapters import AdapterDesk
 from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.core.policies import POLICIES
@@ -69,6 +70,7 @@ class SchedulerService:
         self.guard = LedgerGuard(ledger)
         self.inbox = Inbox(settings.max_queued_events)
         self.checkpoints = CheckpointDesk(timeout_s=settings.checkpoint_timeout_s)
+        adapters = AdapterDesk()
         self.nodes = NodeRegistry(
             inbox=self.inbox,
             profiles=profiles,
@@ -77,8 +79,9 @@ class SchedulerService:
             lease_s=settings.node_lease_s,
             max_queued_messages=settings.max_queued_messages,
             checkpoints=self.checkpoints,
+            adapters=adapters,
         )
-        self.checkpoints.send = self.nodes.send
+        self.checkpoints.send = adapters.send = self.nodes.send
         self.gateways = GatewayRegistry(
             inbox=self.inbox,
             guard=self.guard,
@@ -96,6 +99,7 @@ class SchedulerService:
             derive_sync_interval=settings.core.sync_every_steps < 0,
             save_interval_s=settings.job_save_interval_s,
             checkpoints=self.checkpoints,
+            adapters=adapters,
         )
         self.quality = QualityGate(jobs=self.jobs, desk=self.checkpoints, guard=self.guard)
         self.feeder = Feeder(

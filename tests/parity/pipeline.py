@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from services.node_agent.engine.base import (
+    AdapterSpec,
     Decode,
     DecodeSequence,
     EngineConfig,
@@ -75,7 +76,13 @@ class Pipeline:
         return await self.up(lambda hidden: Decode(0, self.version, sequences, hidden))
 
     async def forward(
-        self, task_id: str, examples: Sequence[Example], loss_scale: float = 1.0, *, parts: int = 1
+        self,
+        task_id: str,
+        examples: Sequence[Example],
+        loss_scale: float = 1.0,
+        *,
+        parts: int = 1,
+        adapter: AdapterSpec | None = None,
     ) -> StageResult:
         """Training forward of a micro-batch, in pieces on every stage."""
         batch = tuple(examples)
@@ -83,7 +90,7 @@ class Pipeline:
         for stage in range(len(self.engine.workers)):
             for part in range(parts):
                 given = hidden if part == 0 else None
-                op = TrainForward(0, self.version, task_id, batch, loss_scale, given, part, parts)
+                op = TrainForward(0, self.version, task_id, batch, loss_scale, given, part, parts, adapter=adapter)
                 result = await self.run(stage, op)
             hidden = result.output
         return result
@@ -114,15 +121,23 @@ class Pipeline:
             tied = result.output or tied
         self.version += 1
 
-    async def snapshot(self, sync_id: str) -> list[str]:
+    async def snapshot(self, sync_id: str, adapter: AdapterSpec | None = None) -> list[str]:
         """Snapshot every stage; the files."""
         stages = range(len(self.engine.workers))
-        return [(await self.run(stage, Snapshot(0, self.version, sync_id))).weights_path for stage in stages]
+        return [(await self.run(stage, Snapshot(0, self.version, sync_id, adapter))).weights_path for stage in stages]
 
-    async def load_weights(self, sync_id: str, path: Path, mode: str, *, oldest_version: int | None = None) -> None:
+    async def load_weights(
+        self,
+        sync_id: str,
+        path: Path,
+        mode: str,
+        *,
+        oldest_version: int | None = None,
+        adapter: AdapterSpec | None = None,
+    ) -> None:
         """Replace or average the weights of every stage."""
         for stage in range(len(self.engine.workers)):
-            await self.run(stage, LoadWeights(0, self.version, sync_id, str(path), mode, oldest_version))
+            await self.run(stage, LoadWeights(0, self.version, sync_id, str(path), mode, oldest_version, adapter))
         self.version += 1
 
     async def forget(self, *task_ids: str) -> None:
@@ -158,6 +173,23 @@ class Pipeline:
         named: dict[str, Tensor] = {}
         for executor in self.executors:
             named |= {name: part.clone() for name, part in executor.stage.weights.named(with_borrowed=False).items()}
+        return named
+
+    def adapter(self, adapter_id: str) -> dict[str, Tensor]:
+        """An adapter's parameters of all stages by their names in an adapter_model.safetensors."""
+        named: dict[str, Tensor] = {}
+        for executor in self.executors:
+            weights = executor.stage.adapters.get(adapter_id).weights
+            named |= {name: part.clone() for name, part in weights.named(with_borrowed=False).items()}
+        return named
+
+    def adapter_gradients(self, adapter_id: str, group: int = 0) -> dict[str, Tensor]:
+        """A group's accumulated gradients of an adapter."""
+        named: dict[str, Tensor] = {}
+        for executor in self.executors:
+            weights = executor.stage.adapters.get(adapter_id).weights
+            for weight, gradient in zip(weights.owned, executor.training.gradients[group], strict=True):
+                named |= dict(weight.parts(gradient))
         return named
 
     def gradients(self, group: int = 0) -> dict[str, Tensor]:

@@ -12,7 +12,15 @@ from lemix.cli import render
 from lemix.cli.conversation import Conversation
 from lemix.client import DEFAULT_ADDRESS, Client
 from lemix.errors import ErrorCode, LemixError
-from lemix.types import CheckpointPolicy, GenerationChunk, GenerationOptions, Hyperparameters, JobStatus
+from lemix.types import (
+    CheckpointPolicy,
+    GenerationChunk,
+    GenerationOptions,
+    Hyperparameters,
+    JobStatus,
+    Lora,
+    TrainingMode,
+)
 
 ClientFactory = Callable[[str], Client]
 
@@ -81,10 +89,11 @@ def generate(
     max_staleness: Annotated[
         float | None, typer.Option(help="Only weights trained within so many seconds will do.", min=0.001)
     ] = None,
+    model: Annotated[str, typer.Option(help="Model of an isolated job; default the served model itself.")] = "",
 ) -> None:
     """Continue a text, printed as it is produced."""
     options: GenerationOptions = {
-        "max_tokens": max_tokens, "temperature": temperature, "stop": stop or (), "seed": seed,
+        "model": model, "max_tokens": max_tokens, "temperature": temperature, "stop": stop or (), "seed": seed,
         "max_staleness_s": max_staleness,
     }  # fmt: skip
     with _state.client() as client:
@@ -120,16 +129,31 @@ def train(
     validation: Annotated[
         Path | None, typer.Option(help="JSONL file of held-out examples.", exists=True, dir_okay=False, readable=True)
     ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train a low-rank adapter instead of all parameters.")] = False,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapter; with --lora.", min=1, max=256)] = None,
+    isolated: Annotated[bool, typer.Option("--isolated", help="Serve the adapter as a model of its own.")] = False,
     follow: Annotated[bool, typer.Option("--watch/--no-watch", help="Follow the job until it ends.")] = False,
 ) -> None:
-    """Train the served model on a file."""
+    """Train the served model, or an adapter on top of it, on a file."""
+    if rank is not None and not lora:
+        raise typer.BadParameter("needs --lora", param_hint="--rank")
+    mode = TrainingMode.ISOLATED if isolated else TrainingMode.ONLINE
     values = Hyperparameters(num_epochs=epochs, learning_rate=learning_rate, batch_size=batch_size)
     with _state.client() as client:
         policy = CheckpointPolicy(every_steps=checkpoint_steps, every_s=checkpoint_s)
         heldout = "" if validation is None else client.upload_file(validation).file_id
         stored = client.upload_file(file)
-        job = client.create_job(stored.file_id, hyperparameters=values, checkpoint=policy, validation_file=heldout)
+        job = client.create_job(
+            stored.file_id,
+            hyperparameters=values,
+            checkpoint=policy,
+            validation_file=heldout,
+            lora=Lora(rank=rank) if lora else None,
+            mode=mode,
+        )
         _state.out.print(f"{job.job_id}: {job.num_examples} examples, {job.total_microbatches} micro-batches")
+        if job.served_model:
+            _state.out.print(f"served as {job.served_model}")
         if follow:
             _follow(client, job.job_id)
 
@@ -139,6 +163,14 @@ def jobs(limit: Annotated[int, typer.Option(help="How many.", min=1, max=100)] =
     """List the newest training jobs."""
     with _state.client() as client:
         _state.out.print(render.job_table(client.list_jobs(limit)))
+
+
+@app.command()
+def delete(model: Annotated[str, typer.Argument(help="Id of an isolated job's model.")]) -> None:
+    """Delete the model of an isolated job that has succeeded."""
+    with _state.client() as client:
+        client.delete_model(model)
+    _state.out.print(f"{model}: deleted")
 
 
 @app.command()

@@ -11,14 +11,16 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "max_context_tokens", "created_unix_s")
+    __slots__ = ("id", "max_context_tokens", "created_unix_s", "parent")
     ID_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     id: str
     max_context_tokens: int
     created_unix_s: float
-    def __init__(self, id: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., created_unix_s: _Optional[float] = ...) -> None: ...
+    parent: str
+    def __init__(self, id: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., parent: _Optional[str] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
     __slots__ = ("models",)

@@ -52,7 +52,7 @@ class ClusterServiceServicer:
     """
 
     def ListModels(self, request, context):
-        """Returns the models served. Called by applications and the CLI; never blocks.
+        """Returns the models served: the one itself, then those of isolated jobs. Called by applications and the CLI; never blocks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

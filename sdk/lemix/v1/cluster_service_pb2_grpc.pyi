@@ -34,7 +34,7 @@ class ClusterServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ClusterServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.ListModelsRequest, _cluster_service_pb2.ListModelsResponse]
-    """Returns the models served. Called by applications and the CLI; never blocks."""
+    """Returns the models served: the one itself, then those of isolated jobs. Called by applications and the CLI; never blocks."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.GetStatusRequest, _cluster_service_pb2.GetStatusResponse]
     """Returns nodes, queues and the policy in force. Called by operators; never blocks."""
 
@@ -44,7 +44,7 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.ListModelsRequest, _cluster_service_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Returns the models served. Called by applications and the CLI; never blocks."""
+    """Returns the models served: the one itself, then those of isolated jobs. Called by applications and the CLI; never blocks."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetStatusRequest, _cluster_service_pb2.GetStatusResponse]  # type: ignore[assignment]
     """Returns nodes, queues and the policy in force. Called by operators; never blocks."""
 
@@ -57,7 +57,7 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_service_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_service_pb2.ListModelsResponse, _abc.Awaitable[_cluster_service_pb2.ListModelsResponse]]:
-        """Returns the models served. Called by applications and the CLI; never blocks."""
+        """Returns the models served: the one itself, then those of isolated jobs. Called by applications and the CLI; never blocks."""
 
     @_abc_1.abstractmethod
     def GetStatus(

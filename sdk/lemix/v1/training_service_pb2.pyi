@@ -36,7 +36,7 @@ class CreateFileResponse(_message.Message):
     def __init__(self, file_id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., num_skipped: _Optional[int] = ..., num_truncated: _Optional[int] = ...) -> None: ...
 
 class CreateJobRequest(_message.Message):
-    __slots__ = ("model", "training_file", "hyperparameters", "request_id", "checkpoint", "validation_file", "quality_gate")
+    __slots__ = ("model", "training_file", "hyperparameters", "request_id", "checkpoint", "validation_file", "quality_gate", "method", "mode", "lora")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FILE_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,9 @@ class CreateJobRequest(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_FILE_FIELD_NUMBER: _ClassVar[int]
     QUALITY_GATE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
     model: str
     training_file: str
     hyperparameters: _types_pb2.Hyperparameters
@@ -51,7 +54,10 @@ class CreateJobRequest(_message.Message):
     checkpoint: _types_pb2.CheckpointPolicy
     validation_file: str
     quality_gate: _types_pb2.QualityGate
-    def __init__(self, model: _Optional[str] = ..., training_file: _Optional[str] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., request_id: _Optional[str] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ..., validation_file: _Optional[str] = ..., quality_gate: _Optional[_Union[_types_pb2.QualityGate, _Mapping]] = ...) -> None: ...
+    method: _types_pb2.TrainingMethod
+    mode: _types_pb2.TrainingMode
+    lora: _types_pb2.Lora
+    def __init__(self, model: _Optional[str] = ..., training_file: _Optional[str] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., request_id: _Optional[str] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ..., validation_file: _Optional[str] = ..., quality_gate: _Optional[_Union[_types_pb2.QualityGate, _Mapping]] = ..., method: _Optional[_Union[_types_pb2.TrainingMethod, str]] = ..., mode: _Optional[_Union[_types_pb2.TrainingMode, str]] = ..., lora: _Optional[_Union[_types_pb2.Lora, _Mapping]] = ...) -> None: ...
 
 class CreateJobResponse(_message.Message):
     __slots__ = ("job",)
@@ -94,6 +100,16 @@ class CancelJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _ClassVar[int]
     job: _types_pb2.TrainingJob
     def __init__(self, job: _Optional[_Union[_types_pb2.TrainingJob, _Mapping]] = ...) -> None: ...
+
+class DeleteModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class DeleteModelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class WatchJobRequest(_message.Message):
     __slots__ = ("job_id", "after_sequence")

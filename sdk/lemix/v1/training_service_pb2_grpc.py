@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TrainingServiceStub:
-    """Training of the served model ("online" jobs). Served by the gateway.
+    """Training of the served model, and of adapters on top of it. Served by the gateway.
     """
 
     def __init__(self, channel):
@@ -59,6 +59,11 @@ class TrainingServiceStub:
                 '/lemix.v1.TrainingService/CancelJob',
                 request_serializer=lemix_dot_v1_dot_training__service__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=lemix_dot_v1_dot_training__service__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
+        self.DeleteModel = channel.unary_unary(
+                '/lemix.v1.TrainingService/DeleteModel',
+                request_serializer=lemix_dot_v1_dot_training__service__pb2.DeleteModelRequest.SerializeToString,
+                response_deserializer=lemix_dot_v1_dot_training__service__pb2.DeleteModelResponse.FromString,
                 _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/lemix.v1.TrainingService/WatchJob',
@@ -98,7 +103,7 @@ class TrainingServiceStub:
 
 
 class TrainingServiceServicer:
-    """Training of the served model ("online" jobs). Served by the gateway.
+    """Training of the served model, and of adapters on top of it. Served by the gateway.
     """
 
     def CreateFile(self, request, context):
@@ -133,8 +138,17 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Stops a job; micro-batches in flight finish or are dropped at once. Idempotent while the job is cancelled.
+        """Stops a job; micro-batches in flight finish or are dropped at once. The model of an ISOLATED job is deleted with it.
+        Idempotent while the job is cancelled.
         Errors: NOT_FOUND, CONFLICT (it has ended otherwise).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteModel(self, request, context):
+        """Deletes the model of an ISOLATED job that has succeeded: requests that it serves end, and its nodes free it.
+        Idempotent. Errors: MODEL_NOT_FOUND, CONFLICT (the job still runs; the served model itself).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -221,6 +235,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     request_deserializer=lemix_dot_v1_dot_training__service__pb2.CancelJobRequest.FromString,
                     response_serializer=lemix_dot_v1_dot_training__service__pb2.CancelJobResponse.SerializeToString,
             ),
+            'DeleteModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModel,
+                    request_deserializer=lemix_dot_v1_dot_training__service__pb2.DeleteModelRequest.FromString,
+                    response_serializer=lemix_dot_v1_dot_training__service__pb2.DeleteModelResponse.SerializeToString,
+            ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
                     request_deserializer=lemix_dot_v1_dot_training__service__pb2.WatchJobRequest.FromString,
@@ -265,7 +284,7 @@ def add_TrainingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainingService:
-    """Training of the served model ("online" jobs). Served by the gateway.
+    """Training of the served model, and of adapters on top of it. Served by the gateway.
     """
 
     @staticmethod
@@ -393,6 +412,33 @@ class TrainingService:
             '/lemix.v1.TrainingService/CancelJob',
             lemix_dot_v1_dot_training__service__pb2.CancelJobRequest.SerializeToString,
             lemix_dot_v1_dot_training__service__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.v1.TrainingService/DeleteModel',
+            lemix_dot_v1_dot_training__service__pb2.DeleteModelRequest.SerializeToString,
+            lemix_dot_v1_dot_training__service__pb2.DeleteModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TrainingServiceStub:
-    """Training of the served model ("online" jobs). Served by the gateway."""
+    """Training of the served model, and of adapters on top of it. Served by the gateway."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -47,8 +47,13 @@ class TrainingServiceStub:
     ListJobs: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ListJobsRequest, _training_service_pb2.ListJobsResponse]
     """Returns the newest jobs first."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.CancelJobRequest, _training_service_pb2.CancelJobResponse]
-    """Stops a job; micro-batches in flight finish or are dropped at once. Idempotent while the job is cancelled.
+    """Stops a job; micro-batches in flight finish or are dropped at once. The model of an ISOLATED job is deleted with it.
+    Idempotent while the job is cancelled.
     Errors: NOT_FOUND, CONFLICT (it has ended otherwise).
+    """
+    DeleteModel: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.DeleteModelRequest, _training_service_pb2.DeleteModelResponse]
+    """Deletes the model of an ISOLATED job that has succeeded: requests that it serves end, and its nodes free it.
+    Idempotent. Errors: MODEL_NOT_FOUND, CONFLICT (the job still runs; the served model itself).
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_training_service_pb2.WatchJobRequest, _training_service_pb2.WatchJobResponse]
     """Sends the events of a job from a position on, until the job ends or the deadline."""
@@ -75,7 +80,7 @@ class TrainingServiceStub:
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
-    """Training of the served model ("online" jobs). Served by the gateway."""
+    """Training of the served model, and of adapters on top of it. Served by the gateway."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateFile: _aio.UnaryUnaryMultiCallable[_training_service_pb2.CreateFileRequest, _training_service_pb2.CreateFileResponse]  # type: ignore[assignment]
@@ -92,8 +97,13 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     ListJobs: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListJobsRequest, _training_service_pb2.ListJobsResponse]  # type: ignore[assignment]
     """Returns the newest jobs first."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_training_service_pb2.CancelJobRequest, _training_service_pb2.CancelJobResponse]  # type: ignore[assignment]
-    """Stops a job; micro-batches in flight finish or are dropped at once. Idempotent while the job is cancelled.
+    """Stops a job; micro-batches in flight finish or are dropped at once. The model of an ISOLATED job is deleted with it.
+    Idempotent while the job is cancelled.
     Errors: NOT_FOUND, CONFLICT (it has ended otherwise).
+    """
+    DeleteModel: _aio.UnaryUnaryMultiCallable[_training_service_pb2.DeleteModelRequest, _training_service_pb2.DeleteModelResponse]  # type: ignore[assignment]
+    """Deletes the model of an ISOLATED job that has succeeded: requests that it serves end, and its nodes free it.
+    Idempotent. Errors: MODEL_NOT_FOUND, CONFLICT (the job still runs; the served model itself).
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_training_service_pb2.WatchJobRequest, _training_service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Sends the events of a job from a position on, until the job ends or the deadline."""
@@ -119,7 +129,7 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Training of the served model ("online" jobs). Served by the gateway."""
+    """Training of the served model, and of adapters on top of it. Served by the gateway."""
 
     @_abc_1.abstractmethod
     def CreateFile(
@@ -164,8 +174,19 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_service_pb2.CancelJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.CancelJobResponse, _abc.Awaitable[_training_service_pb2.CancelJobResponse]]:
-        """Stops a job; micro-batches in flight finish or are dropped at once. Idempotent while the job is cancelled.
+        """Stops a job; micro-batches in flight finish or are dropped at once. The model of an ISOLATED job is deleted with it.
+        Idempotent while the job is cancelled.
         Errors: NOT_FOUND, CONFLICT (it has ended otherwise).
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteModel(
+        self,
+        request: _training_service_pb2.DeleteModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.DeleteModelResponse, _abc.Awaitable[_training_service_pb2.DeleteModelResponse]]:
+        """Deletes the model of an ISOLATED job that has succeeded: requests that it serves end, and its nodes free it.
+        Idempotent. Errors: MODEL_NOT_FOUND, CONFLICT (the job still runs; the served model itself).
         """
 
     @_abc_1.abstractmethod

@@ -24,6 +24,18 @@ class JobStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_STATUS_SUCCEEDED: _ClassVar[JobStatus]
     JOB_STATUS_FAILED: _ClassVar[JobStatus]
     JOB_STATUS_CANCELLED: _ClassVar[JobStatus]
+
+class TrainingMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRAINING_METHOD_UNSPECIFIED: _ClassVar[TrainingMethod]
+    TRAINING_METHOD_FULL: _ClassVar[TrainingMethod]
+    TRAINING_METHOD_LORA: _ClassVar[TrainingMethod]
+
+class TrainingMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRAINING_MODE_UNSPECIFIED: _ClassVar[TrainingMode]
+    TRAINING_MODE_ONLINE: _ClassVar[TrainingMode]
+    TRAINING_MODE_ISOLATED: _ClassVar[TrainingMode]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -35,6 +47,12 @@ JOB_STATUS_RUNNING: JobStatus
 JOB_STATUS_SUCCEEDED: JobStatus
 JOB_STATUS_FAILED: JobStatus
 JOB_STATUS_CANCELLED: JobStatus
+TRAINING_METHOD_UNSPECIFIED: TrainingMethod
+TRAINING_METHOD_FULL: TrainingMethod
+TRAINING_METHOD_LORA: TrainingMethod
+TRAINING_MODE_UNSPECIFIED: TrainingMode
+TRAINING_MODE_ONLINE: TrainingMode
+TRAINING_MODE_ISOLATED: TrainingMode
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")
@@ -175,8 +193,20 @@ class Hyperparameters(_message.Message):
     max_skipped_in_row: int
     def __init__(self, learning_rate: _Optional[float] = ..., num_epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., gradient_accumulation_steps: _Optional[int] = ..., lr_schedule: _Optional[str] = ..., warmup_steps: _Optional[int] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., max_skipped_in_row: _Optional[int] = ...) -> None: ...
 
+class Lora(_message.Message):
+    __slots__ = ("rank", "alpha", "dropout", "target_modules")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., dropout: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class TrainingJob(_message.Message):
-    __slots__ = ("job_id", "model", "training_file", "status", "created_unix_s", "finished_unix_s", "hyperparameters", "total_microbatches", "trained_microbatches", "trained_tokens", "last_loss", "steps_per_node", "error", "num_examples", "checkpoint", "unsaved_microbatches", "validation_file", "quality_gate", "heldout_loss", "best_heldout_loss", "best_checkpoint_id", "skipped_microbatches")
+    __slots__ = ("job_id", "model", "training_file", "status", "created_unix_s", "finished_unix_s", "hyperparameters", "total_microbatches", "trained_microbatches", "trained_tokens", "last_loss", "steps_per_node", "error", "num_examples", "checkpoint", "method", "mode", "lora", "served_model", "unsaved_microbatches", "validation_file", "quality_gate", "heldout_loss", "best_heldout_loss", "best_checkpoint_id", "skipped_microbatches")
     class StepsPerNodeEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +229,10 @@ class TrainingJob(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    SERVED_MODEL_FIELD_NUMBER: _ClassVar[int]
     UNSAVED_MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_FILE_FIELD_NUMBER: _ClassVar[int]
     QUALITY_GATE_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +255,10 @@ class TrainingJob(_message.Message):
     error: _errors_pb2.ErrorDetail
     num_examples: int
     checkpoint: CheckpointPolicy
+    method: TrainingMethod
+    mode: TrainingMode
+    lora: Lora
+    served_model: str
     unsaved_microbatches: int
     validation_file: str
     quality_gate: QualityGate
@@ -228,7 +266,7 @@ class TrainingJob(_message.Message):
     best_heldout_loss: float
     best_checkpoint_id: str
     skipped_microbatches: int
-    def __init__(self, job_id: _Optional[str] = ..., model: _Optional[str] = ..., training_file: _Optional[str] = ..., status: _Optional[_Union[JobStatus, str]] = ..., created_unix_s: _Optional[float] = ..., finished_unix_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., total_microbatches: _Optional[int] = ..., trained_microbatches: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., last_loss: _Optional[float] = ..., steps_per_node: _Optional[_Mapping[str, int]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., num_examples: _Optional[int] = ..., checkpoint: _Optional[_Union[CheckpointPolicy, _Mapping]] = ..., unsaved_microbatches: _Optional[int] = ..., validation_file: _Optional[str] = ..., quality_gate: _Optional[_Union[QualityGate, _Mapping]] = ..., heldout_loss: _Optional[float] = ..., best_heldout_loss: _Optional[float] = ..., best_checkpoint_id: _Optional[str] = ..., skipped_microbatches: _Optional[int] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., model: _Optional[str] = ..., training_file: _Optional[str] = ..., status: _Optional[_Union[JobStatus, str]] = ..., created_unix_s: _Optional[float] = ..., finished_unix_s: _Optional[float] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., total_microbatches: _Optional[int] = ..., trained_microbatches: _Optional[int] = ..., trained_tokens: _Optional[int] = ..., last_loss: _Optional[float] = ..., steps_per_node: _Optional[_Mapping[str, int]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., num_examples: _Optional[int] = ..., checkpoint: _Optional[_Union[CheckpointPolicy, _Mapping]] = ..., method: _Optional[_Union[TrainingMethod, str]] = ..., mode: _Optional[_Union[TrainingMode, str]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., served_model: _Optional[str] = ..., unsaved_microbatches: _Optional[int] = ..., validation_file: _Optional[str] = ..., quality_gate: _Optional[_Union[QualityGate, _Mapping]] = ..., heldout_loss: _Optional[float] = ..., best_heldout_loss: _Optional[float] = ..., best_checkpoint_id: _Optional[str] = ..., skipped_microbatches: _Optional[int] = ...) -> None: ...
 
 class CheckpointPolicy(_message.Message):
     __slots__ = ("every_steps", "every_s")

@@ -49,6 +49,7 @@ class PrefillSequence:
     `cached_tokens` of the prompt, they are not run. Without `continues` they were run by earlier ops (chunks).
     end_token: run the prompt up to here; 0: to its end, which yields the first new token.
     output_tokens: so many of the last tokens are the request's own output, computed before it gave up its cache.
+    adapter_id: isolated adapter that serves the request from its first to its last token; empty: the model itself.
     """
 
     request_id: str
@@ -60,6 +61,7 @@ class PrefillSequence:
     continues: str = ""
     end_token: int = 0
     output_tokens: int = 0
+    adapter_id: str = ""
 
 
 class DecodeSequence(NamedTuple):
@@ -80,7 +82,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
-    """AdamW and its schedule (a name of `transformers.get_scheduler`)."""
+    """AdamW and its schedule (by its name in transformers: constant, constant_with_warmup, linear, cosine)."""
 
     learning_rate: float = 1e-4
     lr_schedule: str = "constant"
@@ -90,6 +92,23 @@ class OptimizerSpec:
     max_grad_norm: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """LoRA of a training job, in the terms of peft's LoraConfig.
+
+    adapter_id: the job's id. target_modules: projections by the last part of their names, or "all-linear"; empty: what
+    peft takes for the model. isolated: it serves requests that name it, on the model's own weights; otherwise it is
+    part of the served model, like the other adapters that are not isolated.
+    """
+
+    adapter_id: str
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    isolated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +139,7 @@ class TrainForward:
     Pieces run in order and each repeats the examples. The first takes `hidden`, the last returns the output, and on the
     last stage the loss of the whole micro-batch. `loss_scale` multiplies the loss before backward (1 / accumulation).
     optimizer: of the job; memory for its state is taken now, so that its step cannot lack it. None: at the step.
+    adapter: what the job trains, named by the job's id; None: all weights.
     """
 
     op_id: int
@@ -132,6 +152,7 @@ class TrainForward:
     parts: int = 1
     job_id: str = ""
     optimizer: OptimizerSpec | None = None
+    adapter: AdapterSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +198,13 @@ class OptimizerStep:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Copy this stage's weights of `version` aside under a name; peers read them through `StageResult.weights`."""
+    """Copy this stage's weights of `version`, or of an adapter alone, aside under a name; peers read them through
+    `StageResult.weights`. An adapter that is not there is made."""
 
     op_id: int
     version: int
     sync_id: str
+    adapter: AdapterSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +213,7 @@ class LoadWeights:
 
     path: safetensors file with full-model parameter names. mode "replace": take them over. mode "average": the file
     holds the mean of all snapshots; weights += mean - own snapshot of `sync_id`, so that steps made meanwhile are kept.
-    oldest_version: as for OptimizerStep.
+    oldest_version: as for OptimizerStep. adapter: its weights alone are changed; it is made if it is not there.
     """
 
     op_id: int
@@ -199,12 +222,14 @@ class LoadWeights:
     path: str
     mode: str
     oldest_version: int | None = None
+    adapter: AdapterSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SaveCheckpoint:
-    """Write this stage's weights, optimizer states, schedules and random state into `folder`, which exists; the names
-    are those of `checkpoint_files`. Only for the stage's current version: optimizer states of older ones are not kept.
+    """Write this stage's weights, adapters, optimizer states, schedules and random state into `folder`, which exists;
+    the names are those of `checkpoint_files`. Weights that are as in the model directory are left out. Only for the
+    stage's current version: optimizer states of older ones are not kept.
     """
 
     op_id: int
@@ -228,11 +253,13 @@ class RestoreCheckpoint:
 class Forget:
     """Free a request's KV cache, a micro-batch's saved activations and, by job id, a job's optimizer state.
 
-    Runs between ops; unknown ids are ignored. Outputs of these tasks that nobody read yet are released.
+    Runs between ops; unknown ids are ignored. Outputs of these tasks that nobody read yet are released. adapter_ids:
+    jobs whose adapter goes as well; no request that it serves is left.
     """
 
     op_id: int
     task_ids: tuple[str, ...]
+    adapter_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +433,8 @@ class ModelInfo:
     #: What a token takes on the stage where it takes most: in the KV cache, and for a backward (0: not measured).
     kv_bytes_per_token: int = 0
     activation_bytes_per_token: int = 0
+    #: Projections that LoRA can adapt, by the last part of their names; empty: the engine takes any name.
+    projections: tuple[str, ...] = ()
 
 
 class Engine(Protocol):

@@ -21,6 +21,10 @@ def refuse(task: InferenceTask, serving: Sequence[NodeState]) -> Reject | None:
     """Refuse a request that no serving node could ever run. Without such nodes it waits for the first."""
     if not serving:
         return None
+    if task.adapter_id:
+        serving = [node for node in serving if task.adapter_id in node.adapter_ids]
+        if not serving:
+            return Reject(task.task_id, "MODEL_NOT_FOUND", f"no node that serves holds adapter {task.adapter_id}")
     needed = task.prompt_tokens + task.max_tokens
     largest = max(serving, key=lambda node: node.max_request_tokens)
     if needed <= largest.max_request_tokens:

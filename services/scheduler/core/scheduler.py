@@ -16,6 +16,7 @@ from services.scheduler.core.state import Cluster, HeldTime, LiveInference, Live
 from services.scheduler.core.status import CoreSnapshot, take_snapshot
 from services.scheduler.core.synchronisation import Synchroniser, sync_mode
 from services.scheduler.core.types import (
+    AdaptersTold,
     Assign,
     CancelOnNode,
     Command,
@@ -140,6 +141,8 @@ class SchedulerCore:
             case WeightsTold(node_id, weight_step, trained_s):
                 if (node := self._cluster.nodes.get(node_id)) is not None:
                     node.weights_told(weight_step, trained_s)
+            case AdaptersTold(node_id, adapter_ids):
+                self._adapters_told(node_id, adapter_ids)
             case Tick():
                 pass
 
@@ -273,6 +276,7 @@ class SchedulerCore:
             known.spec = spec
             known.costs = NodeCosts(spec.latency)
             known.is_draining = False
+            known.adapter_ids = frozenset()
             self._set_roles()
             return
         if known is not None:
@@ -303,6 +307,12 @@ class SchedulerCore:
             if live.cancelled:
                 self._drop(live)
         self._look_again()
+
+    def _adapters_told(self, node_id: str, adapter_ids: tuple[str, ...]) -> None:
+        node = self._cluster.nodes.get(node_id)
+        if node is not None and node.adapter_ids != frozenset(adapter_ids):
+            node.adapter_ids = frozenset(adapter_ids)
+            self._look_again()
 
     def _node_draining(self, node_id: str) -> None:
         node = self._cluster.nodes.get(node_id)
@@ -338,8 +348,7 @@ class SchedulerCore:
         free = [node for node in cluster.serving if node.has_room]
         for live in list(cluster.waiting_inference.values()) if free else ():
             task = live.task
-            needed = task.prompt_tokens + task.max_tokens
-            candidates = [node for node in free if needed <= node.max_request_tokens]
+            candidates = [node for node in free if node.can_run(task)]
             if task.max_staleness_s is not None:
                 refusal = refuse_stale(now_s, task, cluster.serving)
                 if refusal is not None:

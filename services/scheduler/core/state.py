@@ -154,6 +154,8 @@ class NodeState:
     weight_step: int = 0
     #: When the newest optimizer step in its weights was made; minus infinity: never; NaN: it has not told yet.
     trained_s: float = math.nan
+    #: Isolated adapters it holds.
+    adapter_ids: frozenset[str] = frozenset()
     #: It is about to leave.
     is_draining: bool = False
     #: Since when training that could come here has been held back.
@@ -186,6 +188,12 @@ class NodeState:
     def is_fresh(self, now_s: float, max_staleness_s: float) -> bool:
         """Whether its weights are known to be at most so old."""
         return now_s - self.trained_s <= max_staleness_s
+
+    def can_run(self, task: InferenceTask) -> bool:
+        """Whether a request is not too long for it, and it holds the adapter that is asked for."""
+        if task.adapter_id and task.adapter_id not in self.adapter_ids:
+            return False
+        return task.prompt_tokens + task.max_tokens <= self.max_request_tokens
 
     def takes_training(self, task: TrainingTask, max_inflight: int) -> bool:
         """Whether the micro-batch may leave for it now.

@@ -14,7 +14,7 @@ def observe(op: OpFinished, node: NodeState, cluster: Cluster) -> None:
     # An op tells the version it ran with; a step leads to the next.
     stepped = op.op is OpKind.OPTIMIZER_STEP and op.stage == node.costs.num_stages - 1
     node.weight_step = max(node.weight_step, op.weight_step + stepped)
-    if stepped:
+    if stepped and not op.isolated:
         node.stepped(op.end_s)
     if op.op in _INFERENCE_OPS:
         _calibrate_inference(op, node)

@@ -34,6 +34,8 @@ class InferenceTask:
     session_id: str = ""
     #: Most seconds since the newest optimizer step in the weights that serve it; None: any weights will do.
     max_staleness_s: float | None = None
+    #: Isolated adapter that serves it; only nodes that hold it can. Empty: the model itself.
+    adapter_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,8 @@ class OpFinished(NamedTuple):
     partials: int = 0
     decodes: int = 0
     decode_context_tokens: int = 0
+    #: Of an optimizer step: it was one of an isolated adapter, no part of the served model.
+    isolated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +247,14 @@ class WeightsTold:
 
 
 @dataclass(frozen=True, slots=True)
+class AdaptersTold:
+    """The isolated adapters that a node holds now."""
+
+    node_id: str
+    adapter_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed; nothing else happened. The driver sends one at the core's `next_wakeup_s`."""
 
@@ -261,6 +273,7 @@ Event = (
     | SyncEnded
     | SyncIntervalSet
     | WeightsTold
+    | AdaptersTold
     | Tick
 )
 

@@ -135,7 +135,9 @@ def test_only_the_current_version_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_other_shapes_changes_nothing(tmp_path: Path) -> None:
-    save(load(write_tiny_llama(tmp_path / "wide", layers=3, hidden=32), 1), tmp_path / "checkpoint")
+    wide = load(write_tiny_llama(tmp_path / "wide", layers=3, hidden=32), 1)
+    train(wide, "job", 0, SPEC)
+    save(wide, tmp_path / "checkpoint")
     stages = load(MODELS["llama"](tmp_path / "model"), 1)
     before = weights(stages)
     result = stages[0].run(RestoreCheckpoint(0, 0, str(tmp_path / "checkpoint")))

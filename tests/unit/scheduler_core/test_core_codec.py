@@ -49,6 +49,7 @@ EVENTS = [
     types.SyncEnded,
     types.SyncIntervalSet,
     types.WeightsTold,
+    types.AdaptersTold,
     types.Tick,
 ]
 COMMANDS = [
@@ -108,6 +109,7 @@ def test_form_is_readable_and_stable() -> None:
             "slo": {"ttft_s": 0.2, "tpot_s": None},
             "session_id": "",
             "max_staleness_s": None,
+            "adapter_id": "",
         },
     }
     command = types.ApplyWeights("s", "n", types.SyncMode.REPLACE, ("m",))

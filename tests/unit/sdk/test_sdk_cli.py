@@ -11,6 +11,7 @@ from lemix.cli.app import run
 from lemix.client import Client
 from lemix.errors import ErrorCode, LemixError
 from lemix.testing import FakeLemix
+from lemix.types import Lora, TrainingMethod, TrainingMode
 
 Result = tuple[int, str, str]
 Run = Callable[..., Result]
@@ -197,3 +198,22 @@ def test_generate_may_insist_on_fresh_weights(lemix_command: Run, fake: FakeLemi
     code, _, err = lemix_command("generate", "Hi", "--max-staleness", "5")
     assert (code, err) == (1, "lemix: [stale_weights] the freshest are 9 s old\n")
     assert lemix_command("generate", "Hi", "--max-staleness", "0")[0] == 2
+
+
+def test_an_adapter_is_trained_served_and_deleted(lemix_command: Run, tmp_path: Path, fake: FakeLemix) -> None:
+    file = tmp_path / "examples.jsonl"
+    file.write_text('{"text": "a"}\n', encoding="utf-8")
+    code, out, _ = lemix_command("train", str(file), "--lora", "--rank", "4", "--isolated")
+    assert code == 0
+    assert "served as fake:job-1" in out
+    with fake.client() as client:
+        job = client.get_job("job-1")
+        assert (job.method, job.mode, job.served_model) == (TrainingMethod.LORA, TrainingMode.ISOLATED, "fake:job-1")
+        assert job.lora == Lora(rank=4, alpha=0.0, dropout=0.0)
+        assert [(model.model_id, model.parent) for model in client.models()] == [("fake", ""), ("fake:job-1", "fake")]
+        assert client.generate("x", model="fake:job-1").model == "fake:job-1"
+    assert lemix_command("generate", "x", "--model", "fake:job-1")[0] == 0
+    assert lemix_command("delete", "fake:job-1")[1] == "fake:job-1: deleted\n"
+    assert lemix_command("generate", "x", "--model", "fake:job-1")[0] == 1
+    assert lemix_command("delete", "fake:job-1")[0] == 1
+    assert lemix_command("train", str(file), "--rank", "4")[0] == 2

@@ -133,7 +133,7 @@ class NodeSessionRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ..., trained: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointReport, _Mapping]] = ..., evaluation: _Optional[_Union[EvaluationReport, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
-    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps", "max_prefill_tokens", "max_inflight_training", "weight_handling", "gradient_buffers", "training_schedule", "max_training_parts", "keeps_checkpoints", "checkpoints", "restore_note", "max_batch_tokens", "kv_block_tokens")
+    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps", "max_prefill_tokens", "max_inflight_training", "weight_handling", "gradient_buffers", "training_schedule", "max_training_parts", "keeps_checkpoints", "checkpoints", "restore_note", "max_batch_tokens", "kv_block_tokens", "adapters", "weights_changed")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +158,8 @@ class NodeHello(_message.Message):
     RESTORE_NOTE_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_CHANGED_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     address: str
     num_stages: int
@@ -182,24 +184,40 @@ class NodeHello(_message.Message):
     restore_note: str
     max_batch_tokens: int
     kv_block_tokens: int
-    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., epoch_steps: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ..., max_inflight_training: _Optional[int] = ..., weight_handling: _Optional[str] = ..., gradient_buffers: _Optional[int] = ..., training_schedule: _Optional[str] = ..., max_training_parts: _Optional[int] = ..., keeps_checkpoints: _Optional[bool] = ..., checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ..., restore_note: _Optional[str] = ..., max_batch_tokens: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[HeldAdapter]
+    weights_changed: bool
+    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., epoch_steps: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ..., max_inflight_training: _Optional[int] = ..., weight_handling: _Optional[str] = ..., gradient_buffers: _Optional[int] = ..., training_schedule: _Optional[str] = ..., max_training_parts: _Optional[int] = ..., keeps_checkpoints: _Optional[bool] = ..., checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ..., restore_note: _Optional[str] = ..., max_batch_tokens: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[HeldAdapter, _Mapping]]] = ..., weights_changed: _Optional[bool] = ...) -> None: ...
+
+class HeldAdapter(_message.Message):
+    __slots__ = ("adapter_id", "lora", "isolated")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    ISOLATED_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    lora: _types_pb2.Lora
+    isolated: bool
+    def __init__(self, adapter_id: _Optional[str] = ..., lora: _Optional[_Union[_types_pb2.Lora, _Mapping]] = ..., isolated: _Optional[bool] = ...) -> None: ...
 
 class NodeHeartbeat(_message.Message):
-    __slots__ = ("sent_monotonic_s", "weight_step", "kv_used_tokens", "draining", "weights_age_s")
+    __slots__ = ("sent_monotonic_s", "weight_step", "kv_used_tokens", "draining", "weights_age_s", "adapters", "weights_changed")
     SENT_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_STEP_FIELD_NUMBER: _ClassVar[int]
     KV_USED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_CHANGED_FIELD_NUMBER: _ClassVar[int]
     sent_monotonic_s: float
     weight_step: int
     kv_used_tokens: int
     draining: bool
     weights_age_s: float
-    def __init__(self, sent_monotonic_s: _Optional[float] = ..., weight_step: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., draining: _Optional[bool] = ..., weights_age_s: _Optional[float] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[HeldAdapter]
+    weights_changed: bool
+    def __init__(self, sent_monotonic_s: _Optional[float] = ..., weight_step: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., draining: _Optional[bool] = ..., weights_age_s: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[HeldAdapter, _Mapping]]] = ..., weights_changed: _Optional[bool] = ...) -> None: ...
 
 class OpTrace(_message.Message):
-    __slots__ = ("stage", "op", "begin_monotonic_s", "duration_s", "task_ids", "num_tokens", "weight_step", "first_token", "context_tokens", "part", "parts", "partials", "decodes", "decode_context_tokens")
+    __slots__ = ("stage", "op", "begin_monotonic_s", "duration_s", "task_ids", "num_tokens", "weight_step", "first_token", "context_tokens", "part", "parts", "partials", "decodes", "decode_context_tokens", "isolated")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     BEGIN_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +232,7 @@ class OpTrace(_message.Message):
     PARTIALS_FIELD_NUMBER: _ClassVar[int]
     DECODES_FIELD_NUMBER: _ClassVar[int]
     DECODE_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ISOLATED_FIELD_NUMBER: _ClassVar[int]
     stage: int
     op: _profile_pb2.OpKind
     begin_monotonic_s: float
@@ -228,7 +247,8 @@ class OpTrace(_message.Message):
     partials: int
     decodes: int
     decode_context_tokens: int
-    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[_profile_pb2.OpKind, str]] = ..., begin_monotonic_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., task_ids: _Optional[_Iterable[str]] = ..., num_tokens: _Optional[int] = ..., weight_step: _Optional[int] = ..., first_token: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ..., partials: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ...) -> None: ...
+    isolated: bool
+    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[_profile_pb2.OpKind, str]] = ..., begin_monotonic_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., task_ids: _Optional[_Iterable[str]] = ..., num_tokens: _Optional[int] = ..., weight_step: _Optional[int] = ..., first_token: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ..., partials: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., isolated: _Optional[bool] = ...) -> None: ...
 
 class TraceBatch(_message.Message):
     __slots__ = ("ops",)
@@ -277,20 +297,22 @@ class EvaluationReport(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., loss: _Optional[float] = ..., label_tokens: _Optional[int] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class NodeSessionResponse(_message.Message):
-    __slots__ = ("welcome", "cancel", "take_snapshot", "apply_weights", "checkpoint", "evaluate")
+    __slots__ = ("welcome", "cancel", "take_snapshot", "apply_weights", "checkpoint", "evaluate", "forget_adapter")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     TAKE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     APPLY_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    FORGET_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     welcome: NodeWelcome
     cancel: CancelWork
     take_snapshot: TakeSnapshot
     apply_weights: ApplyWeights
     checkpoint: CheckpointCommand
     evaluate: EvaluateCommand
-    def __init__(self, welcome: _Optional[_Union[NodeWelcome, _Mapping]] = ..., cancel: _Optional[_Union[CancelWork, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ..., apply_weights: _Optional[_Union[ApplyWeights, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointCommand, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateCommand, _Mapping]] = ...) -> None: ...
+    forget_adapter: ForgetAdapter
+    def __init__(self, welcome: _Optional[_Union[NodeWelcome, _Mapping]] = ..., cancel: _Optional[_Union[CancelWork, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ..., apply_weights: _Optional[_Union[ApplyWeights, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointCommand, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateCommand, _Mapping]] = ..., forget_adapter: _Optional[_Union[ForgetAdapter, _Mapping]] = ...) -> None: ...
 
 class EvaluateCommand(_message.Message):
     __slots__ = ("request_id", "examples")
@@ -337,6 +359,12 @@ class CancelWork(_message.Message):
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     def __init__(self, task_id: _Optional[str] = ...) -> None: ...
+
+class ForgetAdapter(_message.Message):
+    __slots__ = ("adapter_id",)
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    def __init__(self, adapter_id: _Optional[str] = ...) -> None: ...
 
 class TakeSnapshot(_message.Message):
     __slots__ = ("sync_id",)
@@ -464,6 +492,16 @@ class SubmitFeedbackResponse(_message.Message):
     sequence: int
     def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
 
+class DeleteModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class DeleteModelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class SaveCheckpointRequest(_message.Message):
     __slots__ = ("job_id",)
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
@@ -537,10 +575,12 @@ class GetClusterStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetClusterStateResponse(_message.Message):
-    __slots__ = ("status",)
+    __slots__ = ("status", "adapters")
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     status: _cluster_service_pb2.GetStatusResponse
-    def __init__(self, status: _Optional[_Union[_cluster_service_pb2.GetStatusResponse, _Mapping]] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[_cluster_service_pb2.Model]
+    def __init__(self, status: _Optional[_Union[_cluster_service_pb2.GetStatusResponse, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_cluster_service_pb2.Model, _Mapping]]] = ...) -> None: ...
 
 class ExplainTaskRequest(_message.Message):
     __slots__ = ("task_id",)

@@ -85,6 +85,11 @@ class SchedulerServiceStub:
                 request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackRequest.SerializeToString,
                 response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackResponse.FromString,
                 _registered_method=True)
+        self.DeleteModel = channel.unary_unary(
+                '/lemix.internal.v1.SchedulerService/DeleteModel',
+                request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.DeleteModelRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.DeleteModelResponse.FromString,
+                _registered_method=True)
         self.SaveCheckpoint = channel.unary_unary(
                 '/lemix.internal.v1.SchedulerService/SaveCheckpoint',
                 request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SaveCheckpointRequest.SerializeToString,
@@ -204,6 +209,13 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteModel(self, request, context):
+        """As the public call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SaveCheckpoint(self, request, context):
         """As the public call.
         """
@@ -313,6 +325,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.SubmitFeedback,
                     request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackRequest.FromString,
                     response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackResponse.SerializeToString,
+            ),
+            'DeleteModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModel,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.DeleteModelRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.DeleteModelResponse.SerializeToString,
             ),
             'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.SaveCheckpoint,
@@ -626,6 +643,33 @@ class SchedulerService:
             '/lemix.internal.v1.SchedulerService/SubmitFeedback',
             lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackRequest.SerializeToString,
             lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.SubmitFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.SchedulerService/DeleteModel',
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.DeleteModelRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.DeleteModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,8 @@ class SchedulerServiceStub:
     """Follows a job's events until it ends or the deadline; with existing_only, sends those there are. Errors: NOT_FOUND."""
     SubmitFeedback: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.SubmitFeedbackRequest, _scheduler_service_pb2.SubmitFeedbackResponse]
     """Appends an example to the feedback job. Idempotent by request_id. Errors: OVERLOADED."""
+    DeleteModel: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.DeleteModelRequest, _scheduler_service_pb2.DeleteModelResponse]
+    """As the public call."""
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.SaveCheckpointRequest, _scheduler_service_pb2.SaveCheckpointResponse]
     """As the public call."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListCheckpointsRequest, _scheduler_service_pb2.ListCheckpointsResponse]
@@ -109,6 +111,8 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Follows a job's events until it ends or the deadline; with existing_only, sends those there are. Errors: NOT_FOUND."""
     SubmitFeedback: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.SubmitFeedbackRequest, _scheduler_service_pb2.SubmitFeedbackResponse]  # type: ignore[assignment]
     """Appends an example to the feedback job. Idempotent by request_id. Errors: OVERLOADED."""
+    DeleteModel: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.DeleteModelRequest, _scheduler_service_pb2.DeleteModelResponse]  # type: ignore[assignment]
+    """As the public call."""
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.SaveCheckpointRequest, _scheduler_service_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
     """As the public call."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListCheckpointsRequest, _scheduler_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
@@ -216,6 +220,14 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.SubmitFeedbackResponse, _abc.Awaitable[_scheduler_service_pb2.SubmitFeedbackResponse]]:
         """Appends an example to the feedback job. Idempotent by request_id. Errors: OVERLOADED."""
+
+    @_abc_1.abstractmethod
+    def DeleteModel(
+        self,
+        request: _scheduler_service_pb2.DeleteModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.DeleteModelResponse, _abc.Awaitable[_scheduler_service_pb2.DeleteModelResponse]]:
+        """As the public call."""
 
     @_abc_1.abstractmethod
     def SaveCheckpoint(

@@ -54,7 +54,7 @@ class TokenLogprobs(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class InferenceWork(_message.Message):
-    __slots__ = ("prompt_token_ids", "sampling", "slo", "session_id", "reference_token_ids", "gateway_id", "arrival_unix_s", "deadline_unix_s", "max_staleness_s", "queue_ttft_s")
+    __slots__ = ("prompt_token_ids", "sampling", "slo", "session_id", "reference_token_ids", "gateway_id", "arrival_unix_s", "deadline_unix_s", "max_staleness_s", "queue_ttft_s", "adapter_id")
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SLO_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class InferenceWork(_message.Message):
     DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     MAX_STALENESS_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: ResolvedSampling
     slo: _types_pb2.Slo
@@ -75,7 +76,8 @@ class InferenceWork(_message.Message):
     deadline_unix_s: float
     max_staleness_s: float
     queue_ttft_s: float
-    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ..., session_id: _Optional[str] = ..., reference_token_ids: _Optional[_Iterable[int]] = ..., gateway_id: _Optional[str] = ..., arrival_unix_s: _Optional[float] = ..., deadline_unix_s: _Optional[float] = ..., max_staleness_s: _Optional[float] = ..., queue_ttft_s: _Optional[float] = ...) -> None: ...
+    adapter_id: str
+    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ..., session_id: _Optional[str] = ..., reference_token_ids: _Optional[_Iterable[int]] = ..., gateway_id: _Optional[str] = ..., arrival_unix_s: _Optional[float] = ..., deadline_unix_s: _Optional[float] = ..., max_staleness_s: _Optional[float] = ..., queue_ttft_s: _Optional[float] = ..., adapter_id: _Optional[str] = ...) -> None: ...
 
 class TrainingExample(_message.Message):
     __slots__ = ("token_ids", "num_context_tokens")
@@ -86,7 +88,7 @@ class TrainingExample(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
 
 class TrainingWork(_message.Message):
-    __slots__ = ("job_id", "sequence", "examples", "hyperparameters", "total_steps", "last", "parts", "checkpoint")
+    __slots__ = ("job_id", "sequence", "examples", "hyperparameters", "total_steps", "last", "parts", "checkpoint", "lora", "isolated")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +97,8 @@ class TrainingWork(_message.Message):
     LAST_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    ISOLATED_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     sequence: int
     examples: _containers.RepeatedCompositeFieldContainer[TrainingExample]
@@ -103,7 +107,9 @@ class TrainingWork(_message.Message):
     last: bool
     parts: int
     checkpoint: _types_pb2.CheckpointPolicy
-    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., examples: _Optional[_Iterable[_Union[TrainingExample, _Mapping]]] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., total_steps: _Optional[int] = ..., last: _Optional[bool] = ..., parts: _Optional[int] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ...) -> None: ...
+    lora: _types_pb2.Lora
+    isolated: bool
+    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., examples: _Optional[_Iterable[_Union[TrainingExample, _Mapping]]] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., total_steps: _Optional[int] = ..., last: _Optional[bool] = ..., parts: _Optional[int] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ..., lora: _Optional[_Union[_types_pb2.Lora, _Mapping]] = ..., isolated: _Optional[bool] = ...) -> None: ...
 
 class WorkItem(_message.Message):
     __slots__ = ("task_id", "inference", "training", "fencing_token")

@@ -4,8 +4,9 @@ Moments are stored by job and full-model parameter name, so that a checkpoint fi
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,37 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from services.node_agent.checkpoint_files import state_file, state_files, weights_file, weights_files
-from services.node_agent.engine.base import OptimizerSpec
+from services.node_agent.engine.base import AdapterSpec, OptimizerSpec
+from services.node_agent.engine.torch.adapters import Adapter
 from services.node_agent.engine.torch.stage import Stage
 from services.node_agent.engine.torch.training import Training, make_job
+from services.node_agent.engine.torch.weights import WeightSet
 
 _RANDOM_STATE = "random_state"
 _JOBS = "jobs"
+ADAPTERS = "adapters"
 
 
 def save(folder: Path, stage: Stage, training: Training) -> None:
     """Write this stage's files. Raises OSError or SafetensorError when they cannot be written."""
-    weights = {name: part.contiguous() for name, part in stage.weights.named(with_borrowed=False).items()}
-    save_file(weights, folder / weights_file(stage.index, stage.num_stages), metadata={"format": "pt"})
+    if not stage.weights.pristine:
+        weights = {name: part.contiguous() for name, part in stage.weights.named(with_borrowed=False).items()}
+        save_file(weights, folder / weights_file(stage.index, stage.num_stages), metadata={"format": "pt"})
     tensors: dict[str, Tensor] = {_RANDOM_STATE: torch.get_rng_state()}
+    for adapter in stage.adapters:
+        named = adapter.weights.named(with_borrowed=False).items()
+        tensors.update((adapter_key(adapter.spec.adapter_id, name), part.contiguous()) for name, part in named)
     schedules = {}
     for job_id, job in training.jobs.items():
         schedules[job_id] = {"spec": asdict(job.spec), "steps": job.scheduler.last_epoch}
-        tensors.update(_moments(job_id, stage, job.optimizer.state))
-    metadata = {_JOBS: json.dumps(schedules)}
+        tensors.update(_moments(job_id, job.weights, job.optimizer.state))
+    adapters = [asdict(adapter.spec) for adapter in stage.adapters]
+    metadata = {_JOBS: json.dumps(schedules), ADAPTERS: json.dumps(adapters)}
     save_file(tensors, folder / state_file(stage.index, stage.num_stages), metadata=metadata)
 
 
-def _moments(job_id: str, stage: Stage, state: Any) -> Iterator[tuple[str, Tensor]]:
-    for weight in stage.weights.owned:
+def _moments(job_id: str, weights: WeightSet, state: Any) -> Iterator[tuple[str, Tensor]]:
+    for weight in weights.owned:
         for kind, value in state.get(weight.parameter, {}).items():
             if value.dim() == 0:
                 # Each part gets one of its own: they may belong to different parameters when they are read.
@@ -47,24 +56,67 @@ def _moments(job_id: str, stage: Stage, state: Any) -> Iterator[tuple[str, Tenso
 
 
 def restore(folder: Path, stage: Stage, training: Training) -> None:
-    """Take over weights, optimizers, schedules and random state; a job that the checkpoint does not know is forgotten.
+    """Take over weights, adapters, optimizers, schedules and random state; a job that the checkpoint does not know is
+    forgotten, and so is its adapter.
 
     Raises ValueError for a checkpoint that lacks tensors, before anything has changed.
     """
-    weights = _read(weights_files(folder), set(stage.weights.named(with_borrowed=True)))
-    _check_shapes(folder, stage, weights)
     files = state_files(folder)
+    is_pristine = not weights_files(folder)
+    wanted = stage.weights.named(with_borrowed=True)
+    weights = stage.original_weights() if is_pristine else _read(weights_files(folder), set(wanted))
+    _check_shapes(folder, wanted, weights)
     random_state = _read([files[min(stage.index, len(files) - 1)]], {_RANDOM_STATE})[_RANDOM_STATE]
-    training.before_change()
-    jobs = _read_jobs(files, stage)
-    with torch.no_grad():
-        stage.weights.apply(lambda name, _: weights[name])
-    training.adopt(jobs)
+    adapters = _read_adapters(folder, files, stage, training)
+    if not (is_pristine and stage.weights.pristine):
+        training.before_change(stage.weights)
+        with torch.no_grad():
+            stage.weights.apply(partial(_value_of, weights))
+    stage.weights.pristine = is_pristine
+    for adapter, values in adapters:
+        training.before_change(adapter.weights)
+        with torch.no_grad():
+            adapter.weights.apply(partial(_value_of, values))
+    kept = {adapter.spec.adapter_id for adapter, _ in adapters}
+    stage.adapters.forget([adapter_id for adapter_id in stage.adapters.ids if adapter_id not in kept])
+    training.adopt(_read_jobs(files, stage))
     torch.set_rng_state(random_state)
 
 
-def _check_shapes(folder: Path, stage: Stage, weights: dict[str, Tensor]) -> None:
-    for name, part in stage.weights.named(with_borrowed=True).items():
+def _value_of(values: Mapping[str, Tensor], name: str, current: Tensor) -> Tensor:
+    del current
+    return values[name]
+
+
+def adapter_key(adapter_id: str, name: str) -> str:
+    """Name of an adapter's tensor in a state file; `name` is that in an adapter_model.safetensors."""
+    return f"{adapter_id}/weight/{name}"
+
+
+def adapter_spec(stored: Mapping[str, Any]) -> AdapterSpec:
+    """From the list under `ADAPTERS` in a state file's metadata."""
+    return AdapterSpec(**{**stored, "target_modules": tuple(stored["target_modules"])})
+
+
+def _read_adapters(
+    folder: Path, files: Sequence[Path], stage: Stage, training: Training
+) -> list[tuple[Adapter, dict[str, Tensor]]]:
+    """This stage's adapters with the values they had."""
+    with safe_open(files[0], framework="pt") as stored:
+        specs = [adapter_spec(item) for item in json.loads((stored.metadata() or {}).get(ADAPTERS, "[]"))]
+    found = []
+    for spec in specs:
+        adapter = training.adapter(spec)
+        current = adapter.weights.named(with_borrowed=False)
+        keys = {adapter_key(spec.adapter_id, name): name for name in current}
+        values = {keys[key]: value for key, value in _read(files, set(keys)).items()}
+        _check_shapes(folder, current, values)
+        found.append((adapter, values))
+    return found
+
+
+def _check_shapes(folder: Path, current: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, part in current.items():
         if tuple(weights[name].shape) != tuple(part.shape):
             shapes = f"shape {tuple(weights[name].shape)}, the model's is {tuple(part.shape)}"
             raise ValueError(f"{name} in the checkpoint {folder.name} has {shapes}")
@@ -81,16 +133,16 @@ def _read_jobs(files: Sequence[Path], stage: Stage) -> dict[str, Any]:
             if job_id not in jobs:
                 spec = schedule["spec"]
                 spec = OptimizerSpec(**{**spec, "betas": tuple(spec["betas"])})
-                jobs[job_id] = make_job([weight.parameter for weight in stage.weights.owned], spec)
+                jobs[job_id] = make_job(stage.weights_of(job_id), spec)
                 _set_schedule(jobs[job_id], schedule["steps"])
-        _fill_moments(file, names, stage, jobs)
+        _fill_moments(file, names, jobs)
     return jobs
 
 
-def _fill_moments(file: Path, names: set[str], stage: Stage, jobs: dict[str, Any]) -> None:
+def _fill_moments(file: Path, names: set[str], jobs: dict[str, Any]) -> None:
     with safe_open(file, framework="pt") as stored:
         for job_id, job in jobs.items():
-            for weight in stage.weights.owned:
+            for weight in job.weights.owned:
                 for kind in ("step", "exp_avg", "exp_avg_sq"):
                     keys = [f"{job_id}/{kind}/{name}" for name in weight.names]
                     if not names.issuperset(keys):

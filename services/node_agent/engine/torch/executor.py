@@ -33,6 +33,7 @@ from services.node_agent.engine.base import (
 from services.node_agent.engine.torch import checkpoint
 from services.node_agent.engine.torch.inference import Inference, InferenceOutput
 from services.node_agent.engine.torch.load import ModelSpec
+from services.node_agent.engine.torch.lora_config import adapter_shapes
 from services.node_agent.engine.torch.measure import StageTimer, resident_bytes
 from services.node_agent.engine.torch.microbatch import TrainingOptions
 from services.node_agent.engine.torch.stage import Stage, parse_dtype, widen
@@ -116,7 +117,7 @@ class StageExecutor:
             result = StageResult(op.op_id, 0.0, 0.0, 0, error=f"{type(error).__name__}: {_message(error)}")
             if isinstance(op, VersionedChange) and op.version == self.version:
                 # The op travels on all the same: stages stay at one version although this one changed nothing.
-                self.stage.weights.advance(op.oldest_version)
+                self.stage.advance(op.oldest_version)
         held_bytes = self.held_bytes if self._can_offload else 0
         return replace(result, begin_s=begin_s, end_s=time.monotonic(), version=self.version, held_bytes=held_bytes)
 
@@ -150,7 +151,7 @@ class StageExecutor:
     def _train_forward(self, op: TrainForward) -> StageResult:
         hidden = self._input(op.hidden, first=op.part == 0)
         if op.optimizer is not None:
-            self.training.prepare(op.job_id, op.optimizer)
+            self.training.prepare(op.job_id, op.optimizer, op.adapter)
         with self._weights_of(op.version):
             output = self.training.forward(op, hidden)
         return _result(
@@ -166,7 +167,7 @@ class StageExecutor:
         begins = op.part == 0
         if (gradient is not None) != (begins and not self.stage.is_last):
             raise ValueError("a backward takes a gradient on every stage but the last")
-        if (tied is not None) != (begins and self.training.tied_embedding() is not None):
+        if (tied is not None) != (begins and self.training.wants_tied_gradient(op.task_id)):
             raise ValueError(
                 "a backward takes a tied gradient exactly on stage 0 of a split model with tied embeddings"
             )
@@ -181,18 +182,22 @@ class StageExecutor:
     def _optimizer_step(self, op: OptimizerStep) -> StageResult:
         tied_weight = self._input(op.tied_weight, first=False)
         self._begin_version(op)
-        norm_sq = self.training.step(op, tied_weight)
-        return _result(op, output=self._put(self.training.tied_embedding(), op.job_id), grad_norm_sq=norm_sq)
+        norm_sq, embedding = self.training.step(op, tied_weight)
+        return _result(op, output=self._put(embedding, op.job_id), grad_norm_sq=norm_sq)
 
     def _snapshot(self, op: Snapshot) -> StageResult:
         with self._weights_of(op.version):
-            return _result(op, weights_path=str(self._snapshots.take(op.sync_id, self.stage.weights)))
+            weights = self.stage.weights if op.adapter is None else self.training.adapter(op.adapter).weights
+            return _result(op, weights_path=str(self._snapshots.take(op.sync_id, weights)))
 
     def _load_weights(self, op: LoadWeights) -> StageResult:
         self._begin_version(op)
         if op.mode not in ("replace", "average"):
             raise ValueError(f"unknown mode {op.mode!r}; known: replace, average")
-        loaded = read_weights(op.path, self.stage.weights, self.stage.spec)
+        weights, shapes = self.stage.weights, self.stage.spec.parameter_shapes
+        if op.adapter is not None:
+            weights, shapes = self.training.adapter(op.adapter).weights, adapter_shapes(op.adapter, self.stage.spec)
+        loaded = read_weights(op.path, weights, shapes)
         own = self._snapshots.read(op.sync_id) if op.mode == "average" else None
 
         def update(name: str, current: Tensor) -> Tensor:
@@ -201,9 +206,9 @@ class StageExecutor:
             wide = widen(current)
             return wide + (loaded[name].to(wide) - own[name].to(wide))
 
-        self.training.before_change()
+        self.training.before_change(weights)
         with torch.no_grad():
-            self.stage.weights.apply(update)
+            weights.apply(update)
         return _result(op)
 
     def _save_checkpoint(self, op: SaveCheckpoint) -> StageResult:
@@ -219,7 +224,8 @@ class StageExecutor:
 
     def _forget(self, op: Forget) -> StageResult:
         self.inference.forget(op.task_ids)
-        self.training.forget(op.task_ids)
+        self.training.forget((*op.task_ids, *op.adapter_ids))
+        self.stage.adapters.forget(op.adapter_ids)
         self._transport.forget(op.task_ids)
         return _result(op)
 
@@ -258,13 +264,13 @@ class StageExecutor:
         weights = self.stage.weights
         if version not in weights.versions:
             self._refuse(version, weights.versions)
-        return weights.at(version)
+        return self.stage.at(version)
 
     def _begin_version(self, op: VersionedChange) -> None:
         """Raised before the change: one that fails counts as well, so that all stages agree on the version."""
         if op.version != self.version:
             self._refuse(op.version, (self.version,))
-        self.stage.weights.advance(op.oldest_version)
+        self.stage.advance(op.oldest_version)
 
     def _refuse(self, version: int, held: Sequence[int]) -> NoReturn:
         versions = ", ".join(map(str, held))

@@ -76,7 +76,8 @@ class Gpt2Family:
 
 
 def _affine(rows: Tensor, affine: _Affine) -> Tensor:
-    return torch.addmm(affine.bias.parameter, rows, affine.weight.parameter)
+    output = torch.addmm(affine.bias.parameter, rows, affine.weight.parameter)
+    return output if affine.weight.update is None else affine.weight.update(rows, output)
 
 
 def _load_affine(loader: WeightLoader, name: str, shape: tuple[int, ...], outputs: int) -> _Affine:

@@ -1,7 +1,7 @@
 """Prefill and decode of one stage: ragged batches over the KV cache, and sampling on the last stage."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.node_agent.engine.base import Decode, DecodeSequence, Prefill, PrefillSequence, SampledToken, Sampling
+from services.node_agent.engine.torch.adapters import Use
 from services.node_agent.engine.torch.cached_attention import CachedAttention, DecodeAttention, PromptAttention
 from services.node_agent.engine.torch.kv_cache import KvCache, KvEntry, KvShape, plan_write
 from services.node_agent.engine.torch.sampler import Sampler
@@ -54,6 +55,8 @@ class Inference:
         self._stage = stage
         self._max_context_tokens = max_context_tokens
         self._sampler = Sampler(spec.eos_token_ids)
+        #: Requests that are served by an isolated adapter.
+        self._adapter_ids: dict[str, str] = {}
         self.cache = KvCache(shape, kv_capacity_tokens // kv_block_tokens)
 
     @torch.inference_mode()
@@ -88,6 +91,7 @@ class Inference:
         for request_id in request_ids:
             self.cache.free(request_id)
             self._sampler.forget(request_id)
+            self._adapter_ids.pop(request_id, None)
 
     def _check(self, sequences: Sequence[PrefillSequence]) -> None:
         if len({sequence.request_id for sequence in sequences}) != len(sequences):
@@ -105,6 +109,9 @@ class Inference:
 
     def _open(self, sequence: PrefillSequence) -> _Piece:
         """The piece of a prompt to compute, with its blocks."""
+        if sequence.adapter_id:
+            self._stage.adapters.get(sequence.adapter_id)
+            self._adapter_ids[sequence.request_id] = sequence.adapter_id
         start = sequence.cached_tokens
         end = sequence.end_token or len(sequence.token_ids)
         if not 0 <= start < end <= len(sequence.token_ids):
@@ -150,7 +157,8 @@ class Inference:
         )
         inputs = stage.tensor(token_ids) if stage.is_first else hidden
         assert inputs is not None
-        rows = stage.forward(inputs, stage.tensor(positions), attention)
+        with stage.adapters.applied(self._adapter_uses(pieces, lengths, decodes)):
+            rows = stage.forward(inputs, stage.tensor(positions), attention)
         for piece in pieces:
             piece.entry.token_ids[piece.start :] = piece.sequence.token_ids[piece.start : piece.end]
         for entry, sequence in zip(decode_entries, decodes, strict=True):
@@ -158,6 +166,30 @@ class Inference:
         if not stage.is_last:
             return InferenceOutput(hidden=rows)
         return self._results(rows, pieces, starts, decodes)
+
+    def _adapter_uses(
+        self, pieces: Sequence[_Piece], lengths: Sequence[int], decodes: Sequence[DecodeSequence]
+    ) -> list[Use]:
+        """Adapters of a batch whose pieces have so many rows, decoding requests one each."""
+        adapters = self._stage.adapters
+        if not self._adapter_ids:
+            return adapters.online()
+        request_ids = [*(piece.sequence.request_id for piece in pieces), *(decode.request_id for decode in decodes)]
+        ids = [self._adapter_ids.get(request_id, "") for request_id in request_ids]
+        if not any(ids):
+            return adapters.online()
+        rows: dict[str, list[int]] = {}
+        start = 0
+        for adapter_id, length in zip(ids, (*lengths, *(1 for _ in decodes)), strict=True):
+            rows.setdefault(adapter_id, []).extend(range(start, start + length))
+            start += length
+        if len(rows) == 1:
+            return [Use(adapters.get(ids[0]))]
+        chosen = {adapter_id: self._stage.tensor(indices) for adapter_id, indices in rows.items()}
+        uses = [Use(adapters.get(adapter_id), indices) for adapter_id, indices in chosen.items() if adapter_id]
+        if "" in chosen:
+            uses += [replace(use, rows=chosen[""]) for use in adapters.online()]
+        return uses
 
     def _results(
         self, rows: Tensor, pieces: Sequence[_Piece], starts: Sequence[int], decodes: Sequence[DecodeSequence]

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from services.node_agent.engine.torch.attention import Attend
 from services.node_agent.engine.torch.load import ModelSpec, rope_type
-from services.node_agent.engine.torch.stage import ACTIVATIONS, BoundaryWeights, parameter_of, widen
+from services.node_agent.engine.torch.stage import ACTIVATIONS, BoundaryWeights, project, widen
 from services.node_agent.engine.torch.weights import Weight, WeightLoader
 
 
@@ -64,18 +64,16 @@ class LlamaFamily:
     def _run_layer(self, index: int, layer: _Layer, rows: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads, head_dim = self._heads, self._head_dim
         normed = _rms_norm(rows, layer.input_norm, self._eps)
-        qkv = functional.linear(normed, layer.qkv.parameter, parameter_of(layer.qkv_bias))
+        qkv = project(normed, layer.qkv, layer.qkv_bias)
         qkv = qkv.view(-1, heads + 2 * self._kv_heads, head_dim)
         rotated = _rotate(qkv[:, : heads + self._kv_heads], cos, sin)
         value = qkv[:, heads + self._kv_heads :]
         attended = attend(index, rotated[:, :heads], rotated[:, heads:], value, self._scale)
         attended = attended.reshape(-1, heads * head_dim)
-        rows = rows + functional.linear(attended, layer.output.parameter, parameter_of(layer.output_bias))
+        rows = rows + project(attended, layer.output, layer.output_bias)
         normed = _rms_norm(rows, layer.mlp_norm, self._eps)
-        gate, up = functional.linear(normed, layer.gate_up.parameter, parameter_of(layer.gate_up_bias)).chunk(2, dim=-1)
-        return rows + functional.linear(
-            self._activation(gate) * up, layer.down.parameter, parameter_of(layer.down_bias)
-        )
+        gate, up = project(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return rows + project(self._activation(gate) * up, layer.down, layer.down_bias)
 
 
 def _load_layer(spec: ModelSpec, index: int, loader: WeightLoader) -> _Layer:

@@ -18,6 +18,12 @@ from services.node_agent.engine.base import EngineConfig, ModelInfo
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "GPT2LMHeadModel")
 _ARCHITECTURE_OF_TYPE = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
 _BASE_PREFIX = {"LlamaForCausalLM": "model.", "GPT2LMHeadModel": "transformer."}
+#: Projections of a layer, and those that LoRA adapts where nobody chooses (as in peft).
+_PROJECTIONS = {
+    "LlamaForCausalLM": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "GPT2LMHeadModel": ("c_attn", "c_proj", "c_fc"),
+}
+_LORA_TARGETS = {"LlamaForCausalLM": ("q_proj", "v_proj"), "GPT2LMHeadModel": ("c_attn",)}
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 _INDEX_FILE = "model.safetensors.index.json"
@@ -57,6 +63,21 @@ class ModelSpec:
         """Full-model name of the output projection; the embedding's when they are tied."""
         return self.embedding_name if self.tied else "lm_head.weight"
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Last parts of the names of the layers' projections."""
+        return _PROJECTIONS[self.architecture]
+
+    @property
+    def default_lora_targets(self) -> tuple[str, ...]:
+        """Projections that LoRA adapts where nobody chooses."""
+        return _LORA_TARGETS[self.architecture]
+
+    @property
+    def input_major(self) -> bool:
+        """Whether the projections are stored (inputs, outputs)."""
+        return self.architecture == "GPT2LMHeadModel"
+
     @cached_property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the trainable parameters by full-model name; a tied projection is not listed."""
@@ -83,6 +104,7 @@ class ModelSpec:
             max_context_tokens=min(max_context_tokens or self.max_positions, self.max_positions),
             num_parameters=sum(prod(shape) for shape in self.parameter_shapes.values()),
             eos_token_ids=self.eos_token_ids,
+            projections=self.projections,
         )
 
     def layer_range(self, stage: int, num_stages: int) -> range:

@@ -24,7 +24,7 @@ from services.node_agent.engine.base import (
 from services.node_agent.engine.torch.inference import Inference
 from services.node_agent.engine.torch.microbatch import Microbatch, TrainingOptions
 from services.node_agent.engine.torch.stage import Stage
-from services.node_agent.engine.torch.training import check_examples, make_job
+from services.node_agent.engine.torch.training import check_examples, make_optimizer
 
 _LOG = logging.getLogger(__name__)
 
@@ -82,8 +82,7 @@ class StageTimer:
         # One element is enough, where copies of all parameters might not fit into memory.
         parameter = nn.Parameter(torch.zeros(1, device=self._stage.device, dtype=self._stage.dtype))
         parameter.grad = torch.ones_like(parameter)
-        job = make_job([parameter], OptimizerSpec())
-        job.optimizer.step()
+        make_optimizer([parameter], OptimizerSpec()).step()
 
     def activation_bytes_per_token(self) -> int:
         """Most bytes that a token of a micro-batch keeps on this stage until its backward, when every token is scored.
@@ -150,12 +149,12 @@ class StageTimer:
     def _optimizer_step(self, op: Measure) -> Callable[[], Durations]:
         del op
         copies = [nn.Parameter(weight.parameter.detach().clone()) for weight in self._stage.weights.owned]
-        job = make_job(copies, OptimizerSpec())
+        optimizer = make_optimizer(copies, OptimizerSpec())
 
         def once() -> Durations:
             for parameter in copies:
                 parameter.grad = torch.randn_like(parameter)
-            return {OpKind.OPTIMIZER_STEP.value: [_timed(job.optimizer.step)]}
+            return {OpKind.OPTIMIZER_STEP.value: [_timed(optimizer.step)]}
 
         return once
 

@@ -6,8 +6,8 @@ every layer is a unit that keeps its input alone. However it is cut, the sums ar
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 
@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.node_agent.engine.base import Example
+from services.node_agent.engine.torch.adapters import Adapter
 from services.node_agent.engine.torch.attention import PackedRuns, TrainingAttention
 from services.node_agent.engine.torch.host_memory import SavedTensors
 from services.node_agent.engine.torch.stage import Stage, widen
+from services.node_agent.engine.torch.weights import WeightSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +89,16 @@ class Microbatch:
         *,
         options: TrainingOptions,
         parts: int = 1,
+        adapter: Adapter | None = None,
+        dropout_key: str = "",
     ) -> None:
-        """hidden: rows from the stage before, None on the first one."""
-        self.parameters = stage.weights.parameters()
+        """hidden: rows from the stage before, None on the first one. adapter: what is trained; None: all weights."""
+        #: The weights that get gradients, and the parameters they have in this micro-batch.
+        self.weights = stage.weights if adapter is None else adapter.weights
+        self.parameters = self.weights.parameters()
+        self._uses = stage.adapters.of(adapter, dropout_key)
+        sets = [stage.weights, *(use.adapter.weights for use in self._uses)]
+        self._ran_with = [(weights, weights.parameters()) for weights in sets]
         self.parts = parts
         self.num_labels = sum(num_labels(example) for example in examples)
         self._stage = stage
@@ -97,13 +106,19 @@ class Microbatch:
         self._loss_scale = loss_scale
         self._loss = 0.0
         self._options = options
-        self._saved_tensors = SavedTensors(self.parameters) if options.can_offload else None
+        every = [parameter for _, parameters in self._ran_with for parameter in parameters]
+        self._saved_tensors = SavedTensors(every) if options.can_offload else None
         self._units = _units(stage, examples, parts, options.checkpointing)
         #: Rows between two units of the same examples: values on the way up, gradients on the way down.
         self._carried: Tensor | None = None
         #: Forward: outputs of the last layers. Backward: gradients of what entered the first ones, last rows first.
         self._finished: list[Tensor] = []
         self._gradient: Tensor | None = None
+
+    def runs_with_current(self, weights: WeightSet) -> bool:
+        """Whether its graph refers to the parameters that these weights have now."""
+        current = weights.weights[0].parameter
+        return any(known is weights and parameters[0] is current for known, parameters in self._ran_with)
 
     def forward(self, part: int = 0) -> ForwardOutput:
         """Run a piece. Raises ArithmeticError for a loss that is not finite."""
@@ -192,7 +207,8 @@ class Microbatch:
     def _run(self, unit: _Unit) -> Tensor:
         """Rows behind the unit's layers; at the model's end its part of the mean loss."""
         stage, rows = self._stage, unit.rows
-        with self._precision():
+        uses = [use.within(str(rows.rows.start)) for use in self._uses]
+        with self._precision(), self._only_trained(), stage.adapters.applied(uses):
             inputs = unit.inputs
             if inputs is None:
                 inputs = stage.family.embed(rows.tokens, rows.positions)
@@ -238,9 +254,24 @@ class Microbatch:
         self._finished = []
         return rows
 
-    def _own_weights(self) -> AbstractContextManager[None]:
+    def _own_weights(self) -> AbstractContextManager[object]:
         """A graph holds the weights it was made with; one that is made again must find the same."""
-        return self._stage.weights.using(self.parameters) if self._options.checkpointing else nullcontext()
+        stack = ExitStack()
+        for weights, parameters in self._ran_with if self._options.checkpointing else ():
+            stack.enter_context(weights.using(parameters))
+        return stack
+
+    @contextmanager
+    def _only_trained(self) -> Iterator[None]:
+        """Of weights that get no gradient, nothing need be kept for one."""
+        frozen = [] if self.weights is self._stage.weights else self._stage.weights.parameters()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_()
 
     def _precision(self) -> AbstractContextManager[object]:
         if self._options.dtype is None:

@@ -5,14 +5,16 @@ classes of transformers: at a few milliseconds per op their Python overhead woul
 transformers is tested in float64. Dropout is off, in training too: an op replayed gives the same result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from services.node_agent.engine.torch.adapters import Adapters
 from services.node_agent.engine.torch.attention import Attend
 from services.node_agent.engine.torch.load import ModelSpec
 from services.node_agent.engine.torch.weights import Weight, WeightLoader, WeightSet
@@ -65,11 +67,38 @@ class Stage:
         family = LlamaFamily if spec.architecture == "LlamaForCausalLM" else Gpt2Family
         self.family: Family = family(spec, stage, num_stages, loader)
         self.weights = WeightSet(tuple(loader.weights))
+        self.adapters = Adapters(spec, self.weights, self.device, self.dtype)
 
     def forward(self, inputs: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Rows behind this stage's layers, (T, hidden)."""
         rows = self.family.embed(inputs, positions) if self.is_first else inputs
         return self.family.run_layers(rows, positions, attend)
+
+    def weights_of(self, job_id: str) -> WeightSet:
+        """What a job trains: its adapter, if it has one, else all weights."""
+        return self.adapters.get(job_id).weights if job_id in self.adapters.ids else self.weights
+
+    def original_weights(self) -> dict[str, Tensor]:
+        """The values of the model directory by full-model name. Raises ModelDirectoryError."""
+        if self.weights.pristine:
+            return self.weights.named(with_borrowed=True)
+        loader = WeightLoader(self.spec, self.device, self.dtype)
+        named = self.weights.named(with_borrowed=True)
+        return {name: loader.read(name, tuple(part.shape)) for name, part in named.items()}
+
+    def advance(self, oldest_version: int | None) -> None:
+        """Begin the next version of all weights; see WeightSet.advance."""
+        self.weights.advance(oldest_version)
+        self.adapters.advance(oldest_version)
+
+    @contextmanager
+    def at(self, version: int) -> Iterator[None]:
+        """Every reader sees the weights of this version, one of `weights.versions`."""
+        if version == self.weights.version:
+            yield
+            return
+        with self.weights.at(version), self.adapters.at(version):
+            yield
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits (T, vocab), at least float32. Last stage only."""
@@ -109,9 +138,10 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def parameter_of(weight: Weight | None) -> nn.Parameter | None:
-    """The current parameter of an optional weight (a bias)."""
-    return None if weight is None else weight.parameter
+def project(rows: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
+    """Outputs (T, outputs) of one or several joined projections, with what adapters add."""
+    output = functional.linear(rows, weight.parameter, None if bias is None else bias.parameter)
+    return output if weight.update is None else weight.update(rows, output)
 
 
 def parse_dtype(name: str) -> torch.dtype:

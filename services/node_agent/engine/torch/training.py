@@ -8,15 +8,24 @@ step of this one (weight stashing): a step works on new parameter objects and le
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
-from services.node_agent.engine.base import Example, OptimizerSpec, OptimizerStep, TrainBackward, TrainForward
+from services.node_agent.engine.base import (
+    AdapterSpec,
+    Example,
+    OptimizerSpec,
+    OptimizerStep,
+    TrainBackward,
+    TrainForward,
+)
+from services.node_agent.engine.torch.adapters import Adapter
 from services.node_agent.engine.torch.microbatch import ForwardOutput, Microbatch, TrainingOptions, num_labels
+from services.node_agent.engine.torch.schedule import make_schedule
 from services.node_agent.engine.torch.stage import Stage
+from services.node_agent.engine.torch.weights import WeightSet
 
 #: Jobs whose AdamW moments (twice the parameters each) a stage keeps at most. A backstop: the agent has jobs forgotten
 #: long before, but never one with micro-batches on the node.
@@ -38,9 +47,20 @@ class BackwardOutput:
 
 @dataclass(slots=True)
 class _Job:
+    """`weights`: all of the stage, or those of the job's adapter."""
+
+    weights: WeightSet
     spec: OptimizerSpec
     optimizer: torch.optim.AdamW
-    scheduler: Any
+    scheduler: LambdaLR
+
+
+@dataclass(slots=True)
+class _Accumulated:
+    """Gradients of a group, in the order of the weights owned."""
+
+    weights: WeightSet
+    gradients: list[Tensor]
 
 
 class Training:
@@ -53,8 +73,7 @@ class Training:
         self._saved: dict[str, Microbatch] = {}
         #: What the last stage of a split model with tied embeddings has for stage 0, by micro-batch in its backward.
         self._tied: dict[str, Tensor] = {}
-        # In the order of the owned weights.
-        self._gradients: dict[int, list[Tensor]] = {}
+        self._groups: dict[int, _Accumulated] = {}
         self._jobs: dict[str, _Job] = {}
         stage.weights.on_replace.append(self._rekey)
 
@@ -65,8 +84,8 @@ class Training:
 
     @property
     def gradients(self) -> Mapping[int, Sequence[Tensor]]:
-        """What each group has accumulated, in the order of the owned weights."""
-        return self._gradients
+        """What each group has accumulated, in the order of the weights it trains."""
+        return {group: accumulated.gradients for group, accumulated in self._groups.items()}
 
     @property
     def jobs(self) -> Mapping[str, _Job]:
@@ -77,10 +96,17 @@ class Training:
         """Go on with the optimizers of these jobs, made over the owned parameters in use, and no others."""
         self._jobs = dict(jobs)
 
-    def prepare(self, job_id: str, optimizer: OptimizerSpec) -> None:
-        """Take the memory of a job's steps, at the newest weights. Raises ValueError when the optimizer changed, or for
-        too many jobs."""
-        self._job(job_id, optimizer)
+    def prepare(self, job_id: str, optimizer: OptimizerSpec, spec: AdapterSpec | None = None) -> None:
+        """Take the memory of a job's steps, at the newest weights, and make its adapter if it trains one. Raises
+        ValueError when the optimizer or the adapter changed, or for too many of them."""
+        self._job(job_id, optimizer, self._stage.weights if spec is None else self.adapter(spec).weights)
+
+    def adapter(self, spec: AdapterSpec) -> Adapter:
+        """The adapter, made if it is new. Raises ValueError as Adapters.ensure does."""
+        adapter = self._stage.adapters.ensure(spec)
+        if not adapter.weights.on_replace:
+            adapter.weights.on_replace.append(self._rekey)
+        return adapter
 
     def forward(self, op: TrainForward, hidden: Tensor | None) -> ForwardOutput:
         """Run (a piece of) a micro-batch and keep its graph. Raises ValueError for bad examples or a wrong piece,
@@ -90,7 +116,14 @@ class Training:
                 raise ValueError(f"micro-batch {op.task_id} is in flight already")
             check_examples(op.examples, self._stage, self._max_context_tokens)
             microbatch = Microbatch(
-                self._stage, op.examples, op.loss_scale, hidden, options=self._options, parts=op.parts
+                self._stage,
+                op.examples,
+                op.loss_scale,
+                hidden,
+                options=self._options,
+                parts=op.parts,
+                adapter=None if op.adapter is None else self.adapter(op.adapter),
+                dropout_key=op.task_id,
             )
         else:
             microbatch = self._in_flight(op.task_id)
@@ -108,13 +141,13 @@ class Training:
         microbatch = self._in_flight(op.task_id)
         del self._saved[op.task_id]
         found = microbatch.backward(op.part, gradient)
-        weights = self._stage.weights.weights
-        owned = [value for weight, value in zip(weights, found.parameters, strict=True) if not weight.borrowed]
+        weights = microbatch.weights
+        owned = [value for weight, value in zip(weights.weights, found.parameters, strict=True) if not weight.borrowed]
         if tied is not None:
             # A copy: what was taken from another stage goes when its micro-batch is forgotten.
             owned[0] = tied.clone() if owned[0] is None else owned[0].add_(tied)
-        accumulated = self._accumulate(op.group, owned)
-        exported = self._export(op.task_id, found.parameters)
+        accumulated = self._accumulate(op.group, weights, owned)
+        exported = self._export(op.task_id, weights, found.parameters)
         if op.part + 1 < microbatch.parts:
             self._saved[op.task_id] = microbatch
             return BackwardOutput()
@@ -144,55 +177,57 @@ class Training:
             raise KeyError(f"micro-batch {task_id} is not in flight on this stage")
         return microbatch
 
-    def _accumulate(self, group: int, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        accumulated = self._gradients.get(group)
-        if accumulated is None:
-            owned = self._stage.weights.owned
-            accumulated = self._gradients[group] = [
+    def _accumulate(self, group: int, weights: WeightSet, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        known = self._groups.get(group)
+        if known is None:
+            accumulated = [
                 torch.zeros_like(weight.parameter, requires_grad=False) if value is None else value
-                for weight, value in zip(owned, gradients, strict=True)
+                for weight, value in zip(weights.owned, gradients, strict=True)
             ]
+            self._groups[group] = _Accumulated(weights, accumulated)
             return accumulated
+        accumulated = known.gradients
         pairs = [(old, new) for old, new in zip(accumulated, gradients, strict=True) if new is not None]
         if pairs:
             torch._foreach_add_([old for old, _ in pairs], [new for _, new in pairs])
         return accumulated
 
-    def _export(self, task_id: str, gradients: Sequence[Tensor | None]) -> Tensor | None:
-        """What the pieces so far have for the borrowed weight; nothing on a stage without one."""
-        weights = self._stage.weights.weights
-        for weight, value in zip(weights, gradients, strict=True):
+    def _export(self, task_id: str, weights: WeightSet, gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """What the pieces so far have for the borrowed weight; nothing where none is trained."""
+        for weight, value in zip(weights.weights, gradients, strict=True):
             if weight.borrowed and value is not None:
                 before = self._tied.get(task_id)
                 self._tied[task_id] = value if before is None else before.add_(value)
         return self._tied.get(task_id)
 
-    def step(self, op: OptimizerStep, tied_weight: Tensor | None) -> float:
-        """Apply a group's gradients; returns the squared norm used for clipping. They are dropped in any case.
+    def step(self, op: OptimizerStep, tied_weight: Tensor | None) -> tuple[float, Tensor | None]:
+        """Apply a group's gradients; returns the squared norm used for clipping, and the new embedding where another
+        stage keeps a copy of it. The gradients are dropped in any case.
 
         Raises, with weights unchanged, ValueError when the group has accumulated nothing or the job's optimizer
         changed, and ArithmeticError for a gradient that is not finite.
         """
-        gradients = self._gradients.pop(op.group, None)
-        if gradients is None:
+        group = self._groups.pop(op.group, None)
+        if group is None:
             raise ValueError(f"job {op.job_id} steps without an accumulated gradient")
+        weights, gradients = group.weights, group.gradients
         norm_sq = _norm_sq(gradients) if op.grad_norm_sq_total is None else op.grad_norm_sq_total
         if not math.isfinite(norm_sq):
             raise ArithmeticError(f"the squared gradient norm is {norm_sq}; step skipped, weights unchanged")
-        borrowed = self._stage.weights.borrowed
+        borrowed = weights.borrowed
         if borrowed is not None and tied_weight is None:
             raise ValueError("the last stage of a tied model needs stage 0's new embedding (tied_weight)")
-        job = self._job(op.job_id, op.optimizer)
-        self.before_change()
+        job = self._job(op.job_id, op.optimizer, weights)
+        self.before_change(weights)
         _clip(gradients, math.sqrt(norm_sq), op.optimizer.max_grad_norm)
         self._apply(job, gradients)
         if borrowed is not None and tied_weight is not None:
             with torch.no_grad():
                 borrowed.parameter.copy_(tied_weight)
-        return norm_sq
+        return norm_sq, self.tied_embedding() if weights is self._stage.weights else None
 
     def _apply(self, job: _Job, gradients: Sequence[Tensor]) -> None:
-        owned = self._stage.weights.owned
+        owned = job.weights.owned
         for weight, gradient in zip(owned, gradients, strict=True):
             weight.parameter.grad = gradient
         try:
@@ -209,11 +244,14 @@ class Training:
             return None
         return stage.weights.weights[0].parameter.detach()
 
-    def before_change(self) -> None:
-        """To be called before weights change: whatever runs with the current values, now or later, keeps them."""
-        weights = self._stage.weights
-        current = weights.weights[0].parameter
-        weights.replace_parameters(any(saved.parameters[0] is current for saved in self._saved.values()))
+    def wants_tied_gradient(self, task_id: str) -> bool:
+        """Whether the backward of this micro-batch adds what the last stage has for the embedding."""
+        trains_adapter = task_id in self._saved and self._saved[task_id].weights is not self._stage.weights
+        return self.tied_embedding() is not None and not trains_adapter
+
+    def before_change(self, weights: WeightSet) -> None:
+        """To be called before these weights change: whatever runs with the current values, now or later, keeps them."""
+        weights.replace_parameters(any(saved.runs_with_current(weights) for saved in self._saved.values()))
 
     def forget(self, ids: Sequence[str]) -> None:
         """Drop micro-batches in flight and optimizers of jobs by id; unknown ids are ignored."""
@@ -222,12 +260,12 @@ class Training:
             self._tied.pop(name, None)
             self._jobs.pop(name, None)
 
-    def _job(self, job_id: str, spec: OptimizerSpec) -> _Job:
+    def _job(self, job_id: str, spec: OptimizerSpec, weights: WeightSet) -> _Job:
         job = self._jobs.get(job_id)
         if job is None:
             if len(self._jobs) >= MAX_JOBS:
                 raise ValueError(f"{MAX_JOBS} jobs hold optimizer state on this stage; forget one first")
-            job = self._jobs[job_id] = make_job([w.parameter for w in self._stage.weights.owned], spec)
+            job = self._jobs[job_id] = make_job(weights, spec)
         elif job.spec != spec:
             raise ValueError(f"job {job_id} changed its optimizer from {job.spec} to {spec}")
         return job
@@ -240,12 +278,11 @@ class Training:
                 if old in state:
                     state[new] = state.pop(old)
             for group in job.optimizer.param_groups:
-                group["params"] = [renewed[parameter] for parameter in group["params"]]
+                group["params"] = [renewed.get(parameter, parameter) for parameter in group["params"]]
 
 
-def make_job(parameters: list[nn.Parameter], spec: OptimizerSpec) -> _Job:
-    """AdamW, with its state in place, and schedule over parameters. Raises ValueError for a schedule that cannot be
-    built."""
+def make_optimizer(parameters: Sequence[nn.Parameter], spec: OptimizerSpec) -> torch.optim.AdamW:
+    """AdamW, with its state in place."""
     optimizer = torch.optim.AdamW(
         parameters,
         lr=spec.learning_rate,
@@ -261,13 +298,13 @@ def make_job(parameters: list[nn.Parameter], spec: OptimizerSpec) -> _Job:
             "exp_avg": torch.zeros_like(parameter, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
         }
-    scheduler = get_scheduler(
-        spec.lr_schedule,
-        optimizer,
-        num_warmup_steps=spec.warmup_steps,
-        num_training_steps=spec.total_steps or None,
-    )
-    return _Job(spec, optimizer, scheduler)
+    return optimizer
+
+
+def make_job(weights: WeightSet, spec: OptimizerSpec) -> _Job:
+    """Optimizer and schedule over the weights owned. Raises ValueError for a schedule that cannot be built."""
+    optimizer = make_optimizer([weight.parameter for weight in weights.owned], spec)
+    return _Job(weights, spec, optimizer, make_schedule(optimizer, spec))
 
 
 def check_examples(examples: Sequence[Example], stage: Stage, max_context_tokens: int) -> None:

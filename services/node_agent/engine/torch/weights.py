@@ -28,6 +28,8 @@ class Weight:
     rows: tuple[int, ...]
     parameter: nn.Parameter
     borrowed: bool = False
+    #: What adapters add to the projection's output, a function of (rows, output); None: nothing.
+    update: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def parts(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Cut a tensor of this parameter's shape (the parameter, its gradient) into its named parts."""
@@ -45,14 +47,15 @@ class WeightLoader:
 
     def load(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, borrowed: bool = False) -> Weight:
         """Read and join the named tensors along dimension 0. Raises ModelDirectoryError on a missing or odd one."""
-        tensors = [self._read(name, shape) for name, shape in zip(names, shapes, strict=True)]
+        tensors = [self.read(name, shape) for name, shape in zip(names, shapes, strict=True)]
         joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         parameter = nn.Parameter(joined.to(self._device, self._dtype, copy=True).contiguous())
         weight = Weight(tuple(names), tuple(shape[0] for shape in shapes), parameter, borrowed)
         self.weights.append(weight)
         return weight
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor. Raises ModelDirectoryError on a missing or odd one."""
         file = self._spec.files.get(name)
         if file is None:
             raise ModelDirectoryError(f"the weights in {self._spec.path} lack the tensor {name}")
@@ -76,6 +79,8 @@ class WeightSet:
 
     weights: tuple[Weight, ...]
     version: int = 0
+    #: Whether the current values are those of the model directory.
+    pristine: bool = True
     #: Called with old -> new whenever `replace_parameters` swaps the parameter objects.
     on_replace: list[Callable[[Mapping[nn.Parameter, nn.Parameter]], None]] = field(default_factory=list)
     _kept: dict[int, list[nn.Parameter]] = field(default_factory=dict)
@@ -131,6 +136,7 @@ class WeightSet:
     def replace_parameters(self, in_use: bool) -> None:
         """To be called before values change. When an older version shares the current parameter objects, or `in_use`
         says that the graph of a micro-batch in flight does, equal new ones take their place."""
+        self.pristine = False
         old = self.parameters()
         if not (in_use or any(kept[0] is old[0] for kept in self._kept.values())):
             return
@@ -206,19 +212,19 @@ class Snapshots:
             self._folder.rmdir()
 
 
-def read_weights(path: str, weights: WeightSet, spec: ModelSpec) -> dict[str, Tensor]:
-    """This stage's tensors from a safetensors file that holds the whole model.
+def read_weights(path: str, weights: WeightSet, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """This stage's tensors from a safetensors file that holds the whole model, or the whole adapter, of these shapes.
 
-    Raises ValueError when any tensor of the model is missing or of another shape, on whichever stage it is used, so
+    Raises ValueError when any of them is missing or of another shape, on whichever stage it is used, so
     that all stages refuse together.
     """
     if not Path(path).is_file():
         raise ValueError(f"weights file {path} does not exist")
     with safe_open(path, framework="pt") as stored:
-        missing = sorted(set(spec.parameter_shapes) - set(stored.keys()))
+        missing = sorted(set(shapes) - set(stored.keys()))
         if missing:
             raise ValueError(f"weights file {path} lacks {len(missing)} of the model's tensors, first {missing[0]}")
-        for name, shape in spec.parameter_shapes.items():
+        for name, shape in shapes.items():
             found = tuple(stored.get_slice(name).get_shape())
             if found != shape:
                 raise ValueError(f"{name} in {path} has shape {found}, the model's is {shape}")

@@ -1,0 +1,124 @@
+"""Adapters of this node: which there are, who may use them, and when one that nobody wants any more can go."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+
+from lemix.errors import ErrorCode, LemixError
+from services.node_agent.engine.base import AdapterSpec
+from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
+
+#: Adapters remembered as unwanted, for work that is still on its way here.
+_MAX_UNWANTED = 1024
+
+
+class NodeAdapters:
+    """No I/O. `on_change` is called when `held` has changed."""
+
+    def __init__(self, max_adapters: int) -> None:
+        self._max_adapters = max_adapters
+        #: From the first micro-batch taken; on all stages.
+        self._expected: dict[str, AdapterSpec] = {}
+        self._held: dict[str, AdapterSpec] = {}
+        #: Unix time of the newest step of each, seconds.
+        self._trained_unix_s: dict[str, float] = {}
+        self._unwanted: OrderedDict[str, None] = OrderedDict()
+        #: Unwanted ones that are still to be freed.
+        self._leaving: set[str] = set()
+        self.on_change: Callable[[], None] = lambda: None
+        #: Whether the weights below are no longer those of the model directory.
+        self.weights_changed = False
+
+    @property
+    def held(self) -> Mapping[str, AdapterSpec]:
+        """Adapters that every stage has, by id."""
+        return self._held
+
+    # ------------------------------------------------------------- work
+
+    def admit(self, task: Task) -> None:
+        """A task comes; the stages make the adapter that it trains if it is new.
+
+        Raises LemixError MODEL_NOT_FOUND, CANCELLED (the model of its job was deleted), RESOURCE_EXHAUSTED (too many
+        adapters) or CONFLICT (there is another one of that name).
+        """
+        if isinstance(task, RequestTask):
+            if task.adapter_id and (task.adapter_id not in self._held or task.adapter_id in self._unwanted):
+                raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"this node holds no adapter {task.adapter_id}")
+        elif task.adapter is not None:
+            self.expect(task.adapter)
+
+    def expect(self, spec: AdapterSpec) -> None:
+        """The stages will make it if it is new. Raises LemixError as `admit`."""
+        if spec.adapter_id in self._unwanted:
+            raise LemixError(ErrorCode.CANCELLED, "the model of its job was deleted")
+        known = self._expected.get(spec.adapter_id)
+        if known is None and len(self._expected) >= self._max_adapters:
+            message = f"this node holds {len(self._expected)} adapters, its max_adapters; delete a model"
+            raise LemixError(ErrorCode.RESOURCE_EXHAUSTED, message)
+        if known is not None and known != spec:
+            raise LemixError(ErrorCode.CONFLICT, f"adapter {spec.adapter_id} is another one on this node")
+        self._expected[spec.adapter_id] = spec
+
+    def made(self, spec: AdapterSpec) -> None:
+        """Every stage has it."""
+        if spec.adapter_id not in self._held and spec.adapter_id not in self._unwanted:
+            self._held[spec.adapter_id] = spec
+            self.on_change()
+
+    def adopt(self, specs: Iterable[AdapterSpec]) -> None:
+        """The stages have restored these and no others."""
+        self._held = {spec.adapter_id: spec for spec in specs}
+        self._expected = {**self._held}
+        self.on_change()
+
+    # ------------------------------------------------------------- steps
+
+    def stepped(self, job_id: str, unix_s: float) -> None:
+        """A job made an optimizer step: in its adapter, if it has one, else in the weights."""
+        if job_id in self._expected:
+            self._trained_unix_s[job_id] = unix_s
+        else:
+            self.weights_changed = True
+
+    def newest_step(self, adapter_id: str, in_model: float | None) -> float | None:
+        """Unix time of the newest step in an adapter and the model below it (`in_model`); None: neither has any."""
+        times = [in_model, self._trained_unix_s.get(adapter_id)]
+        return max((time for time in times if time is not None), default=None)
+
+    def is_isolated(self, job_id: str) -> bool:
+        """Whether this job trains an isolated adapter."""
+        return job_id in self._expected and self._expected[job_id].isolated
+
+    # ------------------------------------------------------------- the end
+
+    def unwanted(self, adapter_id: str, tasks: Iterable[Task]) -> list[str]:
+        """Nobody may use it from now on; returns the tasks that do."""
+        self._unwanted[adapter_id] = None
+        if adapter_id in self._expected:
+            self._leaving.add(adapter_id)
+        while len(self._unwanted) > _MAX_UNWANTED:
+            self._unwanted.popitem(last=False)
+        return [task.task_id for task in tasks if adapter_of(task) == adapter_id]
+
+    def take_unused(self, tasks: Iterable[Task], is_trained: Callable[[str], bool]) -> list[str]:
+        """Unwanted adapters that no task and no pending step uses; the caller frees them now."""
+        if not self._leaving:
+            return []
+        used = {adapter_of(task) for task in tasks}
+        free = [adapter_id for adapter_id in sorted(self._leaving) if adapter_id not in used]
+        free = [adapter_id for adapter_id in free if not is_trained(adapter_id)]
+        for adapter_id in free:
+            self._leaving.discard(adapter_id)
+            self._trained_unix_s.pop(adapter_id, None)
+            del self._expected[adapter_id]
+            self._held.pop(adapter_id, None)
+        if free:
+            self.on_change()
+        return free
+
+
+def adapter_of(task: Task) -> str:
+    """Id of the adapter a task runs with or trains; empty: none of its own."""
+    if isinstance(task, MicrobatchTask):
+        return "" if task.adapter is None else task.adapter.adapter_id
+    return task.adapter_id

@@ -1,0 +1,86 @@
+"""Which adapters a node holds, who may use them, and when they go."""
+
+import pytest
+
+from lemix.errors import ErrorCode, LemixError
+from services.node_agent.adapters import NodeAdapters
+from services.node_agent.engine.base import AdapterSpec, OptimizerSpec, Sampling
+from services.node_agent.tasks import MicrobatchTask, RequestTask
+
+ISOLATED = AdapterSpec("job-1", isolated=True)
+ONLINE = AdapterSpec("job-2")
+
+
+def request(adapter_id: str) -> RequestTask:
+    return RequestTask("r", 0.0, (1,), Sampling(), 4, adapter_id=adapter_id)
+
+
+def microbatch(spec: AdapterSpec | None) -> MicrobatchTask:
+    return MicrobatchTask("m", "job-1", 0, (), OptimizerSpec(), adapter=spec)
+
+
+def code_of(adapters: NodeAdapters, task: RequestTask | MicrobatchTask) -> ErrorCode:
+    with pytest.raises(LemixError) as caught:
+        adapters.admit(task)
+    return caught.value.code
+
+
+def never(job_id: str) -> bool:
+    del job_id
+    return False
+
+
+def test_an_adapter_serves_from_the_moment_that_every_stage_has_it() -> None:
+    adapters, changes = NodeAdapters(2), []
+    adapters.on_change = lambda: changes.append(set(adapters.held))
+    adapters.admit(request(""))
+    adapters.admit(microbatch(None))
+    assert code_of(adapters, request("job-1")) is ErrorCode.MODEL_NOT_FOUND
+    adapters.expect(ISOLATED)
+    assert code_of(adapters, request("job-1")) is ErrorCode.MODEL_NOT_FOUND
+    adapters.made(ISOLATED)
+    adapters.made(ISOLATED)
+    adapters.admit(request("job-1"))
+    assert changes == [{"job-1"}]
+
+
+def test_there_is_a_bound_and_no_two_of_one_name() -> None:
+    adapters = NodeAdapters(1)
+    adapters.expect(ISOLATED)
+    adapters.admit(microbatch(ISOLATED))
+    assert code_of(adapters, microbatch(ONLINE)) is ErrorCode.RESOURCE_EXHAUSTED
+    assert code_of(adapters, microbatch(AdapterSpec("job-1", rank=3, isolated=True))) is ErrorCode.CONFLICT
+
+
+def test_an_unwanted_one_goes_when_nothing_uses_it() -> None:
+    adapters = NodeAdapters(1)
+    adapters.expect(ISOLATED)
+    adapters.made(ISOLATED)
+    live = [request("job-1"), request(""), microbatch(None)]
+    assert adapters.unwanted("job-1", live) == ["r"]
+    assert code_of(adapters, request("job-1")) is ErrorCode.MODEL_NOT_FOUND
+    assert code_of(adapters, microbatch(ISOLATED)) is ErrorCode.CANCELLED
+    assert adapters.take_unused(live, never) == []
+    assert adapters.take_unused(live[1:], lambda job_id: job_id == "job-1") == []
+    assert adapters.take_unused(live[1:], never) == ["job-1"]
+    assert adapters.take_unused([], never) == []
+    adapters.admit(microbatch(ONLINE))  # there is room again
+    # Work that is still on its way here does not bring it back.
+    assert code_of(adapters, microbatch(ISOLATED)) is ErrorCode.CANCELLED
+    adapters.made(ISOLATED)
+    assert dict(adapters.held) == {}
+
+
+def test_steps_are_told_apart() -> None:
+    adapters = NodeAdapters(2)
+    for spec in (ISOLATED, ONLINE):
+        adapters.expect(spec)
+    assert (adapters.is_isolated("job-1"), adapters.is_isolated("job-2"), adapters.is_isolated("full")) == (1, 0, 0)
+    adapters.stepped("job-1", 5.0)
+    assert not adapters.weights_changed
+    adapters.stepped("full", 6.0)
+    assert adapters.weights_changed
+    assert adapters.newest_step("", None) is None
+    assert adapters.newest_step("", 3.0) == 3.0
+    assert adapters.newest_step("job-1", None) == 5.0
+    assert adapters.newest_step("job-1", 7.0) == 7.0

@@ -206,11 +206,11 @@ def list_checkpoints(job_id: str) -> Call[list[types.Checkpoint]]:
     )
 
 
-def export_checkpoint(checkpoint_id: str) -> Call[types.ExportedCheckpoint]:
+def export_checkpoint(checkpoint_id: str, job_id: str) -> Call[types.ExportedCheckpoint]:
     """TrainingService.ExportCheckpoint."""
     return Call(
         method=_TRAINING + "ExportCheckpoint",
-        request=training_pb.ExportCheckpointRequest(checkpoint_id=checkpoint_id),
+        request=training_pb.ExportCheckpointRequest(checkpoint_id=checkpoint_id, job_id=job_id),
         response=training_pb.ExportCheckpointResponse,
         read=_convert.exported,
     )

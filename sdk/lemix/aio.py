@@ -193,10 +193,11 @@ class Client:
         return await self._unary(_calls.list_checkpoints(job_id), timeout_s)
 
     async def export_checkpoint(
-        self, checkpoint_id: str, *, timeout_s: float | None = None
+        self, checkpoint_id: str, job_id: str = "", *, timeout_s: float | None = None
     ) -> types.ExportedCheckpoint:
-        """Let its node write a checkpoint as a Hugging Face directory. Raises LemixError NOT_FOUND, CONFLICT."""
-        return await self._unary(_calls.export_checkpoint(checkpoint_id), timeout_s)
+        """Let its node write a checkpoint's model as a Hugging Face directory, or the adapter of a LoRA job as a peft
+        directory. Raises LemixError NOT_FOUND, CONFLICT."""
+        return await self._unary(_calls.export_checkpoint(checkpoint_id, job_id), timeout_s)
 
     async def restore_checkpoint(
         self, checkpoint_id: str, *, node_id: str = "", timeout_s: float | None = None

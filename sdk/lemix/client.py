@@ -193,9 +193,12 @@ class Client:
         """The newest first; job_id: only those that contain micro-batches of this job."""
         return self._unary(_calls.list_checkpoints(job_id), timeout_s)
 
-    def export_checkpoint(self, checkpoint_id: str, *, timeout_s: float | None = None) -> types.ExportedCheckpoint:
-        """Let its node write a checkpoint as a Hugging Face directory. Raises LemixError NOT_FOUND, CONFLICT."""
-        return self._unary(_calls.export_checkpoint(checkpoint_id), timeout_s)
+    def export_checkpoint(
+        self, checkpoint_id: str, job_id: str = "", *, timeout_s: float | None = None
+    ) -> types.ExportedCheckpoint:
+        """Let its node write a checkpoint's model as a Hugging Face directory, or the adapter of a LoRA job as a peft
+        directory. Raises LemixError NOT_FOUND, CONFLICT."""
+        return self._unary(_calls.export_checkpoint(checkpoint_id, job_id), timeout_s)
 
     def restore_checkpoint(
         self, checkpoint_id: str, *, node_id: str = "", timeout_s: float | None = None

@@ -95,7 +95,8 @@ class _TrainingRoutes:
         return JSONResponse(_page([translate.checkpoint_object(item) for item in found], False))
 
     async def export_checkpoint(self, request: Request) -> JSONResponse:
-        done = await self._training.export_checkpoint(request.path_params["checkpoint_id"])
+        job_id = request.query_params.get("job_id", "")
+        done = await self._training.export_checkpoint(request.path_params["checkpoint_id"], job_id)
         return JSONResponse({"object": "checkpoint.export", "node_id": done.node_id, "path": done.path})
 
     async def restore_checkpoint(self, request: Request) -> JSONResponse:

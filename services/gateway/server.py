@@ -151,7 +151,7 @@ class TrainingHandlers(training_grpc.TrainingServiceServicer):
         self, request: training_pb.ExportCheckpointRequest, context: Context
     ) -> training_pb.ExportCheckpointResponse:
         """A Hugging Face directory of a checkpoint."""
-        done = await self._training.export_checkpoint(request.checkpoint_id)
+        done = await self._training.export_checkpoint(request.checkpoint_id, request.job_id)
         return training_pb.ExportCheckpointResponse(node_id=done.node_id, path=done.path)
 
     async def RestoreCheckpoint(  # noqa: N802

@@ -190,10 +190,11 @@ class TrainingService:
         request = pb.ListCheckpointsRequest(job_id=job_id)
         return list((await call(self._stub.ListCheckpoints, request, self._timeout_s)).checkpoints)
 
-    async def export_checkpoint(self, checkpoint_id: str) -> pb.ExportCheckpointResponse:
+    async def export_checkpoint(self, checkpoint_id: str, job_id: str = "") -> pb.ExportCheckpointResponse:
         """Raises NOT_FOUND, CONFLICT, RESOURCE_EXHAUSTED, NODE_LOST, DEADLINE_EXCEEDED."""
         check_required_id(checkpoint_id, "checkpoint_id")
-        request = pb.ExportCheckpointRequest(checkpoint_id=checkpoint_id)
+        check_id(job_id, "job_id")
+        request = pb.ExportCheckpointRequest(checkpoint_id=checkpoint_id, job_id=job_id)
         return await call(self._stub.ExportCheckpoint, request, self._upload_timeout_s)
 
     async def restore_checkpoint(self, checkpoint_id: str, node_id: str) -> types_pb2.WeightVersion:

@@ -65,8 +65,9 @@ class NodeAdapters:
             self._held[spec.adapter_id] = spec
             self.on_change()
 
-    def adopt(self, specs: Iterable[AdapterSpec]) -> None:
-        """The stages have restored these and no others."""
+    def adopt(self, specs: Iterable[AdapterSpec], *, weights_changed: bool) -> None:
+        """The stages have restored these and no others, on top of such weights."""
+        self.weights_changed = weights_changed
         self._held = {spec.adapter_id: spec for spec in specs}
         self._expected = {**self._held}
         self.on_change()

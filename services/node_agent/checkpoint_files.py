@@ -23,3 +23,8 @@ def weights_files(folder: Path) -> list[Path]:
 def state_files(folder: Path) -> list[Path]:
     """Every stage's training state, stage 0 first."""
     return sorted(folder.glob("training-*-of-*.safetensors"))
+
+
+def adapter_key(adapter_id: str, name: str) -> str:
+    """Name of an adapter's tensor in a state file; `name` is that in an adapter_model.safetensors."""
+    return f"{adapter_id}/weight/{name}"

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lemix.errors import ErrorCode, LemixError
-from services.node_agent.checkpoint_files import state_files, weights_files
+from services.node_agent.checkpoint_files import INDEX_FILE, adapter_key, state_files, weights_files
 from services.node_agent.combine import Replica, write_copy
+from services.node_agent.engine.base import AdapterSpec
+from services.node_agent.engine.torch.load import read_model
+from services.node_agent.engine.torch.lora_config import lora_arguments
 from services.node_agent.tensor_file import TensorFile
 
 _MANIFEST = "manifest.json"
@@ -59,12 +62,19 @@ class Manifest:
     outcomes: dict[str, str] = field(default_factory=dict)
     #: Optimizer settings of the jobs whose state it holds.
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: Adapters it holds, as AdapterSpec.
+    adapters: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def checkpoint_id(self) -> str:
         """The weights version it holds: node, incarnation and step."""
         return f"{self.node_id}:{self.incarnation}:{self.step}"
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the weights below its adapters are other than those of the model directory, and so in it."""
+        return any(name.startswith("model-") for name in self.files)
 
     @property
     def size_bytes(self) -> int:
@@ -208,27 +218,47 @@ class CheckpointStore:
         """Remove what could not be completed."""
         shutil.rmtree(partial, ignore_errors=True)
 
-    def export(self, checkpoint_id: str) -> Path:
-        """Write a checkpoint as a Hugging Face directory; returns its path.
+    def export(self, checkpoint_id: str, job_id: str = "") -> Path:
+        """Write a checkpoint's model as a Hugging Face directory, or the adapter of a job as a peft directory; returns
+        its path.
 
-        Raises LemixError, CorruptedCheckpoint or OSError.
+        Raises LemixError (CONFLICT when it holds no adapter of that job), CorruptedCheckpoint or OSError.
         """
         folder = self.folder_of(checkpoint_id)
-        self.verify(folder)
-        target = self._directory / "exports" / checkpoint_id.replace(":", "-")
+        manifest = self.verify(folder)
+        adapter = next((stored for stored in manifest.adapters if stored["adapter_id"] == job_id), None)
+        if job_id and adapter is None:
+            message = f"checkpoint {manifest.checkpoint_id} holds no adapter of job {job_id[:200]!r}"
+            raise LemixError(ErrorCode.CONFLICT, message, param="job_id")
+        target = self._directory / "exports" / "-".join([*checkpoint_id.split(":"), *([job_id] if job_id else [])])
         partial = target.with_name(f"{_PARTIAL_PREFIX}{target.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            for path in sorted(self._model_path.iterdir()):
-                if path.suffix in _EXPORTED_SUFFIXES and not path.name.endswith(".safetensors.index.json"):
-                    shutil.copyfile(path, partial / path.name)
-            _merge(weights_files(folder), partial / "model.safetensors")
+            if adapter is None:
+                self._export_model(folder, partial)
+            else:
+                self._export_adapter(folder, AdapterSpec.from_stored(adapter), partial)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return target
+
+    def _export_model(self, folder: Path, target: Path) -> None:
+        shards = weights_files(folder)
+        for path in sorted(self._model_path.iterdir()):
+            is_of_weights = path.name == INDEX_FILE or path.suffix == ".safetensors"
+            if not (shards and is_of_weights) and (is_of_weights or path.suffix in _EXPORTED_SUFFIXES):
+                shutil.copyfile(path, target / path.name)
+        if shards:
+            _merge(shards, target / "model.safetensors")
+
+    def _export_adapter(self, folder: Path, spec: AdapterSpec, target: Path) -> None:
+        arguments = lora_arguments(spec, read_model(str(self._model_path)))
+        base = {"peft_type": "LORA", "base_model_name_or_path": str(self._model_path), "inference_mode": True}
+        (target / "adapter_config.json").write_text(json.dumps({**base, **arguments}, indent=2), encoding="utf-8")
+        _merge(state_files(folder), target / "adapter_model.safetensors", adapter_key(spec.adapter_id, ""))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -281,11 +311,12 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _merge(shards: Sequence[Path], target: Path) -> None:
+def _merge(shards: Sequence[Path], target: Path, prefix: str = "") -> None:
+    """Write the tensors of several files whose names begin with `prefix`, without it, into one."""
     files: list[TensorFile] = []
     try:
         for shard in shards:
-            files.append(TensorFile.open(shard))
+            files.append(TensorFile.open(shard, prefix))
         write_copy(target, Replica(target.name, files))
     finally:
         for file in files:

@@ -5,7 +5,7 @@ restores the newest valid checkpoint and finds in the ledger exactly what is mis
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,8 @@ from services.node_agent.checkpoint_store import (
     count_of,
     read_manifest,
 )
-from services.node_agent.engine.base import OptimizerSpec, RestoreCheckpoint, SaveCheckpoint
+from services.node_agent.core.types import Op
+from services.node_agent.engine.base import AdapterSpec, OptimizerSpec, RestoreCheckpoint, SaveCheckpoint
 from services.node_agent.loop import AgentLoop, WeightOp
 from services.runtime.clock import Clock
 
@@ -242,13 +243,20 @@ class Checkpointer:
         except OSError as error:
             raise _disk_error(error) from error
         try:
-            weight_op = WeightOp(False, lambda op: SaveCheckpoint(op.op_id, op.version, str(partial)))
+            adapters: list[AdapterSpec] = []
+
+            def payload(op: Op) -> SaveCheckpoint:
+                if not weight_op.results:  # for stage 0: every stage has the adapters of the steps so far
+                    adapters[:] = self._loop.adapters.held.values()
+                return SaveCheckpoint(op.op_id, op.version, str(partial), tuple(adapters))
+
+            weight_op = WeightOp(False, payload)
             await self._loop.run_weight_op("checkpoint", weight_op)
             for stage, result in enumerate(weight_op.results):
                 if result.error:
                     message = f"stage {stage} could not write its part: {result.error[:200]}"
                     raise LemixError(ErrorCode.RESOURCE_EXHAUSTED, message)
-            manifest = self._manifest(weight_op.version, reason)
+            manifest = self._manifest(weight_op.version, reason, adapters)
             manifest = await asyncio.to_thread(self._store.commit, partial, manifest)
         except OSError as error:
             raise _disk_error(error) from error
@@ -256,7 +264,7 @@ class Checkpointer:
             await asyncio.to_thread(self._store.discard, partial)
         return manifest
 
-    def _manifest(self, step: int, reason: str) -> Manifest:
+    def _manifest(self, step: int, reason: str, adapters: Sequence[AdapterSpec]) -> Manifest:
         contained = [outcome for outcome in self._unsaved.values() if outcome.training.weight_step <= step]
         positions = dict(self._positions)
         for outcome in contained:
@@ -275,6 +283,7 @@ class Checkpointer:
             positions=dict(list(positions.items())[-_MAX_JOBS:]),
             outcomes={outcome.task_id: outcome.SerializeToString().hex() for outcome in unfinished},
             jobs={job_id: asdict(spec) for job_id, spec in self._loop.optimizers.items()},
+            adapters=[asdict(spec) for spec in adapters],
         )
 
     def _take_over(self, manifest: Manifest) -> None:
@@ -357,6 +366,8 @@ class Checkpointer:
             job_id: OptimizerSpec(**{**spec, "betas": tuple(spec["betas"])}) for job_id, spec in manifest.jobs.items()
         }
         self._loop.adopt_optimizers(specs)
+        adapters = [AdapterSpec.from_stored(stored) for stored in manifest.adapters]
+        self._loop.adapters.adopt(adapters, weights_changed=manifest.holds_weights)
         metrics.CHECKPOINTS.labels("restored").inc()
         _log.info("checkpoint restored", checkpoint=manifest.checkpoint_id, version=weight_op.version + 1)
 
@@ -381,7 +392,7 @@ class Checkpointer:
                 case "restore":
                     await self.restore(command.restore, request_id)
                 case "export":
-                    self._report(await self._export(request_id, command.export))
+                    self._report(await self._export(request_id, command.export, command.export_job_id))
                 case "keep":
                     await self._keep(command.keep)
                 case other:
@@ -391,9 +402,9 @@ class Checkpointer:
             if command.HasField("save"):
                 self._failed(error)
 
-    async def _export(self, request_id: str, checkpoint_id: str) -> scheduler_pb2.CheckpointReport:
+    async def _export(self, request_id: str, checkpoint_id: str, job_id: str) -> scheduler_pb2.CheckpointReport:
         try:
-            path = await asyncio.to_thread(self._store.export, checkpoint_id)
+            path = await asyncio.to_thread(self._store.export, checkpoint_id, job_id)
             manifest = await asyncio.to_thread(read_manifest, self._store.folder_of(checkpoint_id))
         except CorruptedCheckpoint as error:
             raise LemixError(ErrorCode.CONFLICT, str(error), param="checkpoint_id") from error

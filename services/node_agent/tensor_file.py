@@ -48,9 +48,11 @@ class TensorFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
 
     @classmethod
-    def open(cls, path: Path) -> "TensorFile":
-        """Map a safetensors file. Raises OSError, or ValueError when it is none."""
-        return cls(path, read_header(path))
+    def open(cls, path: Path, prefix: str = "") -> "TensorFile":
+        """Map a safetensors file; of its tensors those whose names begin with `prefix`, which is left out. Raises
+        OSError, or ValueError when it is none."""
+        chosen = {name: info for name, info in read_header(path).items() if name.startswith(prefix)}
+        return cls(path, {name.removeprefix(prefix): info for name, info in chosen.items()})
 
     def read(self, name: str, offset: int, count: int) -> bytes:
         """At most `count` bytes of a tensor's data from byte `offset` on. Raises KeyError."""

@@ -136,6 +136,14 @@ class CheckpointDesk:
         report: pb.CheckpointReport = await self._call(request_id, node_id, _command(request_id, action, value))
         return report
 
+    async def export(self, node_id: str, checkpoint_id: str, job_id: str) -> pb.CheckpointReport:
+        """Let a node write a checkpoint's model, or the adapter of a job, as a directory. Raises as `ask`."""
+        request_id = uuid.uuid4().hex
+        message = _command(request_id, "export", checkpoint_id)
+        message.checkpoint.export_job_id = job_id
+        report: pb.CheckpointReport = await self._call(request_id, node_id, message)
+        return report
+
     async def _call(self, request_id: str, node_id: str, message: pb.NodeSessionResponse) -> Any:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if request_id in self._waiting:

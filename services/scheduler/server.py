@@ -175,7 +175,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
     ) -> pb.ExportCheckpointResponse:
         """A Hugging Face directory on the node that holds the checkpoint."""
         node_id = self._checkpoints.owner_of(request.checkpoint_id)
-        report = await self._checkpoints.ask(node_id, "export", request.checkpoint_id)
+        report = await self._checkpoints.export(node_id, request.checkpoint_id, request.job_id)
         return pb.ExportCheckpointResponse(node_id=node_id, path=report.path)
 
     async def RestoreCheckpoint(  # noqa: N802  the name of the RPC

@@ -1,7 +1,10 @@
 """An adapter is trained, served as a model of its own beside the model that it leaves alone, and deleted."""
 
+from pathlib import Path
+
 import pytest
 from cluster_under_test import eventually, running
+from safetensors.numpy import load_file
 
 from deploy.local.settings import LocalClusterConfig
 
@@ -16,6 +19,7 @@ def user(model, profiles, tmp_path_factory):
         num_nodes=1,
         num_stages=2,
         profiles_directory=profiles,
+        node={"checkpoint_directory": str(tmp_path_factory.mktemp("checkpoints"))},
         profiler={"repetitions": 2},
     )
     with running(config) as user:
@@ -26,6 +30,12 @@ def models(user):
     return {model["id"]: model.get("parent") for model in user.http.get("/v1/models").json()["data"]}
 
 
+def answered(user, text, **values):
+    response = user.post_chat(text, **values)
+    return response.json() if response.status_code == 200 else None
+
+
+@pytest.mark.timeout(300)
 def test_an_isolated_job(user):
     asked = {"temperature": 0, "max_tokens": 24}
     before = user.chat("the cat", **asked)
@@ -51,6 +61,18 @@ def test_an_isolated_job(user):
     assert user.post_chat("x", lemix={"max_staleness_s": 3600}).json()["error"]["code"] == "stale_weights"
     of_adapter = user.post_chat("x", model=served, lemix={"max_staleness_s": 3600})
     assert (of_adapter.status_code, of_adapter.json()["error"]["param"]) == (400, "max_staleness_s")
+
+    # Adapter, optimizer and job survive the node; the weights below were never written.
+    newest = user.http.get(f"/v1/fine_tuning/jobs/{job_id}/checkpoints").json()["data"][0]
+    assert newest["trained_microbatches"] == {job_id: 36}
+    path = user.http.post(f"/v1/checkpoints/{newest['id']}/export", params={"job_id": job_id}).json()["path"]
+    assert len(load_file(f"{path}/adapter_model.safetensors")) == 4 * 7 * 2
+    assert list(Path(path).parents[1].glob("node-0/*/model-*")) == []
+    user.cluster.child("node-0").kill()
+    user.cluster.child("node-0").start()
+    eventually(lambda: served in models(user), "the node is back with the adapter", 90)
+    again = eventually(lambda: answered(user, "the cat", model=served, **asked), "it serves again", 90)
+    assert again["choices"] == own["choices"]
 
     assert user.http.delete(f"/v1/models/{served}").json() == {"id": served, "object": "model", "deleted": True}
     eventually(lambda: models(user) == {user.model: None}, "its model is not listed any more")

@@ -3,7 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lemix.errors import LemixError
 from services.node_agent.checkpoint_files import weights_files
+from services.node_agent.checkpoint_store import CheckpointStore, Manifest
 from services.node_agent.engine.base import (
     AdapterSpec,
     DecodeSequence,
@@ -357,7 +359,7 @@ async def test_a_checkpoint_holds_the_adapter_alone(
     for step in range(2):
         await train(first, SPEC, step)
     for executor in first.executors:
-        assert executor.run(SaveCheckpoint(0, 2, str(tmp_path))).error == ""
+        assert executor.run(SaveCheckpoint(0, 2, str(tmp_path), (SPEC,))).error == ""
     assert weights_files(tmp_path) == []
     second = Pipeline.load(models["llama"], cut[1])
     await train(second, None, 9)  # what it has must go: the checkpoint is of the untrained model
@@ -371,3 +373,43 @@ async def test_a_checkpoint_holds_the_adapter_alone(
     for step in range(2, 4):
         await train(second, SPEC, step)
     assert_close(second.adapter("job-1"), whole.adapter("job-1"), 1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("targets", [("all-linear",), ()])
+async def test_an_export_is_a_peft_directory(
+    models: dict[str, Path], tmp_path: Path, name: str, targets: tuple[str, ...]
+) -> None:
+    """It loads on the model directory, without a warning, and gives the logits that are served."""
+    spec = replace(SPEC, target_modules=targets)
+    pipeline = Pipeline.load(models[name], 2)
+    make(pipeline, spec)
+    make(pipeline, ONLINE)
+    store = CheckpointStore(tmp_path / "checkpoints", "node-0", models[name], keep=2)
+    store.prepare()
+    partial = store.begin()
+    for executor in pipeline.executors:
+        assert executor.run(SaveCheckpoint(0, 0, str(partial), (ONLINE, spec))).error == ""
+    manifest = Manifest(
+        node_id="node-0",
+        incarnation=7,
+        step=0,
+        created_unix_s=1.0,
+        trained_unix_s=1.0,
+        num_stages=2,
+        reason="request",
+        model=store.model,
+        adapters=[asdict(ONLINE), asdict(spec)],
+    )
+    assert not store.commit(partial, manifest).holds_weights
+    path = store.export("node-0:7:0", "job-1")
+    assert {file.name for file in path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    loaded = PeftModel.from_pretrained(load_reference(models[name]), path)
+    recorded = pipeline.record_logits()
+    await pipeline.prefill(PrefillSequence("r", (1, 2, 3), Sampling(), 2, adapter_id="job-1"))
+    assert_close({"logits": recorded[0][0]}, {"logits": full_logits(loaded, (1, 2, 3))[-1]})
+    # The model itself was never trained: its export is the directory it was loaded from.
+    whole = store.export("node-0:7:0")
+    assert (whole / "model.safetensors").read_bytes() == (models[name] / "model.safetensors").read_bytes()
+    with pytest.raises(LemixError, match="holds no adapter of job 'job-9'"):
+        store.export("node-0:7:0", "job-9")

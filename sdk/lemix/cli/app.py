@@ -202,10 +202,13 @@ def checkpoints(
 
 
 @app.command()
-def export(checkpoint: Annotated[str, typer.Argument(help="Id of the checkpoint.")]) -> None:
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Id of the checkpoint.")],
+    job: Annotated[str, typer.Option(help="Write only the adapter of this LoRA job, as a peft directory.")] = "",
+) -> None:
     """Write a checkpoint as a Hugging Face directory on its node."""
     with _state.client() as client:
-        done = client.export_checkpoint(checkpoint)
+        done = client.export_checkpoint(checkpoint, job)
     _state.out.print(f"{done.node_id}: {done.path}", soft_wrap=True)
 
 

@@ -182,10 +182,12 @@ class ListCheckpointsResponse(_message.Message):
     def __init__(self, checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ...) -> None: ...
 
 class ExportCheckpointRequest(_message.Message):
-    __slots__ = ("checkpoint_id",)
+    __slots__ = ("checkpoint_id", "job_id")
     CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
     checkpoint_id: str
-    def __init__(self, checkpoint_id: _Optional[str] = ...) -> None: ...
+    job_id: str
+    def __init__(self, checkpoint_id: _Optional[str] = ..., job_id: _Optional[str] = ...) -> None: ...
 
 class ExportCheckpointResponse(_message.Message):
     __slots__ = ("node_id", "path")

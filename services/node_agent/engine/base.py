@@ -10,8 +10,9 @@ changes of weights are for the stage's current version.
 """
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,11 @@ class AdapterSpec:
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
     isolated: bool = False
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> "AdapterSpec":
+        """From `dataclasses.asdict` by way of JSON."""
+        return cls(**{**stored, "target_modules": tuple(stored["target_modules"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +241,8 @@ class SaveCheckpoint:
     op_id: int
     version: int
     folder: str
+    #: Those that all stages have.
+    adapters: tuple[AdapterSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

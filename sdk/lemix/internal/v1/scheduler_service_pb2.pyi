@@ -331,18 +331,20 @@ class KeepCheckpoint(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., checkpoint_id: _Optional[str] = ...) -> None: ...
 
 class CheckpointCommand(_message.Message):
-    __slots__ = ("request_id", "save", "restore", "export", "keep")
+    __slots__ = ("request_id", "save", "restore", "export", "keep", "export_job_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SAVE_FIELD_NUMBER: _ClassVar[int]
     RESTORE_FIELD_NUMBER: _ClassVar[int]
     EXPORT_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    EXPORT_JOB_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     save: str
     restore: str
     export: str
     keep: KeepCheckpoint
-    def __init__(self, request_id: _Optional[str] = ..., save: _Optional[str] = ..., restore: _Optional[str] = ..., export: _Optional[str] = ..., keep: _Optional[_Union[KeepCheckpoint, _Mapping]] = ...) -> None: ...
+    export_job_id: str
+    def __init__(self, request_id: _Optional[str] = ..., save: _Optional[str] = ..., restore: _Optional[str] = ..., export: _Optional[str] = ..., keep: _Optional[_Union[KeepCheckpoint, _Mapping]] = ..., export_job_id: _Optional[str] = ...) -> None: ...
 
 class NodeWelcome(_message.Message):
     __slots__ = ("fencing_token", "queue_order", "lease_s")
@@ -527,10 +529,12 @@ class ListCheckpointsResponse(_message.Message):
     def __init__(self, checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ...) -> None: ...
 
 class ExportCheckpointRequest(_message.Message):
-    __slots__ = ("checkpoint_id",)
+    __slots__ = ("checkpoint_id", "job_id")
     CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
     checkpoint_id: str
-    def __init__(self, checkpoint_id: _Optional[str] = ...) -> None: ...
+    job_id: str
+    def __init__(self, checkpoint_id: _Optional[str] = ..., job_id: _Optional[str] = ...) -> None: ...
 
 class ExportCheckpointResponse(_message.Message):
     __slots__ = ("node_id", "path")

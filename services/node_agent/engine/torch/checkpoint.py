@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from services.node_agent.checkpoint_files import state_file, state_files, weights_file, weights_files
+from services.node_agent.checkpoint_files import adapter_key, state_file, state_files, weights_file, weights_files
 from services.node_agent.engine.base import AdapterSpec, OptimizerSpec
 from services.node_agent.engine.torch.adapters import Adapter
 from services.node_agent.engine.torch.stage import Stage
@@ -24,24 +24,28 @@ from services.node_agent.engine.torch.weights import WeightSet
 
 _RANDOM_STATE = "random_state"
 _JOBS = "jobs"
-ADAPTERS = "adapters"
+_ADAPTERS = "adapters"
 
 
-def save(folder: Path, stage: Stage, training: Training) -> None:
-    """Write this stage's files. Raises OSError or SafetensorError when they cannot be written."""
+def save(folder: Path, stage: Stage, training: Training, adapters: Sequence[AdapterSpec]) -> None:
+    """Write this stage's files, with these adapters. Raises OSError or SafetensorError when they cannot be written,
+    KeyError for an adapter that is not there."""
+    kept = [stage.adapters.get(spec.adapter_id) for spec in adapters]
     if not stage.weights.pristine:
         weights = {name: part.contiguous() for name, part in stage.weights.named(with_borrowed=False).items()}
         save_file(weights, folder / weights_file(stage.index, stage.num_stages), metadata={"format": "pt"})
     tensors: dict[str, Tensor] = {_RANDOM_STATE: torch.get_rng_state()}
-    for adapter in stage.adapters:
+    for adapter in kept:
         named = adapter.weights.named(with_borrowed=False).items()
         tensors.update((adapter_key(adapter.spec.adapter_id, name), part.contiguous()) for name, part in named)
     schedules = {}
+    saved = [stage.weights, *(adapter.weights for adapter in kept)]
     for job_id, job in training.jobs.items():
+        if not any(job.weights is weights for weights in saved):
+            continue  # its adapter is not on all stages yet
         schedules[job_id] = {"spec": asdict(job.spec), "steps": job.scheduler.last_epoch}
         tensors.update(_moments(job_id, job.weights, job.optimizer.state))
-    adapters = [asdict(adapter.spec) for adapter in stage.adapters]
-    metadata = {_JOBS: json.dumps(schedules), ADAPTERS: json.dumps(adapters)}
+    metadata = {_JOBS: json.dumps(schedules), _ADAPTERS: json.dumps([asdict(spec) for spec in adapters])}
     save_file(tensors, folder / state_file(stage.index, stage.num_stages), metadata=metadata)
 
 
@@ -88,22 +92,12 @@ def _value_of(values: Mapping[str, Tensor], name: str, current: Tensor) -> Tenso
     return values[name]
 
 
-def adapter_key(adapter_id: str, name: str) -> str:
-    """Name of an adapter's tensor in a state file; `name` is that in an adapter_model.safetensors."""
-    return f"{adapter_id}/weight/{name}"
-
-
-def adapter_spec(stored: Mapping[str, Any]) -> AdapterSpec:
-    """From the list under `ADAPTERS` in a state file's metadata."""
-    return AdapterSpec(**{**stored, "target_modules": tuple(stored["target_modules"])})
-
-
 def _read_adapters(
     folder: Path, files: Sequence[Path], stage: Stage, training: Training
 ) -> list[tuple[Adapter, dict[str, Tensor]]]:
     """This stage's adapters with the values they had."""
     with safe_open(files[0], framework="pt") as stored:
-        specs = [adapter_spec(item) for item in json.loads((stored.metadata() or {}).get(ADAPTERS, "[]"))]
+        specs = [AdapterSpec.from_stored(item) for item in json.loads((stored.metadata() or {}).get(_ADAPTERS, "[]"))]
     found = []
     for spec in specs:
         adapter = training.adapter(spec)

@@ -214,7 +214,7 @@ class StageExecutor:
     def _save_checkpoint(self, op: SaveCheckpoint) -> StageResult:
         if op.version != self.version:
             self._refuse(op.version, (self.version,))
-        checkpoint.save(Path(op.folder), self.stage, self.training)
+        checkpoint.save(Path(op.folder), self.stage, self.training, op.adapters)
         return _result(op)
 
     def _restore_checkpoint(self, op: RestoreCheckpoint) -> StageResult:

@@ -65,6 +65,15 @@ class NodeAdapters:
             self._held[spec.adapter_id] = spec
             self.on_change()
 
+    def loaded(self, spec: AdapterSpec | None, trained_unix_s: float | None) -> None:
+        """Every stage has taken over weights (None), or this adapter, with a newest step of that time."""
+        if spec is None:
+            self.weights_changed = True
+            return
+        if trained_unix_s is not None:
+            self._trained_unix_s[spec.adapter_id] = trained_unix_s
+        self.made(spec)
+
     def adopt(self, specs: Iterable[AdapterSpec], *, weights_changed: bool) -> None:
         """The stages have restored these and no others, on top of such weights."""
         self.weights_changed = weights_changed

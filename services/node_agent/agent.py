@@ -284,13 +284,13 @@ class NodeAgent:
         """See session.Commands."""
         self._intake.cancel(task_id)
 
-    def on_take_snapshot(self, sync_id: str) -> None:
+    def on_take_snapshot(self, command: scheduler_pb2.TakeSnapshot) -> None:
         """See session.Commands."""
-        self._weights.start_snapshot(sync_id)
+        self._weights.start_snapshot(command)
 
     def on_apply_weights(self, command: scheduler_pb2.ApplyWeights) -> None:
         """See session.Commands."""
-        self._weights.start_apply(command.sync_id, command.mode, command.source_addresses)
+        self._weights.start_apply(command)
 
     def on_forget_adapter(self, adapter_id: str) -> None:
         """See session.Commands."""

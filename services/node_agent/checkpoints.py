@@ -427,7 +427,11 @@ class Checkpointer:
         """
         folder = self._store.folder_of(checkpoint_id)
         try:
-            return weights_files(folder), read_manifest(folder).trained_unix_s
+            manifest = read_manifest(folder)
+            if not manifest.holds_weights:
+                message = f"the weights of checkpoint {checkpoint_id} are those of the model directory"
+                raise LemixError(ErrorCode.CONFLICT, message, param="checkpoint_id")
+            return weights_files(folder), manifest.trained_unix_s
         except CorruptedCheckpoint as error:
             raise LemixError(ErrorCode.CONFLICT, str(error), param="checkpoint_id") from error
 

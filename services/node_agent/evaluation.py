@@ -6,7 +6,7 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from services.node_agent.convert import example_from_proto
 from services.node_agent.core.types import Op
-from services.node_agent.engine.base import Example, ModelInfo, StageOp, TrainForward
+from services.node_agent.engine.base import AdapterSpec, Example, ModelInfo, StageOp, TrainForward
 from services.node_agent.loop import AgentLoop, WeightOp
 
 _TASK_ID = "evaluation"
@@ -23,9 +23,12 @@ async def evaluate(
     report = scheduler_pb2.EvaluationReport(request_id=command.request_id)
     total = 0.0
     try:
+        adapter = loop.adapters.held.get(command.adapter_id)
+        if command.adapter_id and adapter is None:
+            raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"this node holds no adapter {command.adapter_id}")
         for index, item in enumerate(command.examples):
             task_id = f"{_TASK_ID}/{command.request_id}/{index}"
-            loss, label_tokens = await _one(loop, task_id, example_from_proto(item, info))
+            loss, label_tokens = await _one(loop, task_id, example_from_proto(item, info), adapter)
             total += loss * label_tokens
             report.label_tokens += label_tokens
         if not report.label_tokens:
@@ -36,12 +39,12 @@ async def evaluate(
     return report
 
 
-async def _one(loop: AgentLoop, task_id: str, example: Example) -> tuple[float, int]:
+async def _one(loop: AgentLoop, task_id: str, example: Example, adapter: AdapterSpec | None) -> tuple[float, int]:
     """Mean loss of one example (infinite when it is not finite), and its labels. Raises LemixError when it fails."""
 
     def payload(op: Op) -> StageOp:
         hidden = weight_op.results[-1].output if weight_op.results else None
-        return TrainForward(op.op_id, op.version, task_id, (example,), hidden=hidden)
+        return TrainForward(op.op_id, op.version, task_id, (example,), hidden=hidden, adapter=adapter)
 
     weight_op = WeightOp(False, payload)
     try:

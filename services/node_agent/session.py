@@ -41,7 +41,7 @@ class Commands(Protocol):
     def on_cancel(self, task_id: str) -> None:
         """Drop a task."""
 
-    def on_take_snapshot(self, sync_id: str) -> None:
+    def on_take_snapshot(self, command: scheduler_pb2.TakeSnapshot) -> None:
         """Phase one of a synchronisation."""
 
     def on_apply_weights(self, command: scheduler_pb2.ApplyWeights) -> None:
@@ -217,7 +217,7 @@ class SchedulerSession:
             case "cancel":
                 self._commands.on_cancel(message.cancel.task_id)
             case "take_snapshot":
-                self._commands.on_take_snapshot(message.take_snapshot.sync_id)
+                self._commands.on_take_snapshot(message.take_snapshot)
             case "apply_weights":
                 self._commands.on_apply_weights(message.apply_weights)
             case "checkpoint":

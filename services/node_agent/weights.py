@@ -13,7 +13,8 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from services.node_agent.checkpoints import Checkpointer
 from services.node_agent.combine import Replica, write_copy, write_mean
-from services.node_agent.engine.base import LoadWeights, Snapshot
+from services.node_agent.convert import adapter_from_proto
+from services.node_agent.engine.base import PART_SEPARATOR, AdapterSpec, LoadWeights, Snapshot, round_of
 from services.node_agent.loop import AgentLoop, WeightOp
 from services.node_agent.peer_weights import FetchedReplica, fetch_replica
 from services.node_agent.scratch import ScratchFolder
@@ -21,7 +22,7 @@ from services.node_agent.tensor_file import TensorFile
 
 _log = structlog.get_logger()
 
-_KEPT_SNAPSHOTS = 2
+_KEPT_ROUNDS = 2
 _MAX_TASKS = 4
 _MAX_FETCHES = 4
 #: Synchronisations of this name hand out a checkpoint instead of a snapshot.
@@ -105,13 +106,13 @@ class WeightSync:
             for file in files:
                 file.close()
 
-    def start_snapshot(self, sync_id: str) -> None:
+    def start_snapshot(self, command: scheduler_pb2.TakeSnapshot) -> None:
         """Begin phase one."""
-        self._start(sync_id, self._take(sync_id), snapshot_only=True)
+        self._start(command.sync_id, self._take_all(command), snapshot_only=True)
 
-    def start_apply(self, sync_id: str, mode: int, addresses: Sequence[str]) -> None:
-        """Begin phase two; addresses: host:port of the peers whose snapshots are used."""
-        self._start(sync_id, self._apply(sync_id, mode, addresses), snapshot_only=False)
+    def start_apply(self, command: scheduler_pb2.ApplyWeights) -> None:
+        """Begin phase two."""
+        self._start(command.sync_id, self._apply_all(command), snapshot_only=False)
 
     # ------------------------------------------------------------- phases
 
@@ -146,8 +147,29 @@ class WeightSync:
             message.error.CopyFrom(error.to_proto())
         self._report(message)
 
-    async def _take(self, sync_id: str) -> None:
-        weight_op = WeightOp(False, lambda op: Snapshot(op.op_id, op.version, sync_id))
+    async def _take_all(self, command: scheduler_pb2.TakeSnapshot) -> None:
+        if not command.skip_weights:
+            await self._take(command.sync_id, None)
+        for held in command.adapters:
+            spec = self._loop.adapters.held.get(held.adapter_id)
+            if spec is not None:
+                await self._take(_part_of(command.sync_id, spec), spec)
+
+    async def _apply_all(self, command: scheduler_pb2.ApplyWeights) -> None:
+        sync_id = command.sync_id
+        if not command.skip_weights:
+            await self._apply(sync_id, command.mode, command.source_addresses, None)
+        for item in command.adapters:
+            spec = adapter_from_proto(item.adapter.adapter_id, item.adapter.lora, isolated=item.adapter.isolated)
+            self._loop.adapters.expect(spec)
+            await self._apply(_part_of(sync_id, spec), item.mode, item.source_addresses, spec)
+        if self._checkpoints is not None and sync_id.startswith(CHECKPOINT_PREFIX):
+            # Or a crash would bring the older weights back.
+            await self._checkpoints.save("publish")
+
+    async def _take(self, sync_id: str, adapter: AdapterSpec | None) -> None:
+        """Copy the weights, or an adapter's."""
+        weight_op = WeightOp(False, lambda op: Snapshot(op.op_id, op.version, sync_id, adapter))
         await self._loop.run_weight_op(f"{sync_id}/snapshot", weight_op)
         _check(weight_op, "the snapshot failed")
         files: list[TensorFile] = []
@@ -158,7 +180,8 @@ class WeightSync:
             for file in files:
                 file.close()
             raise
-        trained_unix_s = self._loop.ages.at(weight_op.version)
+        of_model = None if adapter is not None and adapter.isolated else self._loop.ages.at(weight_op.version)
+        trained_unix_s = self._loop.adapters.newest_step("" if adapter is None else adapter.adapter_id, of_model)
         self._keep(sync_id, KeptSnapshot(Replica(self._address(), files), files, trained_unix_s))
 
     def _keep(self, sync_id: str, snapshot: KeptSnapshot) -> None:
@@ -166,10 +189,12 @@ class WeightSync:
         if replaced is not None:
             replaced.close()
         self._snapshots[sync_id] = snapshot
-        while len(self._snapshots) > _KEPT_SNAPSHOTS:
-            self._snapshots.popitem(last=False)[1].close()
+        rounds = list(dict.fromkeys(round_of(name) for name in self._snapshots))
+        for name in [name for name in self._snapshots if round_of(name) in rounds[:-_KEPT_ROUNDS]]:
+            self._snapshots.pop(name).close()
 
-    async def _apply(self, sync_id: str, mode: int, addresses: Sequence[str]) -> None:
+    async def _apply(self, sync_id: str, mode: int, addresses: Sequence[str], adapter: AdapterSpec | None) -> None:
+        """Change the weights, or an adapter's. addresses: host:port of the peers whose snapshots are used."""
         name = _MODES.get(mode)
         peers = sorted(set(addresses) - {self._address()})
         if name is None or not peers or (name == "replace" and len(peers) != 1):
@@ -183,16 +208,14 @@ class WeightSync:
                 replace = name == "replace"
                 weight_op = WeightOp(
                     True,
-                    lambda op: LoadWeights(op.op_id, op.version, sync_id, str(path), name, op.oldest_version),
-                    lambda before: trained_unix_s if replace else _latest(before, trained_unix_s),
+                    lambda op: LoadWeights(op.op_id, op.version, sync_id, str(path), name, op.oldest_version, adapter),
+                    lambda before: _trained(before, trained_unix_s, adapter, replace=replace),
                 )
                 await self._loop.run_weight_op(f"{sync_id}/apply", weight_op)
                 _check(weight_op, "the weights were not changed")
+                self._loop.adapters.loaded(adapter, trained_unix_s)
             finally:
                 path.unlink(missing_ok=True)
-        if self._checkpoints is not None and sync_id.startswith(CHECKPOINT_PREFIX):
-            # Or a crash would bring the older weights back.
-            await self._checkpoints.save("publish")
 
     async def _combine(self, sync_id: str, mode: str, peers: Sequence[str], path: Path) -> float | None:
         """Fetch the peers' snapshots and write one file; returns when the newest step in them was made."""
@@ -226,6 +249,18 @@ class WeightSync:
                 if isinstance(outcome, FetchedReplica):
                     outcome.close()
             raise
+
+
+def _part_of(sync_id: str, adapter: AdapterSpec) -> str:
+    """The name of an adapter's part in a round."""
+    return f"{sync_id}{PART_SEPARATOR}{adapter.adapter_id}"
+
+
+def _trained(before: float | None, loaded: float | None, adapter: AdapterSpec | None, *, replace: bool) -> float | None:
+    """When the newest step in the served model was made, after a change of the weights or of an adapter."""
+    if adapter is not None and adapter.isolated:
+        return before
+    return loaded if replace and adapter is None else _latest(before, loaded)
 
 
 def _latest(*times: float | None) -> float | None:

@@ -163,10 +163,12 @@ class CheckpointDesk:
             raise LemixError.from_proto(report.error)
         return report
 
-    async def heldout_loss(self, node_id: str, examples: Sequence[work_pb2.TrainingExample]) -> float:
-        """Loss of a node's weights, nats per token. Raises as `ask`."""
+    async def heldout_loss(
+        self, node_id: str, examples: Sequence[work_pb2.TrainingExample], adapter_id: str = ""
+    ) -> float:
+        """Loss of a node's weights, or of an isolated adapter on them, nats per token. Raises as `ask`."""
         request_id = uuid.uuid4().hex
-        command = pb.EvaluateCommand(request_id=request_id, examples=examples)
+        command = pb.EvaluateCommand(request_id=request_id, examples=examples, adapter_id=adapter_id)
         report = await self._call(request_id, node_id, pb.NodeSessionResponse(evaluate=command))
         return float(report.loss)
 

@@ -400,7 +400,7 @@ class Driver:
             case CancelOnNode(task_id, node_id):
                 self._nodes.send(node_id, pb.NodeSessionResponse(cancel=pb.CancelWork(task_id=task_id)))
             case TakeSnapshot(sync_id, node_id):
-                message = pb.NodeSessionResponse(take_snapshot=pb.TakeSnapshot(sync_id=sync_id))
+                message = pb.NodeSessionResponse(take_snapshot=self._nodes.adapters.snapshot(sync_id, node_id))
                 self._send_sync(sync_id, node_id, message)
             case ApplyWeights():
                 self._apply_weights(command)
@@ -471,12 +471,11 @@ class Driver:
         self._tell_end(outcome)
 
     def _apply_weights(self, command: ApplyWeights) -> None:
-        addresses = [self._nodes.address(node_id) for node_id in command.source_node_ids]
-        message = pb.ApplyWeights(
-            sync_id=command.sync_id,
-            mode=sync_mode_to_proto(command.mode),
-            source_addresses=[address for address in addresses if address],
-        )
+        sources = {node_id: self._nodes.address(node_id) for node_id in command.source_node_ids}
+        sources = {node_id: address for node_id, address in sources.items() if address}
+        mode = sync_mode_to_proto(command.mode)
+        message = pb.ApplyWeights(sync_id=command.sync_id, mode=mode, source_addresses=sources.values())
+        self._nodes.adapters.apply(message, command.node_id, sources)
         self._send_sync(command.sync_id, command.node_id, pb.NodeSessionResponse(apply_weights=message))
 
     def _send_sync(self, sync_id: str, node_id: str, message: pb.NodeSessionResponse) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 import structlog
@@ -73,7 +73,7 @@ class NodeRegistry:
         self._lease_s = lease_s
         self._max_queued_messages = max_queued_messages
         self._checkpoints = checkpoints or CheckpointDesk()
-        self._adapters = adapters or AdapterDesk()
+        self.adapters = adapters or AdapterDesk()
         self._connections: dict[str, _Connection] = {}
         #: Nodes that said hello and have no latency models yet.
         self._joining: set[str] = set()
@@ -133,7 +133,7 @@ class NodeRegistry:
         self._connections[node_id] = connection
         (self._keepers.add if connection.hello.keeps_checkpoints else self._keepers.discard)(node_id)
         self._checkpoints.joined(connection.hello)
-        self._adapters.joined(node_id, connection.hello.model)
+        self.adapters.joined(node_id, connection.hello.model)
         if earlier is not None:
             earlier.outbox.close("taken over")
         _log.info("node joined", node=node_id, address=connection.hello.address, again=earlier is not None)
@@ -195,7 +195,7 @@ class NodeRegistry:
         loop = asyncio.get_running_loop()
         try:
             await self._inbox.put(NodeArrived(spec))
-            await self._observe_adapters(connection, connection.hello.adapters)
+            await self._observe_adapters(connection, connection.hello)
             welcome = pb.NodeWelcome(
                 fencing_token=self._token, queue_order=self._queue_order.value, lease_s=self._lease_s
             )
@@ -229,7 +229,7 @@ class NodeRegistry:
         reason = connection.lost_reason or connection.outbox.closed_reason or "its stream was cut"
         _log.warning("node lost", node=node_id, reason=reason)
         self._checkpoints.left(node_id)
-        self._adapters.left(node_id)
+        self.adapters.left(node_id)
         await self._inbox.put(NodeGone(node_id, reason, may_return=self.keeps_checkpoints(node_id)))
 
     # ------------------------------------------------------------- reports
@@ -244,7 +244,7 @@ class NodeRegistry:
             case "heartbeat":
                 self._observe_clock(connection, message.heartbeat.sent_monotonic_s)
                 await self._observe_weights(connection, message.heartbeat)
-                await self._observe_adapters(connection, message.heartbeat.adapters)
+                await self._observe_adapters(connection, message.heartbeat)
                 if message.heartbeat.draining and not connection.is_draining:
                     connection.is_draining = True
                     _log.info("node drains", node=connection.hello.node_id)
@@ -266,11 +266,11 @@ class NodeRegistry:
     def _observe_clock(self, connection: _Connection, sent_monotonic_s: float) -> None:
         connection.offset_s = min(connection.offset_s, self._clock.monotonic_s() - sent_monotonic_s)
 
-    async def _observe_adapters(self, connection: _Connection, adapters: Iterable[pb.HeldAdapter]) -> None:
+    async def _observe_adapters(self, connection: _Connection, told: pb.NodeHello | pb.NodeHeartbeat) -> None:
         node_id = connection.hello.node_id
         if self._connections.get(node_id) is not connection:
             return  # taken over
-        serving = await self._adapters.told(node_id, adapters)
+        serving = await self.adapters.told(node_id, told.adapters, weights_changed=told.weights_changed)
         if serving is not None:
             await self._inbox.put(Told(AdaptersTold(node_id, serving)))
 

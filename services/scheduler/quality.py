@@ -56,7 +56,8 @@ class QualityGate:
     async def _look(self, node_id: str, checkpoint: types_pb2.Checkpoint, state: JobState) -> None:
         checkpoint_id = checkpoint.checkpoint_id
         try:
-            loss = await self._desk.heldout_loss(node_id, await self._examples(state.validation_file))
+            examples = await self._examples(state.validation_file)
+            loss = await self._desk.heldout_loss(node_id, examples, state.job_id if state.is_isolated else "")
         except LemixError as error:
             self._jobs.note(state, "warn", f"no held-out loss of checkpoint {checkpoint_id}: {error.message}")
             return

@@ -202,6 +202,15 @@ class OptimizerStep:
     oldest_version: int | None = None
 
 
+#: Between the id of a round of synchronisation and the part of the weights that a snapshot holds.
+PART_SEPARATOR = "#"
+
+
+def round_of(sync_id: str) -> str:
+    """The round that a snapshot is of."""
+    return sync_id.partition(PART_SEPARATOR)[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Copy this stage's weights of `version`, or of an adapter alone, aside under a name; peers read them through

@@ -177,3 +177,43 @@ async def test_snapshots_are_streamed_in_named_chunks(tmp_path: Path) -> None:
         assert chunks[0].HasField("trained_unix_s")
         with pytest.raises(Exception, match="no snapshot for synchronisation s1"):
             _ = [chunk async for chunk in node.stub.FetchWeights(node_pb2.FetchWeightsRequest(sync_id="s1"))]
+
+
+async def test_an_adapter_comes_to_a_node_that_lacks_it(tmp_path: Path) -> None:
+    """Alone: the weights below it are not asked for. From then on the node serves it."""
+    async with cluster(tmp_path) as made:
+        one = await made.start_node("node-0")
+        two = await made.start_node("node-1")
+        item = training_item("job-1", 0, [[1, 2]])
+        item.training.lora.rank, item.training.lora.alpha, item.training.isolated = 4, 8.0, True
+        await made.assign(item, "node-0")
+        await made.scheduler.outcome("job-1/0")
+        (held,) = one.agent._held_adapters()
+        assert (held.adapter_id, held.lora.rank, held.isolated) == ("job-1", 4, True)
+        assert not one.agent._loop.adapters.weights_changed
+        refused = inference_item("early", [1], 1, adapter_id="job-1")
+        await made.assign(refused, "node-1")
+        assert (await made.scheduler.outcome("early")).inference.error.code == errors_pb2.ERROR_CODE_MODEL_NOT_FOUND
+
+        taken = scheduler_pb2.TakeSnapshot(sync_id="s", skip_weights=True, adapters=[held])
+        made.scheduler.command("node-0", take_snapshot=taken)
+        assert not (await made.scheduler.sync_finished(1))[0].HasField("error")
+        apply = scheduler_pb2.ApplyWeights(sync_id="s", mode=scheduler_pb2.SYNC_MODE_AVERAGE, skip_weights=True)
+        replace = scheduler_pb2.SYNC_MODE_REPLACE
+        apply.adapters.add(adapter=held, mode=replace, source_addresses=[one.agent.address])
+        made.scheduler.command("node-1", apply_weights=apply)
+        assert not (await made.scheduler.sync_finished(2))[1].HasField("error")
+        assert two.agent._held_adapters() == (held,)
+        assert not two.agent._loop.adapters.weights_changed
+        await made.assign(inference_item("late", [1], 1, adapter_id="job-1"), "node-1")
+        report = (await made.scheduler.outcome("late")).inference.report
+        assert [version.job_id for version in report.weight_versions] == ["job-1"]
+        assert report.HasField("staleness_s"), "trained elsewhere"
+
+        made.scheduler.command("node-1", forget_adapter=scheduler_pb2.ForgetAdapter(adapter_id="job-1"))
+        await made.assign(inference_item("meanwhile", [1], 400, adapter_id="job-1"), "node-1")
+        ended = (await made.scheduler.outcome("meanwhile")).inference.error.code
+        assert ended in (errors_pb2.ERROR_CODE_MODEL_NOT_FOUND, errors_pb2.ERROR_CODE_CANCELLED)
+        await made.assign(inference_item("later", [1], 1, adapter_id="job-1"), "node-1")
+        assert (await made.scheduler.outcome("later")).inference.error.code == errors_pb2.ERROR_CODE_MODEL_NOT_FOUND
+        assert two.agent._held_adapters() == ()

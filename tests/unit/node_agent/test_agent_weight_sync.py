@@ -9,6 +9,7 @@ import pytest
 
 from lemix.internal.v1 import scheduler_service_pb2
 from services.latency import OpKind
+from services.node_agent.adapters import NodeAdapters
 from services.node_agent.core.types import Op
 from services.node_agent.engine.base import LoadWeights
 from services.node_agent.loop import WeightOp
@@ -25,11 +26,15 @@ async def test_applied_weights_say_which_older_ones_are_still_needed(monkeypatch
     async def combine(self: WeightSync, sync_id: str, mode: str, peers: Sequence[str], path: Path) -> None:
         assert (sync_id, mode, list(peers)) == ("s", "replace", ["peer:1"])
 
-    loop = SimpleNamespace(run_weight_op=run_weight_op, ages=SimpleNamespace(newest_step=4))
+    loop = SimpleNamespace(run_weight_op=run_weight_op, ages=SimpleNamespace(newest_step=4), adapters=NodeAdapters(1))
     monkeypatch.setattr(WeightSync, "_combine", combine)
     finished: asyncio.Queue[scheduler_service_pb2.SyncFinished] = asyncio.Queue()
     sync = WeightSync(loop=loop, address=lambda: "own:1", report=finished.put_nowait, timeout_s=5.0)  # type: ignore[arg-type]
-    sync.start_apply("s", scheduler_service_pb2.SYNC_MODE_REPLACE, ["peer:1", "own:1"])
+    sync.start_apply(
+        scheduler_service_pb2.ApplyWeights(
+            sync_id="s", mode=scheduler_service_pb2.SYNC_MODE_REPLACE, source_addresses=["peer:1", "own:1"]
+        )
+    )
     async with asyncio.timeout(5.0):
         assert not (await finished.get()).HasField("error")
     await sync.close()

@@ -16,6 +16,7 @@ from lemix.v1 import errors_pb2, types_pb2
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.ledger import Ledger, LedgerUnavailable, StaleToken, TaskState, open_ledger
 from services.runtime.clock import FakeClock
+from services.scheduler.adapters import AdapterDesk
 from services.scheduler.core.types import (
     ApplyWeights,
     Assign,
@@ -87,6 +88,7 @@ class Peers:
     told: list[tuple[Any, ...]] = field(default_factory=list)
     connected: set[str] = field(default_factory=lambda: {"n0", "n1"})
     wanted: set[str] = field(default_factory=lambda: {"j"})
+    adapters: AdapterDesk = field(default_factory=AdapterDesk)
 
     def send(self, node_id: str, message: pb.NodeSessionResponse) -> bool:
         if node_id in self.connected:

@@ -315,12 +315,14 @@ class NodeSessionResponse(_message.Message):
     def __init__(self, welcome: _Optional[_Union[NodeWelcome, _Mapping]] = ..., cancel: _Optional[_Union[CancelWork, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ..., apply_weights: _Optional[_Union[ApplyWeights, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointCommand, _Mapping]] = ..., evaluate: _Optional[_Union[EvaluateCommand, _Mapping]] = ..., forget_adapter: _Optional[_Union[ForgetAdapter, _Mapping]] = ...) -> None: ...
 
 class EvaluateCommand(_message.Message):
-    __slots__ = ("request_id", "examples")
+    __slots__ = ("request_id", "examples", "adapter_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     examples: _containers.RepeatedCompositeFieldContainer[_work_pb2.TrainingExample]
-    def __init__(self, request_id: _Optional[str] = ..., examples: _Optional[_Iterable[_Union[_work_pb2.TrainingExample, _Mapping]]] = ...) -> None: ...
+    adapter_id: str
+    def __init__(self, request_id: _Optional[str] = ..., examples: _Optional[_Iterable[_Union[_work_pb2.TrainingExample, _Mapping]]] = ..., adapter_id: _Optional[str] = ...) -> None: ...
 
 class KeepCheckpoint(_message.Message):
     __slots__ = ("job_id", "checkpoint_id")
@@ -369,20 +371,38 @@ class ForgetAdapter(_message.Message):
     def __init__(self, adapter_id: _Optional[str] = ...) -> None: ...
 
 class TakeSnapshot(_message.Message):
-    __slots__ = ("sync_id",)
+    __slots__ = ("sync_id", "skip_weights", "adapters")
     SYNC_ID_FIELD_NUMBER: _ClassVar[int]
+    SKIP_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     sync_id: str
-    def __init__(self, sync_id: _Optional[str] = ...) -> None: ...
+    skip_weights: bool
+    adapters: _containers.RepeatedCompositeFieldContainer[HeldAdapter]
+    def __init__(self, sync_id: _Optional[str] = ..., skip_weights: _Optional[bool] = ..., adapters: _Optional[_Iterable[_Union[HeldAdapter, _Mapping]]] = ...) -> None: ...
 
 class ApplyWeights(_message.Message):
-    __slots__ = ("sync_id", "mode", "source_addresses")
+    __slots__ = ("sync_id", "mode", "source_addresses", "skip_weights", "adapters")
     SYNC_ID_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    SKIP_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     sync_id: str
     mode: SyncMode
     source_addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, sync_id: _Optional[str] = ..., mode: _Optional[_Union[SyncMode, str]] = ..., source_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    skip_weights: bool
+    adapters: _containers.RepeatedCompositeFieldContainer[ApplyAdapter]
+    def __init__(self, sync_id: _Optional[str] = ..., mode: _Optional[_Union[SyncMode, str]] = ..., source_addresses: _Optional[_Iterable[str]] = ..., skip_weights: _Optional[bool] = ..., adapters: _Optional[_Iterable[_Union[ApplyAdapter, _Mapping]]] = ...) -> None: ...
+
+class ApplyAdapter(_message.Message):
+    __slots__ = ("adapter", "mode", "source_addresses")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    adapter: HeldAdapter
+    mode: SyncMode
+    source_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, adapter: _Optional[_Union[HeldAdapter, _Mapping]] = ..., mode: _Optional[_Union[SyncMode, str]] = ..., source_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StoreFileRequest(_message.Message):
     __slots__ = ("file", "examples")

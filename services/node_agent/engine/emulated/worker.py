@@ -33,6 +33,7 @@ from services.node_agent.engine.base import (
     TrainBackward,
     TrainForward,
     VersionedChange,
+    round_of,
 )
 from services.node_agent.engine.emulated.timing import EmulatedTiming, measured_kinds, train_shape
 
@@ -269,8 +270,9 @@ class EmulatedStage:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         path = self._directory / f"{op.sync_id.replace('/', '_')}-{self.index}.safetensors"
         self._snapshots[op.sync_id] = weight
-        while len(self._snapshots) > _MAX_SNAPSHOTS:
-            del self._snapshots[next(iter(self._snapshots))]
+        rounds = list(dict.fromkeys(map(round_of, self._snapshots)))
+        for name in [name for name in self._snapshots if round_of(name) in rounds[:-_MAX_SNAPSHOTS]]:
+            del self._snapshots[name]
         save_file({self._parameter: weight}, path)
         return {"weights_path": str(path)}
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from services.node_agent.engine.base import round_of
 from services.node_agent.engine.torch.load import ModelDirectoryError, ModelSpec, stored_name
 
 
@@ -162,7 +163,7 @@ class WeightSet:
 
 
 class Snapshots:
-    """Copies of this stage's weights in files, the newest `KEEP` only."""
+    """Copies of this stage's weights in files, those of the newest `KEEP` rounds only."""
 
     KEEP = 2
 
@@ -173,7 +174,7 @@ class Snapshots:
         self._count = 0
 
     def take(self, sync_id: str, weights: WeightSet) -> Path:
-        """Write a snapshot under `sync_id`; forgets the oldest beyond `KEEP`."""
+        """Write a snapshot under `sync_id`; forgets the oldest rounds beyond `KEEP`."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self.drop(sync_id)
         self._count += 1
@@ -184,8 +185,9 @@ class Snapshots:
         borrowed = weights.borrowed
         if borrowed is not None:
             self._borrowed[sync_id] = {name: part.clone() for name, part in borrowed.parts(borrowed.parameter.detach())}
-        while len(self._taken) > self.KEEP:
-            self.drop(next(iter(self._taken)))
+        rounds = list(dict.fromkeys(map(round_of, self._taken)))
+        for name in [name for name in self._taken if round_of(name) in rounds[: -self.KEEP]]:
+            self.drop(name)
         return path
 
     def read(self, sync_id: str) -> dict[str, Tensor]:

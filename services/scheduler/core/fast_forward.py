@@ -1,9 +1,10 @@
 """Predicted time to first token by running a copy of the node's core ahead in virtual time, with its latency models.
 
 What the node will do is then what the same code does here: batch composition, order of the queues, the rest of what
-runs, pieces of training, pending optimizer steps. What nobody can know is left out: work that comes later and real
-durations; for output lengths the expected one is taken. The time per token stays with arithmetic: it is made of what
-comes while the request decodes, of which running ahead knows nothing.
+runs, pieces of training, pending optimizer steps. What nobody can know is left out: work that comes later (also
+training that waits in the scheduler until the node has ended other training) and real durations; for output lengths the
+expected one is taken. The time per token stays with arithmetic: it is made of what comes while the request decodes, of
+which running ahead knows nothing.
 """
 
 import math

@@ -44,6 +44,8 @@ class _Input:
     at_s: float
     event: Event | None = None
     trace: OpFinished | None = None
+    #: When the scheduler sent the event.
+    sent_s: float | None = None
     #: Requests that ended with the operation.
     stopped: list[str] = field(default_factory=list)
 
@@ -102,11 +104,11 @@ class NodeMirror:
     def given(self, now_s: float, live: LiveTask) -> None:
         """The node gets a task."""
         self._given_s[live.task.task_id] = now_s
-        self._add(_Input(now_s + self.delay_s, self._arrival(now_s, live)))
+        self._send(now_s, self._arrival(now_s, live))
 
     def cancelled(self, now_s: float, task_id: str) -> None:
         """The node is told to drop a task."""
-        self._add(_Input(now_s + self.delay_s, Cancelled(task_id)))
+        self._send(now_s, Cancelled(task_id))
 
     def ended(self, now_s: float, task_id: str, *, is_request: bool, ok: bool) -> None:
         """The node reported the end of a task; the traces of its operations came before."""
@@ -122,7 +124,7 @@ class NodeMirror:
                 return
         # Its last operation has been taken in: the mirror may think that it goes on, or even runs alone.
         self._is_lost |= any(running is not None and running.op.task_ids == (task_id,) for running in self._running)
-        self._add(_Input(now_s, Cancelled(task_id)))
+        self._add(now_s, _Input(now_s, Cancelled(task_id)))
 
     def ran(self, now_s: float, trace: OpFinished) -> None:
         """An operation ended on a stage."""
@@ -130,17 +132,31 @@ class NodeMirror:
         for task_id in trace.task_ids:
             given_s = self._given_s.pop(task_id, None)
             if given_s is not None:
-                self._delay_s = max(0.0, min(self._delay_s, trace.begin_s - given_s))
+                self._learn_delay(max(0.0, trace.begin_s - given_s))
         if trace.op not in MOVES:
-            self._add(_Input(trace.end_s, trace=trace))
+            self._add(now_s, _Input(trace.end_s, trace=trace))
 
-    def _add(self, item: _Input) -> None:
+    def _learn_delay(self, delay_s: float) -> None:
+        """A task took this time to the node: so does what was sent before and has not been taken in."""
+        if delay_s >= self._delay_s:
+            return
+        self._delay_s = delay_s
+        for item in self._inputs:
+            if item.sent_s is not None:
+                item.at_s = item.sent_s + delay_s
+        self._inputs.sort(key=_at_s)
+
+    def _send(self, now_s: float, event: Event) -> None:
+        self._add(now_s, _Input(now_s + self.delay_s, event, sent_s=now_s))
+
+    def _add(self, now_s: float, item: _Input) -> None:
         inputs = self._inputs
         if inputs and inputs[-1].at_s > item.at_s:
             insort(inputs, item, key=_at_s)
             return
         if len(inputs) >= _MOST_INPUTS and inputs[-1].at_s < item.at_s:
-            self._take_in(item.at_s)
+            # What is on its way has not come yet.
+            self._take_in(min(now_s, item.at_s))
         inputs.append(item)
 
     # ------------------------------------------------------------- what it knows

@@ -317,18 +317,20 @@ class JobState:
 
     # ------------------------------------------------------------- held-out loss
 
-    def judge(self, checkpoint_id: str, loss: float) -> str:
-        """Take over the loss on the held-out examples, nats per token: "best" so far, "good" or "bad"."""
+    def judge(self, node_id: str, checkpoint_id: str, loss: float) -> str:
+        """Take over the loss of a node's checkpoint on the held-out examples, nats per token: "best" of all nodes so
+        far, "good" or "bad".
+        """
         losses, job = self._record.heldout_losses, self._record.job
-        best = min(losses.values(), default=math.inf)
+        best = self._best_loss()
         while len(losses) >= _MAX_LOSSES:
             del losses[max(losses, key=lambda name: losses[name])]
-        losses[checkpoint_id] = loss
+        losses[checkpoint_id] = loss if math.isfinite(loss) else math.inf
         job.heldout_loss = loss
-        if not math.isfinite(loss) or loss > best + self.quality_gate.tolerance:
-            self._record.num_bad_evaluations += 1
+        if self.is_bad(checkpoint_id):
+            self._record.bad_evaluations[node_id] += 1
             return "bad"
-        self._record.num_bad_evaluations = 0
+        self._record.bad_evaluations.pop(node_id, None)
         if loss >= best:
             return "good"
         job.best_heldout_loss, job.best_checkpoint_id = loss, checkpoint_id
@@ -336,28 +338,31 @@ class JobState:
 
     def is_bad(self, checkpoint_id: str) -> bool:
         """Whether this checkpoint must not be published."""
-        losses = self._record.heldout_losses
-        loss = losses.get(checkpoint_id)
-        return loss is not None and not loss <= min(losses.values()) + self.quality_gate.tolerance
+        loss = self.heldout_loss_of(checkpoint_id)
+        if loss is None:
+            return False
+        return not math.isfinite(loss) or loss > self._best_loss() + self.quality_gate.tolerance
+
+    def _best_loss(self) -> float:
+        return min(self._record.heldout_losses.values(), default=math.inf)
 
     def heldout_loss_of(self, checkpoint_id: str) -> float | None:
         """What was measured for a checkpoint."""
         return self._record.heldout_losses.get(checkpoint_id)
 
-    @property
-    def is_to_go_back(self) -> bool:
-        """Whether enough evaluations in a row were bad."""
-        return 0 < self.quality_gate.max_bad_evaluations <= self._record.num_bad_evaluations
+    def is_to_go_back(self, node_id: str) -> bool:
+        """Whether enough evaluations of this node in a row were bad."""
+        return 0 < self.quality_gate.max_bad_evaluations <= self._record.bad_evaluations.get(node_id, 0)
 
     def best_of(self, checkpoint_ids: Iterable[str]) -> str | None:
-        """The one with the smallest loss; None when none of them was measured."""
+        """The one with the smallest finite loss; None when none of them has one."""
         losses = self._record.heldout_losses
-        known = [name for name in checkpoint_ids if name in losses]
+        known = [name for name in checkpoint_ids if math.isfinite(losses.get(name, math.inf))]
         return min(known, key=lambda name: losses[name], default=None)
 
-    def went_back(self) -> None:
-        """Its node trains on from an earlier checkpoint."""
-        self._record.num_bad_evaluations = 0
+    def went_back(self, node_id: str) -> None:
+        """This node trains on from an earlier checkpoint."""
+        self._record.bad_evaluations.pop(node_id, None)
 
     def unserve(self) -> bool:
         """Its model is not served any more. False when it was not."""

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Iterable
 import structlog
 
 from lemix.errors import ErrorCode, LemixError
-from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
 from services.runtime.clock import Clock
@@ -402,35 +401,20 @@ class JobRegistry:
         """The job if it runs, or has just ended."""
         return self._known(job_id)
 
+    async def gated(self, job_id: str) -> JobState | None:
+        """A job with what was measured on its held-out examples, also an ended one. Raises UNAVAILABLE."""
+        known = self._known(job_id)
+        if known is not None:
+            return known
+        record = await self._guard.once(lambda: self._ledger.get_job(job_id))
+        return None if record is None else JobState(record, self._clock)
+
     def note(self, state: JobState, level: str, message: str) -> None:
         """Tell a job's owner something, also when the job has ended meanwhile."""
         state.add_event(level, message)
         if state.ended:
             self._ending[state.job_id] = state
         self._unsaved.set()
-
-    def listed_checkpoints(self, job_id: str) -> list[types_pb2.Checkpoint]:
-        """Checkpoints of connected nodes with what was measured of them; of one job if it is named."""
-        found = []
-        for listed in self._checkpoints.listed(job_id):
-            checkpoint = types_pb2.Checkpoint()
-            checkpoint.CopyFrom(listed)
-            for trained_id in checkpoint.trained_microbatches:
-                state = self._known(trained_id)
-                loss = None if state is None else state.heldout_loss_of(checkpoint.checkpoint_id)
-                if loss is not None:
-                    checkpoint.heldout_loss = loss
-            found.append(checkpoint)
-        return found
-
-    async def publish(self, request: pb.PublishCheckpointRequest) -> list[types_pb2.WeightVersion]:
-        """Let other nodes take over a checkpoint. Raises NOT_FOUND, CONFLICT when it is bad, and what nodes answer."""
-        checkpoint_id = request.checkpoint_id
-        bad = [state.job_id for state in self._running.values() if state.is_bad(checkpoint_id)]
-        if bad and not request.force:
-            message = f"the held-out loss of {bad[0]} is worse there than its best by more than the tolerance"
-            raise LemixError(ErrorCode.CONFLICT, message, param="checkpoint_id")
-        return await self._checkpoints.publish(checkpoint_id, request.node_ids)
 
     async def save_checkpoint(self, job_id: str) -> list[types_pb2.Checkpoint]:
         """Save on every node that trained the job. Raises NOT_FOUND, CONFLICT, and what a node answers."""

@@ -1,14 +1,16 @@
 """The quality gate: the loss on a job's held-out examples after every checkpoint, and what follows from it.
 
 A loss worse than the best one by more than the job's tolerance is bad: such a checkpoint is not published, and after
-several in a row the node goes back to the best checkpoint it holds.
+several of a node in a row that node goes back to the best checkpoint it holds.
 """
 
 import asyncio
+from collections.abc import Iterable
 
 import structlog
 
-from lemix.errors import LemixError
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.scheduler.checkpoints import CheckpointDesk
@@ -41,6 +43,51 @@ class QualityGate:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    # ------------------------------------------------------------- asked
+
+    async def listed(self, job_id: str) -> list[types_pb2.Checkpoint]:
+        """Checkpoints of connected nodes with what was measured of them; of one job if it is named.
+
+        Raises UNAVAILABLE.
+        """
+        held = self._desk.listed(job_id)
+        states = await self._states(held)
+        found = []
+        for listed in held:
+            checkpoint = types_pb2.Checkpoint()
+            checkpoint.CopyFrom(listed)
+            for trained_id in checkpoint.trained_microbatches:
+                state = states.get(trained_id)
+                loss = None if state is None else state.heldout_loss_of(checkpoint.checkpoint_id)
+                if loss is not None:
+                    checkpoint.heldout_loss = loss
+            found.append(checkpoint)
+        return found
+
+    async def publish(self, request: pb.PublishCheckpointRequest) -> list[types_pb2.WeightVersion]:
+        """Let other nodes take over a checkpoint.
+
+        Raises NOT_FOUND, CONFLICT when it is bad for a job it contains, also an ended one, UNAVAILABLE, and what nodes
+        answer.
+        """
+        checkpoint_id = request.checkpoint_id
+        if not request.force:
+            held = self._desk.held_by(self._desk.owner_of(checkpoint_id))
+            states = await self._states(stored for stored in held if stored.checkpoint_id == checkpoint_id)
+            bad = sorted(job_id for job_id, state in states.items() if state.is_bad(checkpoint_id))
+            if bad:
+                message = f"the held-out loss of {bad[0]} is worse there than its best by more than the tolerance"
+                raise LemixError(ErrorCode.CONFLICT, message, param="checkpoint_id")
+        return await self._desk.publish(checkpoint_id, request.node_ids)
+
+    async def _states(self, checkpoints: Iterable[types_pb2.Checkpoint]) -> dict[str, JobState]:
+        """Jobs in these checkpoints, from the ledger when they have ended. Raises UNAVAILABLE."""
+        job_ids = {job_id for checkpoint in checkpoints for job_id in checkpoint.trained_microbatches}
+        states = {job_id: await self._jobs.gated(job_id) for job_id in job_ids}
+        return {job_id: state for job_id, state in states.items() if state is not None}
+
+    # ------------------------------------------------------------- measured
+
     def _saved(self, node_id: str, checkpoint: types_pb2.Checkpoint) -> None:
         for job_id in checkpoint.trained_microbatches:
             state = self._jobs.known(job_id)
@@ -61,12 +108,12 @@ class QualityGate:
         except LemixError as error:
             self._jobs.note(state, "warn", f"no held-out loss of checkpoint {checkpoint_id}: {error.message}")
             return
-        verdict = state.judge(checkpoint_id, loss)
+        verdict = state.judge(node_id, checkpoint_id, loss)
         text = f"held-out loss of checkpoint {checkpoint_id} is {loss:.4f}"
         self._jobs.note(state, "warn" if verdict == "bad" else "info", f"{text}: {verdict}")
         if verdict == "best":
             await self._best(node_id, checkpoint_id, state)
-        elif verdict == "bad" and state.is_to_go_back:
+        elif verdict == "bad" and state.is_to_go_back(node_id):
             await self._go_back(node_id, state)
 
     async def _best(self, node_id: str, checkpoint_id: str, state: JobState) -> None:
@@ -89,7 +136,7 @@ class QualityGate:
         except LemixError as error:
             self._jobs.note(state, "error", f"{node_id} could not go back to checkpoint {target}: {error.message}")
             return
-        state.went_back()
+        state.went_back(node_id)
         self._jobs.note(state, "warn", f"{node_id} went back to checkpoint {target} because of its held-out loss")
 
     async def _examples(self, file_id: str) -> list[work_pb2.TrainingExample]:

@@ -23,6 +23,7 @@ from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.jobs import JobRegistry
 from services.scheduler.nodes import NodeRegistry
+from services.scheduler.quality import QualityGate
 
 _log = structlog.get_logger()
 
@@ -46,6 +47,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         gateways: GatewayRegistry,
         jobs: JobRegistry,
         checkpoints: CheckpointDesk,
+        quality: QualityGate,
         guard: LedgerGuard,
         clock: Clock,
         decisions: Decisions,
@@ -56,6 +58,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self._gateways = gateways
         self._jobs = jobs
         self._checkpoints = checkpoints
+        self._quality = quality
         self._guard = guard
         self._clock = clock
         self._decisions = decisions
@@ -168,7 +171,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self, request: pb.ListCheckpointsRequest, context: Context
     ) -> pb.ListCheckpointsResponse:
         """Checkpoints of connected nodes."""
-        return pb.ListCheckpointsResponse(checkpoints=self._jobs.listed_checkpoints(request.job_id))
+        return pb.ListCheckpointsResponse(checkpoints=await self._quality.listed(request.job_id))
 
     async def ExportCheckpoint(  # noqa: N802  the name of the RPC
         self, request: pb.ExportCheckpointRequest, context: Context
@@ -190,7 +193,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self, request: pb.PublishCheckpointRequest, context: Context
     ) -> pb.PublishCheckpointResponse:
         """Other nodes take over a checkpoint."""
-        return pb.PublishCheckpointResponse(versions=await self._jobs.publish(request))
+        return pb.PublishCheckpointResponse(versions=await self._quality.publish(request))
 
     async def GetClusterState(  # noqa: N802  the name of the RPC
         self, request: pb.GetClusterStateRequest, context: Context

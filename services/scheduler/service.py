@@ -129,6 +129,7 @@ class SchedulerService:
             gateways=self.gateways,
             jobs=self.jobs,
             checkpoints=self.checkpoints,
+            quality=self.quality,
             guard=self.guard,
             clock=self._clock,
             decisions=decisions,

@@ -352,6 +352,26 @@ async def test_a_bad_checkpoint_is_published_only_by_force(cluster: Cluster) -> 
     assert await fails(stub.PublishCheckpoint(away)) is ErrorCode.UNAVAILABLE
 
 
+async def test_the_gate_holds_when_the_job_has_ended_and_its_scheduler_too(cluster: Cluster) -> None:
+    first = await cluster.scheduler()
+    made = await gated(cluster, first)
+    await made.saves(1, 3.0)
+    await made.node.command()  # to keep it
+    await made.saves(2, 3.5)
+    await made.told("3.5000: bad")
+    await made.gateway.stub.CancelJob(pb.CancelJobRequest(job_id=made.job_id))
+    await cluster.stop(first)
+    second = await cluster.scheduler()
+    await cluster.node(second, keeps_checkpoints=True, checkpoints=made.held)
+    stub = (await cluster.gateway(second, "g1")).stub
+    listed = (await stub.ListCheckpoints(pb.ListCheckpointsRequest())).checkpoints
+    assert [(found.checkpoint_id, found.heldout_loss) for found in listed] == [("n0:1:2", 3.5), ("n0:1:1", 3.0)]
+    bad = stub.PublishCheckpoint(pb.PublishCheckpointRequest(checkpoint_id="n0:1:2"))
+    assert await fails(bad) is ErrorCode.CONFLICT
+    good = await stub.PublishCheckpoint(pb.PublishCheckpointRequest(checkpoint_id="n0:1:1"))
+    assert list(good.versions) == [], "there is no other node"
+
+
 async def test_every_new_best_is_published_when_the_job_asks_for_it(cluster: Cluster) -> None:
     scheduler = await cluster.scheduler()
     made = await gated(cluster, scheduler, publish=True)

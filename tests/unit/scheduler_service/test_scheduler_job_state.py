@@ -285,7 +285,7 @@ def gated(tolerance: float = 0.1, max_bad: int = 2) -> JobState:
 
 def test_the_gate_lets_small_losses_pass_and_remembers_the_best() -> None:
     job = gated()
-    verdicts = [job.judge(f"c{number}", loss) for number, loss in enumerate([3.0, 2.0, 2.05, 2.2, math.inf, 1.9])]
+    verdicts = [job.judge("n", f"c{number}", loss) for number, loss in enumerate([3.0, 2.0, 2.05, 2.2, math.inf, 1.9])]
     assert verdicts == ["best", "best", "good", "bad", "bad", "best"]
     view = job.view()
     assert (view.heldout_loss, view.best_heldout_loss, view.best_checkpoint_id) == (1.9, 1.9, "c5")
@@ -303,23 +303,48 @@ def test_the_gate_lets_small_losses_pass_and_remembers_the_best() -> None:
 def test_only_several_bad_losses_in_a_row_bring_a_node_back() -> None:
     job = gated()
     for name, loss, expected in (("a", 1.0, False), ("b", 2.0, False), ("c", 1.0, False), ("d", 2.0, False)):
-        job.judge(name, loss)
-        assert job.is_to_go_back is expected
-    job.judge("e", 2.0)
-    assert job.is_to_go_back
-    job.went_back()
-    assert not job.is_to_go_back
+        job.judge("n", name, loss)
+        assert job.is_to_go_back("n") is expected
+    job.judge("n", "e", 2.0)
+    assert job.is_to_go_back("n")
+    job.went_back("n")
+    assert not job.is_to_go_back("n")
     never = gated(max_bad=0)
     for number in range(5):
-        never.judge(str(number), float(number))
-    assert not never.is_to_go_back
+        never.judge("n", str(number), float(number))
+    assert not never.is_to_go_back("n")
+
+
+def test_bad_losses_are_counted_for_each_node() -> None:
+    job = gated()
+    job.judge("a", "a1", 1.0)
+    for node_id in ("a", "b", "c"):
+        job.judge(node_id, f"{node_id}2", 2.0)
+        assert not job.is_to_go_back(node_id), "its first bad one"
+    job.judge("a", "a3", 1.0)
+    job.judge("b", "b3", 2.0)
+    job.judge("c", "c3", 2.0)
+    again = JobState(job.durable_record(), FakeClock(), resumed=True)
+    assert [node_id for node_id in "abc" if again.is_to_go_back(node_id)] == ["b", "c"]
+    again.went_back("b")
+    assert [node_id for node_id in "abc" if again.is_to_go_back(node_id)] == ["c"]
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_bad_even_when_there_is_no_better_one(loss: float) -> None:
+    job = gated()
+    assert job.judge("n", "c0", loss) == "bad"
+    assert job.is_bad("c0")
+    assert job.best_of(["c0"]) is None
+    assert job.judge("n", "c1", 3.0) == "best"
+    assert job.best_of(["c0", "c1"]) == "c1"
 
 
 @given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=300))
 def test_the_losses_remembered_are_bounded_and_keep_the_best(losses: list[float]) -> None:
     job = gated()
     for number, loss in enumerate(losses):
-        job.judge(str(number), loss)
+        job.judge("n", str(number), loss)
     kept = job.durable_record().heldout_losses
     assert len(kept) <= 100
     assert min(kept.values()) == min(losses)

@@ -194,7 +194,7 @@ class FileRecord(_message.Message):
     def __init__(self, file_id: _Optional[str] = ..., filename: _Optional[str] = ..., size_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., max_tokens: _Optional[int] = ..., num_skipped: _Optional[int] = ..., num_truncated: _Optional[int] = ...) -> None: ...
 
 class JobRecord(_message.Message):
-    __slots__ = ("job", "next_sequence", "request_id", "heldout_losses", "num_bad_evaluations", "skipped_in_row")
+    __slots__ = ("job", "next_sequence", "request_id", "heldout_losses", "bad_evaluations", "skipped_in_row")
     class HeldoutLossesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -202,16 +202,23 @@ class JobRecord(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class BadEvaluationsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     JOB_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HELDOUT_LOSSES_FIELD_NUMBER: _ClassVar[int]
-    NUM_BAD_EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    BAD_EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_IN_ROW_FIELD_NUMBER: _ClassVar[int]
     job: _types_pb2.TrainingJob
     next_sequence: int
     request_id: str
     heldout_losses: _containers.ScalarMap[str, float]
-    num_bad_evaluations: int
+    bad_evaluations: _containers.ScalarMap[str, int]
     skipped_in_row: int
-    def __init__(self, job: _Optional[_Union[_types_pb2.TrainingJob, _Mapping]] = ..., next_sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., heldout_losses: _Optional[_Mapping[str, float]] = ..., num_bad_evaluations: _Optional[int] = ..., skipped_in_row: _Optional[int] = ...) -> None: ...
+    def __init__(self, job: _Optional[_Union[_types_pb2.TrainingJob, _Mapping]] = ..., next_sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., heldout_losses: _Optional[_Mapping[str, float]] = ..., bad_evaluations: _Optional[_Mapping[str, int]] = ..., skipped_in_row: _Optional[int] = ...) -> None: ...

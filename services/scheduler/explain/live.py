@@ -25,6 +25,7 @@ from services.scheduler.core.types import (
     TaskArrived,
     TaskEnded,
     TaskRecovered,
+    TrainingTask,
 )
 from services.scheduler.explain.types import Decision, Promise
 
@@ -77,7 +78,7 @@ class Watcher(Protocol):
         """A trace; `lives`: those of its tasks that are on the node."""
 
     def left(self, now_s: float, live: Live, ended: TaskEnded | None) -> None:
-        """It left its node: by its end, or with the node (None); then it waits again."""
+        """It left its node: by its end, or with the node (None); then it waits again, in the core or for its node."""
 
     def refused(self, now_s: float, live: Live, command: Reject) -> None:
         """It will not run."""
@@ -139,7 +140,7 @@ class LiveTasks:
             case NodeJoined(spec):
                 self._node_joined(now_s, spec)
             case NodeLost(node_id):
-                self._node_lost(now_s, node_id)
+                self._node_lost(now_s, node_id, keeps_training=event.keeps_training)
             case _:
                 pass
 
@@ -165,12 +166,13 @@ class LiveTasks:
         self._node_lost(now_s, spec.node_id)
         self._nodes[spec.node_id] = LiveNode(spec.num_stages - 1, max(1, spec.kv_capacity_tokens))
 
-    def _node_lost(self, now_s: float, node_id: str) -> None:
+    def _node_lost(self, now_s: float, node_id: str, *, keeps_training: bool = False) -> None:
         if node_id not in self._nodes:
             return
-        for live in self._lives.values():
-            if live.node_id == node_id:
-                self._leave(now_s, live, None)
+        for live in [live for live in self._lives.values() if live.node_id == node_id]:
+            self._leave(now_s, live, None)
+            if keeps_training and isinstance(live.task, TrainingTask):
+                del self._lives[live.task.task_id]  # it waits outside of the core and comes back with the node
         del self._nodes[node_id]
 
     def _leave(self, now_s: float, live: Live, ended: TaskEnded | None) -> None:

@@ -97,6 +97,22 @@ def test_a_decision_keeps_what_led_to_it() -> None:
     assert (decision.actual_s, decision.error_s) == (None, None)
 
 
+def test_micro_batches_that_wait_for_their_node_are_not_live_until_it_is_back() -> None:
+    decisions = placed("lemix", MICROBATCH)
+    first = only(decisions, "m")
+    decisions.add(1.3, TaskArrived(REQUEST), [Assign("r", "n0")])
+    decisions.add(2.0, NodeLost("n0", "test", keeps_training=True), [])
+    assert first.outcome.fate is Fate.NODE_LOST
+    assert [live.task.task_id for live in decisions.tasks] == ["r"], "requests wait in the core"
+    decisions.add(3.0, node("n0"), [])
+    decisions.add(3.0, TaskRecovered(MICROBATCH, "n0"), [])
+    live = decisions.tasks.get("m")
+    assert live is not None
+    assert live.node_id == "n0"
+    decisions.add(4.0, TaskEnded("m", "n0", ok=True), [])
+    assert decisions.tasks.get("m") is None
+
+
 def test_lemix_predicts_the_first_token_of_a_request() -> None:
     decisions = placed("lemix")
     decisions.add(1.4, op(OpKind.PREFILL, 0, 1.3, 1.4, "r"), [])

@@ -33,6 +33,8 @@ class JobState:
         self._ahead: dict[int, work_pb2.WorkOutcome] = {}
         #: Trained, and in no checkpoint of their node yet: they may come back to be trained again.
         self._uncovered: dict[int, work_pb2.WorkOutcome] = {}
+        #: The first of them for which its node was asked to save because the window is full.
+        self._asked_for: int | None = None
         #: Micro-batches in the core: without a node, and on one.
         self.waiting: set[int] = set()
         self._placed: set[int] = set()
@@ -142,6 +144,22 @@ class JobState:
         """Nodes with micro-batches that no checkpoint contains."""
         return {outcome.node_id for outcome in self._uncovered.values()}
 
+    def is_unsaved(self, sequence: int) -> bool:
+        """Whether it was trained, and no checkpoint contains it."""
+        return sequence in self._uncovered
+
+    def node_to_save(self) -> str | None:
+        """Node whose checkpoint the next offers wait for: the window is full and begins with what only it has.
+
+        Told once for each such micro-batch; None: none, or it was told.
+        """
+        first = self._record.next_sequence
+        num_known = len(self._ahead) + len(self._uncovered) + len(self.waiting) + len(self._placed)
+        if num_known < WINDOW or first not in self._uncovered or first == self._asked_for:
+            return None
+        self._asked_for = first
+        return self._uncovered[first].node_id
+
     @property
     def backlog(self) -> int:
         """Micro-batches not trained that could be."""
@@ -204,6 +222,8 @@ class JobState:
     def held(self, sequence: int, *, waiting: bool) -> None:
         """The core has it, with or without a node."""
         self._uncovered.pop(sequence, None)
+        if sequence == self._asked_for:
+            self._asked_for = None  # who trains it now was not asked
         (self.waiting if waiting else self._placed).add(sequence)
         (self._placed if waiting else self.waiting).discard(sequence)
         if not waiting and self.status == types_pb2.JOB_STATUS_QUEUED:

@@ -345,10 +345,13 @@ class JobRegistry:
             return self._skipped(state, outcome)
         if training.HasField("error"):
             return self._fail_now(state, LemixError.from_proto(training.error))
+        is_saved_now = state.is_unsaved(training.sequence)
         if state.trained(outcome):
             metrics.TRAINED.inc()
             if state.complete:
                 self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
+            elif not is_saved_now:  # else the rest of its checkpoint follows
+                self._ask_to_save(state)
             self._changed()
         return []
 
@@ -363,15 +366,17 @@ class JobRegistry:
             return self._fail_now(state, LemixError(error.code, message))
         if state.complete:
             self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
-        self._save_at_end(state)
+        self._ask_to_save(state)
         self._changed()
         return []
 
-    def _save_at_end(self, state: JobState) -> None:
-        """Nothing is left to do but checkpoints: ask for them."""
+    def _ask_to_save(self, state: JobState) -> None:
+        """Ask for checkpoints when nothing else is left to do, or nothing more may be offered before."""
         if state.only_to_save:
             for node_id in sorted(state.unsaved_nodes):
                 self._checkpoints.tell(node_id, "job_end")
+        elif (blocking_id := state.node_to_save()) is not None:
+            self._checkpoints.tell(blocking_id, "interval")
 
     def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
         """A micro-batch was trained and is in no checkpoint yet. May come twice."""
@@ -379,8 +384,8 @@ class JobRegistry:
         if state is None:
             return
         if state.trained_unsaved(outcome):
+            self._ask_to_save(state)
             self._changed()
-        self._save_at_end(state)
 
     def on_node_away(self, node_id: str, wait_s: float) -> None:
         """A node is lost; what it trained since its checkpoint waits so long for it, 0: no longer."""

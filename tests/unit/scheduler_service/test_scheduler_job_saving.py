@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import Sequence
 
+from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
 from services.ledger.memory import MemoryLedger, MemoryStore
 from services.runtime.clock import FakeClock
+from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Inbox
+from services.scheduler.job_state import WINDOW
 from services.scheduler.jobs import JobRegistry
 
 
@@ -27,7 +30,7 @@ class SlowLedger(MemoryLedger):
         await super().append_job_events(job_id, events)
 
 
-def registry(ledger: MemoryLedger) -> JobRegistry:
+def registry(ledger: MemoryLedger, desk: CheckpointDesk | None = None) -> JobRegistry:
     """A registry over this ledger."""
     return JobRegistry(
         guard=LedgerGuard(ledger),
@@ -38,15 +41,70 @@ def registry(ledger: MemoryLedger) -> JobRegistry:
         derive_sync_interval=False,
         feedback_learning_rate=2e-3,
         save_interval_s=0.01,
+        checkpoints=desk,
     )
 
 
-async def new_job(jobs: JobRegistry, ledger: MemoryLedger) -> str:
-    """A job over a file of two examples."""
-    examples = [work_pb2.TrainingExample(token_ids=[number, 1]) for number in range(2)]
-    await ledger.put_file(work_pb2.FileRecord(file_id="f", num_examples=2), examples)
-    created = await jobs.create(training_service_pb2.CreateJobRequest(training_file="f"), {"m"})
-    return created.job_id
+async def new_job(jobs: JobRegistry, ledger: MemoryLedger, num_examples: int = 2) -> str:
+    """A job over a file of so many examples, one in a micro-batch."""
+    examples = [work_pb2.TrainingExample(token_ids=[number, 1]) for number in range(num_examples)]
+    await ledger.put_file(work_pb2.FileRecord(file_id="f", num_examples=num_examples), examples)
+    request = training_service_pb2.CreateJobRequest(
+        training_file="f", hyperparameters=types_pb2.Hyperparameters(batch_size=1, num_epochs=1)
+    )
+    return (await jobs.create(request, {"m"})).job_id
+
+
+class Saves:
+    """A registry whose nodes are asked to save, and who was asked why."""
+
+    def __init__(self) -> None:
+        self.ledger = MemoryLedger(MemoryStore(), result_ttl_s=60.0, retention_s=60.0)
+        self.desk = CheckpointDesk()
+        self.desk.send = self._send
+        self.asked: list[tuple[str, str]] = []
+        self.jobs = registry(self.ledger, self.desk)
+
+    def _send(self, node_id: str, message: pb.NodeSessionResponse) -> bool:
+        self.asked.append((node_id, message.checkpoint.save))
+        return True
+
+    def tell(self, job_id: str, sequence: int, node_id: str, *, saved: bool) -> None:
+        """A node trained a micro-batch; saved: for good."""
+        training = work_pb2.TrainingOutcome(job_id=job_id, sequence=sequence, loss=1.0, weight_step=1)
+        outcome = work_pb2.WorkOutcome(task_id=f"{job_id}/{sequence}", node_id=node_id, training=training)
+        if saved:
+            assert self.jobs.on_outcome(outcome) == []
+        else:
+            self.jobs.on_trained(outcome)
+
+
+async def test_the_last_micro_batch_on_a_node_without_checkpoints_asks_the_others_to_save() -> None:
+    made = Saves()
+    job_id = await new_job(made.jobs, made.ledger, 4)
+    made.tell(job_id, 0, "a", saved=False)
+    made.tell(job_id, 1, "a", saved=False)
+    made.tell(job_id, 2, "b", saved=False)
+    assert made.asked == []
+    made.tell(job_id, 3, "c", saved=True)
+    assert made.asked == [("a", "job_end"), ("b", "job_end")]
+    made.tell(job_id, 0, "a", saved=True)
+    made.tell(job_id, 1, "a", saved=True)
+    assert len(made.asked) == 2, "what a checkpoint brings asks for none"
+    made.tell(job_id, 2, "b", saved=True)
+    assert (await made.jobs.get(job_id)).status == types_pb2.JOB_STATUS_SUCCEEDED
+
+
+async def test_a_job_does_not_stand_still_behind_a_micro_batch_that_no_checkpoint_contains() -> None:
+    made = Saves()
+    job_id = await new_job(made.jobs, made.ledger, WINDOW + 2)
+    (state,) = made.jobs.running()
+    made.tell(job_id, 0, "slow", saved=False)
+    while (sequence := state.take_offer()) is not None:
+        made.tell(job_id, sequence, "fast", saved=True)
+    assert made.asked == [("slow", "interval")]
+    made.tell(job_id, 0, "slow", saved=True)
+    assert [state.take_offer(), state.take_offer(), state.take_offer()] == [WINDOW, WINDOW + 1, None]
 
 
 async def test_a_job_cancelled_while_it_is_being_stored_stays_cancelled() -> None:

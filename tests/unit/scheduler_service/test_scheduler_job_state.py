@@ -277,6 +277,27 @@ def test_the_loss_of_a_node_is_told_with_what_it_took_along() -> None:
     assert "n:1:5" in told[1][1]
 
 
+def test_a_full_window_waits_for_the_checkpoint_of_the_node_that_has_its_first() -> None:
+    job = state(3 * WINDOW)
+    assert len(offers(job)) == WINDOW
+    for sequence in range(WINDOW):
+        assert job.node_to_save() is None, "there is room, or the first is not trained"
+        job.trained_unsaved(outcome(sequence, node="a" if sequence < 2 else "b"))
+    assert offers(job) == []
+    assert job.node_to_save() == "a"
+    assert job.node_to_save() is None, "asked already"
+    job.trained(outcome(0, node="a"))
+    job.trained(outcome(1, node="a"))
+    assert job.node_to_save() is None
+    for sequence in offers(job):
+        job.trained_unsaved(outcome(sequence, node="a"))
+    assert job.node_to_save() == "b"
+    job.held(2, waiting=True)  # its node was lost
+    assert job.node_to_save() is None
+    job.trained_unsaved(outcome(2, node="c"))
+    assert job.node_to_save() == "c"
+
+
 def gated(tolerance: float = 0.1, max_bad: int = 2) -> JobState:
     job = state(3)
     job.quality_gate.tolerance, job.quality_gate.max_bad_evaluations = tolerance, max_bad

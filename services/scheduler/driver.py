@@ -9,7 +9,6 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import structlog
 
@@ -21,7 +20,6 @@ from services.ledger import Delivery, TaskState
 from services.runtime.clock import Clock
 from services.scheduler import metrics
 from services.scheduler.convert import ended_from_outcome, failed_outcome, sync_mode_to_proto, task_from_item
-from services.scheduler.core.status import CoreSnapshot
 from services.scheduler.core.types import (
     ApplyWeights,
     Assign,
@@ -40,6 +38,7 @@ from services.scheduler.core.types import (
     TaskRecovered,
     Tick,
 )
+from services.scheduler.driver_ports import Core, TrainingJobs
 from services.scheduler.event_log import EventLog
 from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Change, Signature, Signatures
@@ -68,56 +67,14 @@ _LOOK_S = 1.0
 _MAX_EARLY_CANCELS = 16_384
 
 
-class Core(Protocol):
-    """What the driver needs of `SchedulerCore`."""
-
-    def step(self, now_s: float, event: Event) -> list[Command]:
-        """Take one event in and return what is to be done."""
-        ...
-
-    def next_wakeup_s(self) -> float | None:
-        """When a Tick is needed."""
-        ...
-
-    def snapshot(self) -> CoreSnapshot:
-        """State for status calls."""
-        ...
-
-
-class TrainingJobs(Protocol):
-    """Told what becomes of micro-batches. Must not block."""
-
-    def is_wanted(self, job_id: str) -> bool:
-        """Whether the job still runs."""
-        ...
-
-    def on_held(self, work: work_pb2.TrainingWork, *, waiting: bool) -> None:
-        """The core holds this micro-batch: waiting for a node, or on one."""
-        ...
-
-    def on_refused(self, work: work_pb2.TrainingWork, error: LemixError) -> list[Event]:
-        """The core refused it. Returns what the core must hear."""
-        ...
-
-    def on_outcome(self, outcome: work_pb2.WorkOutcome) -> list[Event]:
-        """It ended. May come twice. Returns what the core must hear."""
-        ...
-
-    def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
-        """It was trained and is in no checkpoint yet: it ends with one, or is held again. May come twice."""
-        ...
-
-    def on_node_away(self, node_id: str, wait_s: float) -> None:
-        """A node is lost; what it trained since its checkpoint waits so long for it, 0: no longer."""
-        ...
-
-
 @dataclass(slots=True)
 class _Held:
     """A task the core knows."""
 
     item: work_pb2.WorkItem
     entry_id: str | None = None
+    #: Entry it was assigned from: whoever reads that again learns nothing.
+    assigned_entry_id: str | None = None
     node_id: str = ""
     #: Submitted anew after its cancellation on the node, which has not been reported yet.
     again: Delivery | None = None
@@ -160,6 +117,8 @@ class Driver:
         self._away: dict[str, float] = {}
         self._tasks: dict[str, _Held] = {}
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
+        #: Submitted anew, the attempt before is over: taken in after what is being performed.
+        self._again: deque[Delivery] = deque()
         #: What performing commands made known to the core, before anything else is taken in.
         self._followups: deque[Event] = deque()
 
@@ -182,6 +141,7 @@ class Driver:
                 await self._take(message)
             await self._give_up_away()
             await self._drain()
+            await self._take_again()
 
     def _timeout_s(self) -> float | None:
         """How long to wait for a message; None: for ever."""
@@ -249,6 +209,8 @@ class Driver:
     async def _delivered(self, delivery: Delivery) -> None:
         item = delivery.item
         known = self._tasks.get(item.task_id)
+        if known is not None and known.assigned_entry_id == delivery.entry_id:
+            return
         if known is not None:
             known.entry_id = delivery.entry_id  # delivered again, or back from a lost node
             known.again = delivery if known.node_id else None
@@ -259,6 +221,15 @@ class Driver:
             await self._close(_Held(item, delivery.entry_id), error, cancelled=cancelled)
             return
         await self._arrive(_Held(item, delivery.entry_id))
+
+    async def _take_again(self) -> None:
+        while self._again:
+            delivery = self._again.popleft()
+            record = await self._guard.until_done(partial(self._ledger.record, delivery.item.task_id))
+            if record is not None and record.state is TaskState.WAITING:
+                await self._delivered(delivery)
+            else:
+                self._early_cancels.pop(delivery.item.task_id, None)
 
     def _refusal(self, item: work_pb2.WorkItem) -> LemixError | None:
         """Why accepted work need not run any more."""
@@ -292,29 +263,37 @@ class Driver:
         await self._step(TaskArrived(task))
 
     async def _cancel(self, task_id: str) -> None:
-        if task_id in self._tasks:
+        held = self._tasks.get(task_id)
+        if held is not None:
+            if held.again is not None:
+                self._cancel_early(task_id)
             await self._step(TaskCancelled(task_id))
             return
         record = await self._guard.until_done(lambda: self._ledger.record(task_id))
         if record is not None and record.state is not TaskState.DONE:
             # Accepted and not delivered yet, or on a node that has not come back: at its next sight.
-            self._early_cancels[task_id] = None
-            while len(self._early_cancels) > _MAX_EARLY_CANCELS:
-                self._early_cancels.popitem(last=False)
+            self._cancel_early(task_id)
+
+    def _cancel_early(self, task_id: str) -> None:
+        self._early_cancels[task_id] = None
+        while len(self._early_cancels) > _MAX_EARLY_CANCELS:
+            self._early_cancels.popitem(last=False)
 
     async def _ended(self, outcome: work_pb2.WorkOutcome) -> None:
         held = self._tasks.get(outcome.task_id)
-        again = None
         if held is not None and held.node_id == outcome.node_id:
-            del self._tasks[outcome.task_id]
-            again = held.again
+            self._forget(held)
         if self._signatures is not None and _ran_out_of_memory(outcome):
             self._signatures.memory_failed(self._clock.monotonic_s(), outcome.node_id)
         # Held elsewhere or waiting: the ledger will say so when it is assigned again.
         self._tell_end(outcome)
         await self._step(ended_from_outcome(outcome))
-        if again is not None:
-            await self._delivered(again)
+
+    def _forget(self, held: _Held) -> None:
+        """The core is done with it, but not with what was submitted anew."""
+        del self._tasks[held.item.task_id]
+        if held.again is not None:
+            self._again.append(held.again)
 
     async def _trained(self, outcome: work_pb2.WorkOutcome) -> None:
         """The core is done with it. The ledger is not: when the node is lost it comes back from there."""
@@ -395,8 +374,11 @@ class Driver:
             case Reject():
                 await self._reject(command)
             case Drop(task_id):
-                held = self._tasks.pop(task_id)
-                await self._close(held, LemixError(ErrorCode.CANCELLED, "the request was cancelled"), cancelled=True)
+                held = self._tasks[task_id]
+                self._forget(held)
+                if held.again is None:  # else the attempt that was cancelled has ended on its node
+                    error = LemixError(ErrorCode.CANCELLED, "the request was cancelled")
+                    await self._close(held, error, cancelled=True)
             case CancelOnNode(task_id, node_id):
                 self._nodes.send(node_id, pb.NodeSessionResponse(cancel=pb.CancelWork(task_id=task_id)))
             case TakeSnapshot(sync_id, node_id):
@@ -427,7 +409,8 @@ class Driver:
         if not moved:
             self._followups.append(await self._learn_end(task_id, node_id))
             return
-        held.node_id, held.entry_id, held.again = node_id, None, None
+        held.node_id, held.assigned_entry_id = node_id, held.entry_id
+        held.entry_id = held.again = None
         if held.item.HasField("training"):
             self._jobs.on_held(held.item.training, waiting=False)
         else:
@@ -436,7 +419,8 @@ class Driver:
     async def _learn_end(self, task_id: str, node_id: str) -> TaskEnded:
         """The core thinks that the node has this task; the ledger knows of its end. Returns what the core must hear."""
         record = await self._guard.until_done(lambda: self._ledger.record(task_id))
-        held = self._tasks.pop(task_id)
+        held = self._tasks[task_id]
+        self._forget(held)
         event = TaskEnded(task_id, node_id, ok=False)
         if record is not None and record.outcome is not None:
             self._tell_end(record.outcome)

@@ -16,7 +16,7 @@ from lemix.internal.v1 import work_pb2
 from services.runtime.clock import Clock
 from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.convert import status_to_proto
-from services.scheduler.driver import Core
+from services.scheduler.driver_ports import Core
 from services.scheduler.explain.convert import decision_to_proto, waits_to_proto
 from services.scheduler.explain.decisions import Decisions
 from services.scheduler.gateways import GatewayRegistry

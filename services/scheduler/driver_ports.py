@@ -1,0 +1,52 @@
+"""What the driver needs of the core and of training jobs."""
+
+from typing import Protocol
+
+from lemix.errors import LemixError
+from lemix.internal.v1 import work_pb2
+from services.scheduler.core.status import CoreSnapshot
+from services.scheduler.core.types import Command, Event
+
+
+class Core(Protocol):
+    """What the driver needs of `SchedulerCore`."""
+
+    def step(self, now_s: float, event: Event) -> list[Command]:
+        """Take one event in and return what is to be done."""
+        ...
+
+    def next_wakeup_s(self) -> float | None:
+        """When a Tick is needed."""
+        ...
+
+    def snapshot(self) -> CoreSnapshot:
+        """State for status calls."""
+        ...
+
+
+class TrainingJobs(Protocol):
+    """Told what becomes of micro-batches. Must not block."""
+
+    def is_wanted(self, job_id: str) -> bool:
+        """Whether the job still runs."""
+        ...
+
+    def on_held(self, work: work_pb2.TrainingWork, *, waiting: bool) -> None:
+        """The core holds this micro-batch: waiting for a node, or on one."""
+        ...
+
+    def on_refused(self, work: work_pb2.TrainingWork, error: LemixError) -> list[Event]:
+        """The core refused it. Returns what the core must hear."""
+        ...
+
+    def on_outcome(self, outcome: work_pb2.WorkOutcome) -> list[Event]:
+        """It ended. May come twice. Returns what the core must hear."""
+        ...
+
+    def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
+        """It was trained and is in no checkpoint yet: it ends with one, or is held again. May come twice."""
+        ...
+
+    def on_node_away(self, node_id: str, wait_s: float) -> None:
+        """A node is lost; what it trained since its checkpoint waits so long for it, 0: no longer."""
+        ...

@@ -26,6 +26,8 @@ from services.node_agent.tensor_file import TensorFile
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 _NAME = re.compile(r"(\d{10})-(\d{12})")
+#: Whoever asks chooses it, and it becomes a path: no separators, no "..", nothing hidden.
+_ID = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,63}):([0-9]{1,10}):([0-9]{1,12})")
 _PARTIAL_PREFIX = ".partial-"
 _CORRUPTED_PREFIX = ".corrupted-"
 _KEPT_PREFIX = "kept-for-"
@@ -143,9 +145,9 @@ class CheckpointStore:
 
     def folder_of(self, checkpoint_id: str) -> Path:
         """Where a checkpoint lies, this node's or, in a shared directory, another's. Raises LemixError NOT_FOUND."""
-        parts = checkpoint_id.rsplit(":", 2)
-        if len(parts) == 3 and parts[1].isdecimal() and parts[2].isdecimal() and _is_name(parts[0]):
-            folder = self._directory / parts[0] / _folder_name(int(parts[1]), int(parts[2]))
+        match = _ID.fullmatch(checkpoint_id)
+        if match is not None:
+            folder = self._directory / match[1] / _folder_name(int(match[2]), int(match[3]))
             if (folder / _MANIFEST).is_file():
                 return folder
         raise LemixError(ErrorCode.NOT_FOUND, f"there is no checkpoint {checkpoint_id[:200]!r}", param="checkpoint_id")
@@ -287,10 +289,6 @@ def _manifest_digest(fields: Mapping[str, Any]) -> str:
 
 def _folder_name(incarnation: int, step: int) -> str:
     return f"{incarnation:010d}-{step:012d}"
-
-
-def _is_name(node_id: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", node_id) is not None
 
 
 def _digest(path: Path) -> dict[str, Any]:

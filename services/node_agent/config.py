@@ -19,8 +19,8 @@ class NodeAgentSettings(ServiceSettings):
 
     #: host:port told to the scheduler, gateways and peers. Empty: the listen address.
     advertise: str = ""
-    #: Stable over restarts; unique in the cluster.
-    node_id: str = Field("node-0", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    #: Stable over restarts; unique in the cluster. It names the folder of its checkpoints: no dot at its beginning.
+    node_id: str = Field("node-0", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     redis_url: str = "redis://127.0.0.1:6379/0"
     scheduler_address: str = "127.0.0.1:50051"
 

@@ -341,10 +341,18 @@ async def test_a_new_session_tells_again_what_is_in_no_checkpoint(tmp_path: Path
     [
         ({"restore": "node-0:1:1"}, errors_pb2.ERROR_CODE_NOT_FOUND),
         ({"restore": "../elsewhere:1:1"}, errors_pb2.ERROR_CODE_NOT_FOUND),
+        ({"restore": "..:1:1"}, errors_pb2.ERROR_CODE_NOT_FOUND),
+        ({"restore": ".:1:1"}, errors_pb2.ERROR_CODE_NOT_FOUND),
+        ({"restore": "a/b:1:1"}, errors_pb2.ERROR_CODE_NOT_FOUND),
+        ({"restore": f"node-0:{'9' * 300}:1"}, errors_pb2.ERROR_CODE_NOT_FOUND),
+        ({"export": "..:1:1"}, errors_pb2.ERROR_CODE_NOT_FOUND),
         ({"export": "nonsense"}, errors_pb2.ERROR_CODE_NOT_FOUND),
     ],
 )
 async def test_unknown_checkpoints_are_refused(tmp_path: Path, action: dict[str, str], code: int) -> None:
+    for folder in (tmp_path, tmp_path / "saved", tmp_path / "elsewhere", tmp_path / "saved/a/b"):
+        (folder / "0000000001-000000000001").mkdir(parents=True)
+        (folder / "0000000001-000000000001/manifest.json").write_text("{}", encoding="utf-8")
     async with cluster(tmp_path) as made, life(made, tmp_path / "saved"):
         command(made, **action)
         assert (await made.scheduler.checkpoint(1)).error.code == code

@@ -40,3 +40,9 @@ def test_the_defaults_are_what_engines_do() -> None:
 def test_the_kv_cache_holds_at_least_a_block() -> None:
     with pytest.raises(ConfigError, match=r"kv_block_tokens \(64\) exceeds kv_capacity_tokens"):
         validate(NodeAgentSettings, {"kv_capacity_tokens": 63})
+
+
+@pytest.mark.parametrize("node_id", [".", "..", ".hidden", "a/b", "a:b", "node-0\n"])
+def test_a_node_id_that_is_no_name_of_a_folder_is_refused(node_id: str) -> None:
+    with pytest.raises(ConfigError, match="node_id"):
+        validate(NodeAgentSettings, {"node_id": node_id})

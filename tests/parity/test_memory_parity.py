@@ -177,19 +177,23 @@ async def test_what_is_in_host_memory_cannot_be_used(models: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(
+    ("parts", "examples"),
+    [(1, tuple(batch(1))), (3, tuple(batch(1))), (8, tuple(Example(tokens(40, 10 + index)) for index in range(8)))],
+    ids=["whole", "pieces", "equal pieces"],
+)
 async def test_moved_activations_give_the_same_gradients(
-    models: dict[str, Path], parts: int, checkpointing: bool
+    models: dict[str, Path], parts: int, examples: tuple[Example, ...], checkpointing: bool
 ) -> None:
-    """Also between the pieces of a forward."""
+    """Also between the pieces of a forward, where equal ones take the memory that those before have left."""
 
     async def gradients(moves: bool) -> dict[str, Tensor]:
         pipeline = Pipeline.load(models["llama"], 1, can_offload=True, activation_checkpointing=checkpointing)
         (executor,) = pipeline.executors
         for part in range(parts):
-            op = TrainForward(0, 0, "m", tuple(batch(1)), 1.0, None, part=part, parts=parts)
+            op = TrainForward(0, 0, "m", examples, 1.0, None, part=part, parts=parts)
             result = await pipeline.run(0, op)
-            tokens_in = sum(len(example.token_ids) for example in batch(1))
+            tokens_in = sum(len(example.token_ids) for example in examples)
             assert 0 < result.held_bytes <= tokens_in * pipeline.engine.info.activation_bytes_per_token
             if moves:
                 assert (await pipeline.run(0, Offload(0, ("m",)))).held_bytes == 0

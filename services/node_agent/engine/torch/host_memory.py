@@ -6,7 +6,7 @@ the account of the device, and comes back as a copy.
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -36,7 +36,9 @@ class SavedTensors:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         # Where a parameter is saved, the graph holds what the stage holds anyway.
         self._kept = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        self._slots: WeakValueDictionary[_Key, _Slot] = WeakValueDictionary()
+        self._slots: WeakSet[_Slot] = WeakSet()
+        # Those whose tensors are where they were when they were saved: only then does an address tell them apart.
+        self._unmoved: WeakValueDictionary[_Key, _Slot] = WeakValueDictionary()
         #: In host memory: the data of tensors that others hold, by what they are.
         self._away: list[tuple[Tensor, Tensor]] = []
 
@@ -48,13 +50,14 @@ class SavedTensors:
         """Bytes on the device: what graphs saved, and what of `others` they did not save too."""
         if self._away:
             return 0
-        found = {_key(slot.tensor): slot.tensor for slot in self._slots.values()}
+        found = {_key(slot.tensor): slot.tensor for slot in self._slots}
         found.update((_key(tensor), tensor) for tensor in others)
         return sum(tensor.numel() * tensor.dtype.itemsize for tensor in found.values())
 
     def offload(self, others: Iterable[Tensor]) -> None:
         """Everything to host memory; `others` stay the tensors they are, without data."""
-        for slot in self._slots.values():
+        self._unmoved.clear()
+        for slot in self._slots:
             slot.tensor = to_host(slot.tensor)
         for tensor in others:
             self._away.append((tensor, to_host(tensor)))
@@ -62,7 +65,7 @@ class SavedTensors:
 
     def reload(self) -> None:
         """Everything back to the device."""
-        for slot in self._slots.values():
+        for slot in self._slots:
             slot.tensor = slot.tensor.to(slot.device, copy=True)
         for tensor, data in self._away:
             tensor.data = data.to(tensor.device, copy=True)
@@ -72,9 +75,10 @@ class SavedTensors:
         if tensor.untyped_storage().data_ptr() in self._kept:
             return tensor
         key = _key(tensor)
-        slot = self._slots.get(key)
+        slot = self._unmoved.get(key)
         if slot is None:
-            slot = self._slots[key] = _Slot(tensor)
+            slot = self._unmoved[key] = _Slot(tensor)
+            self._slots.add(slot)
         return slot
 
     def _unpack(self, packed: _Slot | Tensor) -> Tensor:

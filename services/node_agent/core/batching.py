@@ -148,7 +148,7 @@ class InferenceBatcher:
         room = self._config.max_batch - len(pieces)
         if budget_tokens < 1 or room < 1 or (most_tokens is not None and most_tokens < 1):
             return pieces
-        for running in self._admit_fitting(now_s, version, budget_tokens, room, is_cut=True):
+        for running in self._admit_fitting(now_s, version, budget_tokens, room):
             piece = self._next_piece(running, budget_tokens, most_tokens)
             if piece is None:
                 self._filling[running.request.task_id] = None
@@ -168,10 +168,12 @@ class InferenceBatcher:
         running.filled_tokens = end
         return Piece(running, start, end)
 
-    def take_prompts(self, now_s: float, version: int) -> list[Piece]:
-        """Whole prompts for a prefill op; empty when none fits (there is no claim then until that changes)."""
+    def take_prompts(self, now_s: float, version: int, most_tokens: int | None = None) -> list[Piece]:
+        """Whole prompts for a prefill op, with most_tokens in their KV caches (None: any number); empty when none fits
+        (there is no claim then until that changes)."""
+        most_tokens = self.kv.capacity_tokens if most_tokens is None else most_tokens
         admitted = self._admit_fitting(
-            now_s, version, self._config.max_prefill_tokens, self._config.max_batch, is_cut=False
+            now_s, version, self._config.max_prefill_tokens, self._config.max_batch, most_tokens
         )
         pieces = []
         for running in admitted:
@@ -180,12 +182,12 @@ class InferenceBatcher:
         return pieces
 
     def _admit_fitting(
-        self, now_s: float, version: int, budget_tokens: int, room: int, *, is_cut: bool
+        self, now_s: float, version: int, budget_tokens: int, room: int, most_tokens: int | None = None
     ) -> list[RunningRequest]:
         """Admit the requests of the next prefill op.
 
         version: weights it will run with. A request that does not fit is passed over at most `max_bypass` times, then
-        nobody is admitted before it. is_cut: the last prompt may exceed the budget, for it is computed in pieces.
+        nobody is admitted before it. most_tokens: what whole prompts take of the KV cache at most; None: they are cut.
         """
         config = self._config
         epoch = version // config.epoch_steps
@@ -193,7 +195,7 @@ class InferenceBatcher:
         room = min(room, self._max_running() - len(self._running))
         if room < 1:
             return []
-        tokens = 0
+        tokens = held_tokens = 0
         chosen: list[int] = []
         continued: set[str] = set()
         passed: list[str] = []
@@ -209,7 +211,12 @@ class InferenceBatcher:
             new_tokens = request.prompt_tokens + request.reference_tokens
             if request.session_id not in continued:
                 new_tokens -= self._cached_tokens(request, self.prefixes.tokens_of(request.session_id))
-            if chosen and not is_cut and tokens + new_tokens > budget_tokens:
+            held_tokens += self.kv.need(request.prompt_tokens)
+            if (
+                chosen
+                and most_tokens is not None
+                and (tokens + new_tokens > budget_tokens or held_tokens > most_tokens)
+            ):
                 break
             chosen.append(index)
             continued.add(request.session_id)
@@ -258,15 +265,16 @@ class InferenceBatcher:
         """
         idle = self._idle
         running = self._running
-        task_ids = tuple(islice(idle, self._config.max_batch))
-        if most_tokens is not None:
-            sums = accumulate(self.kv.need(running[task_id].context_tokens) for task_id in task_ids)
-            task_ids = task_ids[: max(1, sum(tokens <= most_tokens for tokens in sums))]
         if self._config.expected_output_tokens:
-            task_ids = self._with_room(task_ids)
+            task_ids = self._with_room()
             if not task_ids:
                 self._stalled = True
                 return (), 0
+        else:
+            task_ids = tuple(islice(idle, self._config.max_batch))
+        if most_tokens is not None:
+            sums = accumulate(self.kv.need(running[task_id].context_tokens) for task_id in task_ids)
+            task_ids = task_ids[: max(1, sum(tokens <= most_tokens for tokens in sums))]
         if len(task_ids) == len(idle):
             idle.clear()
         else:
@@ -403,10 +411,13 @@ class InferenceBatcher:
             output = min(output, config.expected_output_tokens)
         return request.prompt_tokens + output
 
-    def _with_room(self, task_ids: Iterable[str]) -> tuple[str, ...]:
-        """Those that have, or get, a block for their next token."""
+    def _with_room(self) -> tuple[str, ...]:
+        """Idle requests that have, or get, a block for their next token, at most `max_batch`. All are looked at: only
+        one behind those without room may be the one that can go on."""
         chosen: dict[str, None] = {}
-        for task_id in task_ids:
+        for task_id in tuple(self._idle):
+            if len(chosen) == self._config.max_batch:
+                break
             if task_id in self._running and self._make_room(task_id, chosen):
                 chosen[task_id] = None
         self._made_room += self.prefixes.shrink(self.kv.capacity_tokens - self.kv.used_tokens)

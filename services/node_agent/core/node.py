@@ -55,16 +55,11 @@ class NodeCore:
         memory = config.memory
         self._memory = None if memory is None else NodeMemory(memory, config.num_stages, config.kv_block_tokens)
         self._has_room = None if self._memory is None else self._memory.has_room
-        #: Most context and new tokens of one inference op.
-        self._most_tokens: int | None = None
-        batching = config
-        if self._memory is not None:
-            self._most_tokens = self._memory.most_tokens
-            most_prefill = max(1, min(config.max_prefill_tokens, self._most_tokens))
-            batching = replace(config, max_prefill_tokens=most_prefill)
+        #: Most context and new tokens of one inference op, in whole blocks.
+        self._most_tokens = None if self._memory is None else self._memory.most_tokens
         #: Ops composed for stage 0 that wait for room in its memory, by kind. They are stamped when they start.
         self._held: dict[OpKind, Flight] = {}
-        self._inference = InferenceBatcher(batching)
+        self._inference = InferenceBatcher(config)
         self._training = TrainingQueue(config)
         self._stages = [StageQueue(config, stage) for stage in range(config.num_stages)]
         self._syncs: list[_Sync] = []
@@ -455,7 +450,7 @@ class NodeCore:
     def _compose_prefill(self, now_s: float) -> Flight | None:
         claim = self._inference.prefill_claim(now_s)
         version = self._stages[0].version
-        pieces = self._inference.take_prompts(now_s, version)
+        pieces = self._inference.take_prompts(now_s, version, self._most_tokens)
         if claim is None or not pieces:
             return None
         return Flight(prefill_op(self._new_id(), version, pieces), claim)

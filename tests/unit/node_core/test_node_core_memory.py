@@ -1,6 +1,8 @@
 """Wait or offload: what does not fit a stage waits for room, then other tasks' data makes room, then it runs."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from services.latency import MOVES, OpKind
 from services.node_agent.core.node import NodeCore
@@ -156,6 +158,29 @@ def test_a_prefill_takes_no_more_requests_than_fit() -> None:
     driver = Driver(num_stages=1, memory=_memory(50))
     driver.at(0.0, request("busy", prompt=1), *[request(f"r{i}", prompt=20) for i in range(3)]).run()
     assert [op.task_ids for _, op in driver.ops(OpKind.PREFILL)] == [("busy",), ("r0", "r1"), ("r2",)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([1, 4, 7, 16, 64]),
+    st.integers(1, 6),
+    st.integers(0, 63),
+    st.sampled_from([0, 20]),
+    st.booleans(),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=2, max_size=12),
+)
+def test_short_prompts_that_fill_whole_blocks_fit_together(
+    block: int, blocks: int, rest: int, mixed: int, offloads: bool, lengths: list[tuple[int, int]]
+) -> None:
+    """The checker counts what every op leaves on a stage, in whole blocks."""
+    memory = _memory(blocks * block + rest % block, wait_or_offload=offloads)
+    driver = Driver(num_stages=2, kv_block_tokens=block, max_batch_tokens=mixed, memory=memory)
+    driver.at(0.0, *[request(f"r{i}", prompt, tokens) for i, (prompt, tokens) in enumerate(lengths)]).run()
+    fits = [-(-(prompt + tokens) // block) <= blocks for prompt, tokens in lengths]
+    ends = [driver.results[f"r{i}"] for i in range(len(lengths))]
+    if offloads:
+        assert ends == ["length" if one else "error" for one in fits]
+    assert _counters(driver).used_bytes == (0, 0)
 
 
 def test_requests_that_come_do_not_shorten_the_wait_of_one_before_them() -> None:

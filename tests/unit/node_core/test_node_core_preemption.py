@@ -1,6 +1,8 @@
 """Admission by expected output: who needs more takes blocks of those admitted later, who are computed again."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from services.latency import OpKind
 from services.node_agent.core.types import Cancelled, MemoryConfig, NodeCoreConfig
@@ -69,3 +71,45 @@ def test_limited_memory_offloads_instead() -> None:
     memory = MemoryConfig(peak_bytes=10, kv_bytes_per_token=1, activation_bytes_per_token=1)
     with pytest.raises(ValueError, match="expected_output_tokens must be 0 where memory is limited"):
         NodeCoreConfig(num_stages=1, expected_output_tokens=1, memory=memory)
+
+
+def test_a_request_with_room_goes_on_although_one_without_has_waited_longer() -> None:
+    """Two stages run two requests and decode one at a time: who lacks a block may have to let the other go first."""
+    driver = _driver(num_stages=2, max_batch=1, max_preemptions=1)
+    driver.at(0.0, request("a", prompt=8, max_tokens=14), request("b", prompt=4, max_tokens=13)).run()
+    assert driver.results == {"a": "length", "b": "length"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(20, 40),
+    st.sampled_from([1, 4]),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.sampled_from([0, 1, 4]),
+    st.lists(st.tuples(st.integers(1, 8), st.integers(9, 15)), min_size=2, max_size=6),
+)
+def test_all_come_to_their_end(
+    stages: int,
+    max_batch: int,
+    capacity: int,
+    block: int,
+    expected: int,
+    preemptions: int,
+    prompts: int,
+    lengths: list[tuple[int, int]],
+) -> None:
+    driver = _driver(
+        num_stages=stages,
+        max_batch=max_batch,
+        max_batch_tokens=prompts and max_batch + prompts,
+        kv_capacity_tokens=capacity,
+        kv_block_tokens=block,
+        expected_output_tokens=expected,
+        max_preemptions=preemptions,
+    )
+    driver.at(0.0, *[request(f"r{i}", prompt, tokens) for i, (prompt, tokens) in enumerate(lengths)]).run()
+    fits = [-(-(prompt + tokens) // block) <= capacity // block for prompt, tokens in lengths]
+    assert driver.results == {f"r{i}": "length" if one else "error" for i, one in enumerate(fits)}

@@ -149,6 +149,17 @@ def _inference_task(task_id: str, work: work_pb2.InferenceWork, now_s: float, no
     )
 
 
+def queue_by(work: work_pb2.InferenceWork, ttft_s: float | None) -> None:
+    """Write down what a request is queued by on its node. One that lets others pass still comes up in time: when half
+    of the time that its client waits is over."""
+    if ttft_s is None:
+        work.ClearField("queue_ttft_s")
+        return
+    if work.deadline_unix_s and work.arrival_unix_s:
+        ttft_s = min(ttft_s, 0.5 * max(0.0, work.deadline_unix_s - work.arrival_unix_s))
+    work.queue_ttft_s = ttft_s
+
+
 def ended_from_outcome(outcome: work_pb2.WorkOutcome) -> TaskEnded:
     """The event that an outcome is for the core."""
     if outcome.HasField("training"):

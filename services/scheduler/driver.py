@@ -19,7 +19,7 @@ from lemix.v1 import errors_pb2
 from services.ledger import Delivery, TaskState
 from services.runtime.clock import Clock
 from services.scheduler import metrics
-from services.scheduler.convert import ended_from_outcome, failed_outcome, sync_mode_to_proto, task_from_item
+from services.scheduler.convert import ended_from_outcome, failed_outcome, queue_by, sync_mode_to_proto, task_from_item
 from services.scheduler.core.types import (
     ApplyWeights,
     Assign,
@@ -399,10 +399,8 @@ class Driver:
         held.item.fencing_token = self._token
         if held.item.HasField("training"):
             held.item.training.parts = command.parts
-        elif command.queue_ttft_s is None:
-            held.item.inference.ClearField("queue_ttft_s")
         else:
-            held.item.inference.queue_ttft_s = command.queue_ttft_s
+            queue_by(held.item.inference, command.queue_ttft_s)
         moved = await self._guard.until_done(
             lambda: self._ledger.assign(held.item, node_id, entry_id=held.entry_id, token=self._token)
         )

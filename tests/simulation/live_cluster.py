@@ -305,7 +305,7 @@ class LiveCluster:
             self.tell(TaskEnded(task_id, node_id, self.stored[task_id].ok))
         elif isinstance(work, Request):
             life.node.took(task_id, work.output_tokens)
-            self._step_node(life, node_core.RequestArrived(convert.node_request(work)))
+            self._step_node(life, node_core.RequestArrived(convert.node_request(work, command.queue_ttft_s)))
         else:
             microbatch = convert.node_microbatch(work, sequence=next(self._sequence), parts=command.parts)
             self._step_node(life, MicrobatchArrived(microbatch))

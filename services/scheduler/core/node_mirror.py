@@ -296,15 +296,14 @@ def core_config(spec: NodeSpec, order: QueueOrder) -> NodeCoreConfig:
 def node_request(live: LiveInference) -> InferenceRequest:
     """The request as the node's core gets it."""
     task = live.task
-    slo = task.slo
-    deadline_s = None if slo.ttft_s is None else task.arrival_s + slo.ttft_s
+    ttft_s = task.slo.ttft_s if live.queue_ttft_s is None else live.queue_ttft_s
     return InferenceRequest(
         task.task_id,
         task.arrival_s,
         task.prompt_tokens,
         task.max_tokens,
-        live.deadline_s if live.is_demoted else deadline_s,
-        tpot_s=slo.tpot_s,
+        None if ttft_s is None else task.arrival_s + ttft_s,
+        tpot_s=task.slo.tpot_s,
         session_id=task.session_id,
     )
 

@@ -360,8 +360,8 @@ class SchedulerCore:
                 continue
             placement = self._policy.place_inference(now_s, live, candidates, cluster)
             node = placement.node
-            queue_ttft_s = placement.queue_ttft_s
-            live.is_demoted = queue_ttft_s is not None
+            live.queue_ttft_s = queue_ttft_s = placement.queue_ttft_s
+            live.is_demoted = placement.is_demoted
             live.deadline_s = deadline_s(task, self._config, queue_ttft_s)
             self._give(now_s, live, node, placement.cached_tokens)
             command = Assign(task.task_id, node.spec.node_id, placement.terms, queue_ttft_s=queue_ttft_s)

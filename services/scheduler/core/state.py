@@ -37,7 +37,8 @@ class LiveInference:
     context_tokens: int = 0
     #: Tokens of its prompt that need no prefill, as its policy expects.
     cached_tokens: int = 0
-    #: It would break its promise and lets others pass (`Assign.queue_ttft_s`).
+    #: What it is queued by on its node (`Assign`), and whether that lets others pass.
+    queue_ttft_s: float | None = None
     is_demoted: bool = False
     #: Weights step of its prefill.
     weight_step: int = 0

@@ -199,9 +199,9 @@ def new_request(now_s: float, **kwargs: Any) -> LiveInference:
     return LiveInference(request("new", arrival_s=now_s, **kwargs), 0, float("inf"))
 
 
-def both(core: SchedulerCore, now_s: float) -> tuple[float, float]:
+def both(core: SchedulerCore, now_s: float, **kwargs: Any) -> tuple[float, float]:
     """Predicted TTFT: run ahead, and by arithmetic."""
-    live, found, cluster = new_request(now_s), core._cluster.nodes["a"], core._cluster
+    live, found, cluster = new_request(now_s, **kwargs), core._cluster.nodes["a"], core._cluster
     return (
         predict_ahead(now_s, live, found, cluster).ttft_s,
         predict_response(now_s, live, found, cluster).ttft_s,
@@ -230,10 +230,10 @@ def test_an_operation_that_is_overdue_ends_now() -> None:
 def test_who_waits_for_longer_than_is_run_ahead_is_predicted_by_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     core = core_ahead(max_batch=1)
     for index in range(20):
-        core.step(0.0, TaskArrived(request(f"r{index}")))
-    assert both(core, 0.05)[0] == pytest.approx(20 * 0.1 - 0.05 + 0.1)
+        core.step(0.0, TaskArrived(request(f"r{index}", ttft_s=10.0)))
+    assert both(core, 0.05, ttft_s=10.0)[0] == pytest.approx(20 * 0.1 - 0.05 + 0.1)
     monkeypatch.setattr(fast_forward, "MAX_EVENTS", 15)
-    ahead_s, arithmetic_s = both(core, 0.05)
+    ahead_s, arithmetic_s = both(core, 0.05, ttft_s=10.0)
     assert ahead_s == arithmetic_s
 
 

@@ -251,11 +251,11 @@ def demoted(core: SchedulerCore, count: int, **kwargs: object) -> list[float | N
 
 def test_a_request_that_breaks_its_promise_anyway_lets_others_pass() -> None:
     # Five fit into 0.5 s. Each later one would be the sixth, for those before it in the queue were put off.
-    assert demoted(lemix_core("a"), 8) == [None] * 5 + [12.0 * TTFT_S] * 3
+    assert demoted(lemix_core("a"), 8) == [TTFT_S] * 5 + [12.0 * TTFT_S] * 3
 
 
 def test_nobody_is_demoted_when_told_so() -> None:
-    assert demoted(lemix_core("a", policy_options={"demotion": 0.0}), 8) == [None] * 8
+    assert demoted(lemix_core("a", policy_options={"demotion": 0.0}), 8) == [TTFT_S] * 8
 
 
 def test_demoted_requests_are_no_load_for_one_that_keeps_its_promise() -> None:
@@ -274,7 +274,11 @@ def test_demoted_requests_are_no_load_for_one_that_keeps_its_promise() -> None:
 def test_a_request_that_lacks_a_place_in_the_batches_is_not_demoted() -> None:
     core = core_with(node("a", max_batch=1), policy="lemix", default_slo=SloTarget(ttft_s=TTFT_S, tpot_s=0.1))
     # 100 tokens of 0.01 s each pass before the second one has a place.
-    assert demoted(core, 2, output=100) == [None, None]
+    assert demoted(core, 2, output=100) == [TTFT_S, TTFT_S]
+
+
+def test_who_has_a_promise_of_its_own_is_queued_by_it() -> None:
+    assert demoted(lemix_core("a"), 2, ttft_s=0.3) == [None, None]
 
 
 def test_a_request_of_a_lost_node_is_queued_anew() -> None:
@@ -282,4 +286,4 @@ def test_a_request_of_a_lost_node_is_queued_anew() -> None:
     demoted(core, 6)
     core.step(1.1, NodeLost("a"))
     commands = core.step(1.2, NodeJoined(node("a", latency=constant_latency(prefill=0.01))))
-    assert [c.queue_ttft_s for c in commands if isinstance(c, Assign)] == [None] * 6
+    assert [c.queue_ttft_s for c in commands if isinstance(c, Assign)] == [TTFT_S] * 6

@@ -16,6 +16,7 @@ from services.scheduler.convert import (
     failed_outcome,
     latency_from_profile,
     ops_from_traces,
+    queue_by,
     spec_from_hello,
     task_from_item,
 )
@@ -200,3 +201,14 @@ def test_synchronisation_can_be_chosen(given: dict[str, object]) -> None:
 def test_a_choice_that_contradicts_its_interval_is_refused(given: dict[str, object], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         CoreSettings.model_validate(given).to_core()
+
+
+@pytest.mark.parametrize(
+    ("deadline_unix_s", "queued_by_s"), [(0.0, 24.0), (1100.0, 24.0), (1020.0, 10.0), (900.0, 0.0)]
+)
+def test_who_lets_others_pass_comes_up_while_its_client_still_waits(deadline_unix_s: float, queued_by_s: float) -> None:
+    work = work_pb2.InferenceWork(arrival_unix_s=1000.0, deadline_unix_s=deadline_unix_s)
+    queue_by(work, 24.0)
+    assert work.queue_ttft_s == queued_by_s
+    queue_by(work, None)
+    assert not work.HasField("queue_ttft_s")

@@ -17,13 +17,14 @@ class Placement:
     """Where a task goes and why: terms of every candidate.
 
     cached_tokens: tokens of its prompt that the policy expects the node to keep of the turns before. queue_ttft_s: see
-    `Assign`.
+    `Assign`; is_demoted: it lets others pass.
     """
 
     node: NodeState
     terms: tuple[NodeTerms, ...] = ()
     cached_tokens: int = 0
     queue_ttft_s: float | None = None
+    is_demoted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,8 @@ class LeMix:
     predicted without the prefill of what a node keeps of the turns before. With room to spare the share of the prefill
     that it saves counts as much as being first; a closed node is looked at as well if it has work and is held anyway.
     A request that is predicted to break its time to first token is queued as if it had been promised `demotion` times
-    that (0: as it was promised), so that those after it keep theirs.
+    that (0: as it was promised), so that those after it keep theirs. Not when what it lacks is a place in the batches:
+    those come in turn, and whoever is passed waits for one more.
 
     Training runs on one node per `backlog_s` of predicted work, on all of them when there is more than the core can
     see, and goes to the shortest stream. Its operations are cut to `cut` of the mean prefill where the runtime can do
@@ -135,18 +136,20 @@ class LeMix:
             best = max(looks + keeper, key=_score)
             self._num_open = len(looks)
             self._changed_s = self._opened_s = now_s
-        queue_ttft_s = self._queue_ttft_s(live, best, cluster)
         terms = tuple(look.terms for look in looks + keeper)
-        return Placement(best.node, terms, best.terms.cached_tokens, queue_ttft_s)
+        is_demoted = bool(self._demotion) and best.breaks_ttft
+        ttft_s = self._queue_ttft_s(live, best.node, cluster, is_demoted=is_demoted)
+        return Placement(best.node, terms, best.terms.cached_tokens, ttft_s, is_demoted)
 
-    def _queue_ttft_s(self, live: LiveInference, best: _Look, cluster: Cluster) -> float | None:
-        """Where the request will break its promise anyway, a later one to be queued by.
-
-        Not when what it lacks is a place in the batches: those come in turn, and whoever is passed waits for one more.
-        """
-        if not (self._demotion and best.breaks_ttft):
-            return None
-        return self._demotion * self._promise(live, best.node, cluster)[0]
+    def _queue_ttft_s(
+        self, live: LiveInference, node: NodeState, cluster: Cluster, *, is_demoted: bool
+    ) -> float | None:
+        """What the request is queued by, None: its own promise. A promise assumed here is told too: the node would
+        assume another."""
+        ttft_s, _ = self._promise(live, node, cluster)
+        if is_demoted:
+            return self._demotion * ttft_s
+        return ttft_s if live.task.slo.ttft_s is None and ttft_s < math.inf else None
 
     def _keeper(
         self,

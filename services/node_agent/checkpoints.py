@@ -161,6 +161,7 @@ class Checkpointer:
         if outcome is None:
             return False
         self._finish(outcome)
+        self.on_room()
         return True
 
     # ------------------------------------------------------------- saving

@@ -267,6 +267,21 @@ async def test_no_more_is_trained_than_a_crash_may_cost(tmp_path: Path) -> None:
         assert weights(node) == pytest.approx([after_steps(3)] * 2)
 
 
+async def test_a_cancelled_micro_batch_makes_room_without_a_checkpoint(tmp_path: Path) -> None:
+    disk = _Disk()
+    disk.full = True
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", max_unsaved_microbatches=1, tamper=disk):
+        await train(made, [0])
+        await made.scheduler.checkpoint(1)
+        await train(made, [1])
+        await made.assign(inference_item("r", [1], 1))  # read after it
+        await made.scheduler.outcome("r")
+        assert made.scheduler.trained == ["job/0"]
+        made.scheduler.command("node-0", cancel=scheduler_pb2.CancelWork(task_id="job/0"))
+        await trained(made, 2)
+        assert made.scheduler.trained == ["job/0", "job/1"]
+
+
 async def test_a_node_that_is_told_to_stop_saves_first(tmp_path: Path) -> None:
     async with cluster(tmp_path) as made:
         async with life(made, tmp_path / "saved") as node:

@@ -35,8 +35,8 @@ SPEC = OptimizerSpec(learning_rate=1e-2, lr_schedule="cosine", warmup_steps=2, t
 OTHER = OptimizerSpec(learning_rate=1e-3, lr_schedule="linear", total_steps=20)
 
 
-def load(path: Path, num_stages: int) -> list[StageExecutor]:
-    config = EngineConfig(model_path=str(path), num_stages=num_stages, dtype="float64", kv_capacity_tokens=64)
+def load(path: Path, num_stages: int, dtype: str = "float64") -> list[StageExecutor]:
+    config = EngineConfig(model_path=str(path), num_stages=num_stages, dtype=dtype, kv_capacity_tokens=64)
     return [worker.executor for worker in load_inprocess_engine(config).workers]
 
 
@@ -111,6 +111,27 @@ def test_training_goes_on_as_if_nothing_had_happened(
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.allclose(found[name], value, rtol=0.0, atol=1e-12), name
+
+
+@pytest.mark.parametrize(("saved_in", "restored_in"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_node_of_another_dtype_goes_on(tmp_path: Path, saved_in: str, restored_in: str) -> None:
+    model = MODELS["gpt2"](tmp_path / "model")  # some of its weights are stored in parts
+    stages = load(model, 1, saved_in)
+    train(stages, "job", 0, SPEC)
+    save(stages, tmp_path / "checkpoint")
+    successor = load(model, 2, restored_in)
+    restore(successor, tmp_path / "checkpoint")
+    for stage in successor:
+        for parameter, state in stage.training.jobs["job"].optimizer.state.items():
+            assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == parameter.dtype
+            assert state["step"] == 1.0
+            assert state["step"].dtype == torch.float32
+    train(successor, "job", 1, SPEC)
+    assert {int(state["step"]) for stage in successor for state in _states(stage, "job")} == {2}
+
+
+def _states(stage: StageExecutor, job_id: str) -> list[dict[str, Tensor]]:
+    return list(stage.training.jobs[job_id].optimizer.state.values())
 
 
 def test_a_restored_node_drops_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:

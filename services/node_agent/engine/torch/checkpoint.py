@@ -142,8 +142,11 @@ def _fill_moments(file: Path, names: set[str], jobs: dict[str, Any]) -> None:
                     if not names.issuperset(keys):
                         continue
                     parts = [stored.get_tensor(key) for key in keys]
-                    value = parts[0] if kind == "step" or len(parts) == 1 else torch.cat(parts)
-                    job.optimizer.state[weight.parameter][kind] = value.to(weight.parameter.device)
+                    if kind == "step":  # counted in a dtype of its own
+                        value = parts[0].to(weight.parameter.device)
+                    else:  # a step takes moments of the parameter's dtype alone, which need not be the one saved
+                        value = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(weight.parameter)
+                    job.optimizer.state[weight.parameter][kind] = value
 
 
 def _set_schedule(job: Any, steps: int) -> None:

@@ -4,6 +4,8 @@ Each holds the stages' files and `manifest.json`, which names the model, the pos
 every file and of itself. Everything here blocks; call it in a thread.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -109,6 +111,8 @@ class CheckpointStore:
         self._node_id = node_id
         self._model_path = model_path
         self._keep = keep
+        #: By folder, the newest first; replaced as a whole, so that any thread may read it.
+        self._manifests: dict[Path, Manifest] = {}
         self.model = model_identity(model_path)
 
     def prepare(self) -> None:
@@ -116,6 +120,7 @@ class CheckpointStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         for partial in self._folder.glob(f"{_PARTIAL_PREFIX}*"):
             shutil.rmtree(partial, ignore_errors=True)
+        self._refresh()
 
     # ------------------------------------------------------------- reading
 
@@ -134,14 +139,21 @@ class CheckpointStore:
         return [((int(match[1]), int(match[2])), folder) for match, folder in matches if match]
 
     def manifests(self) -> list[Manifest]:
-        """Of the readable checkpoints, the newest first. Their files are not looked at."""
-        found = []
+        """Of the readable checkpoints, the newest first, without their outcomes. Never blocks: nothing is read."""
+        return list(self._manifests.values())
+
+    def manifest_in(self, folder: Path) -> Manifest:
+        """The same of one checkpoint; another node's is read. Raises CorruptedCheckpoint."""
+        return self._manifests.get(folder) or read_manifest(folder)
+
+    def _refresh(self) -> None:
+        """Look which checkpoints there are now."""
+        found = {}
         for folder in self.folders():
-            try:
-                found.append(read_manifest(folder))
-            except CorruptedCheckpoint:
-                continue
-        return found
+            # Outcomes are many, and only who restores needs them.
+            with contextlib.suppress(CorruptedCheckpoint):
+                found[folder] = self._manifests.get(folder) or replace(read_manifest(folder), outcomes={})
+        self._manifests = found
 
     def folder_of(self, checkpoint_id: str) -> Path:
         """Where a checkpoint lies, this node's or, in a shared directory, another's. Raises LemixError NOT_FOUND."""
@@ -187,7 +199,11 @@ class CheckpointStore:
             files[path.name] = _digest(path)
         manifest = replace(manifest, files=files)
         _write_manifest(partial, manifest)
-        os.rename(partial, self._folder / _folder_name(manifest.incarnation, manifest.step))
+        folder = self._folder / _folder_name(manifest.incarnation, manifest.step)
+        if folder.exists():  # the last attempt failed after its rename
+            self._remove(folder)
+            self._refresh()
+        os.rename(partial, folder)
         _flush(self._folder)
         self._prune()
         return manifest
@@ -208,13 +224,26 @@ class CheckpointStore:
     def _prune(self) -> None:
         for old in self.folders()[self._keep :]:
             if not any(old.glob(f"{_KEPT_PREFIX}*")):
-                shutil.rmtree(old, ignore_errors=True)
+                with contextlib.suppress(OSError):  # tried again after the next one
+                    self._remove(old)
+        self._refresh()
+
+    def _remove(self, folder: Path) -> None:
+        """What is killed or fails half way leaves no checkpoint with half its files. Raises OSError."""
+        leaving = folder.with_name(_PARTIAL_PREFIX + folder.name)
+        shutil.rmtree(leaving, ignore_errors=True)
+        os.rename(folder, leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
 
     def set_aside(self, folder: Path) -> None:
-        """Keep a corrupted checkpoint for whoever wants to know why, but no longer as one; only the newest such."""
+        """Keep a corrupted checkpoint for whoever wants to know why, but no longer as one; only the last such.
+
+        Raises OSError.
+        """
         for earlier in self._folder.glob(f"{_CORRUPTED_PREFIX}*"):
             shutil.rmtree(earlier, ignore_errors=True)
         os.rename(folder, folder.with_name(_CORRUPTED_PREFIX + folder.name))
+        self._refresh()
 
     def discard(self, partial: Path) -> None:
         """Remove what could not be completed."""
@@ -233,16 +262,22 @@ class CheckpointStore:
             message = f"checkpoint {manifest.checkpoint_id} holds no adapter of job {job_id[:200]!r}"
             raise LemixError(ErrorCode.CONFLICT, message, param="job_id")
         target = self._directory / "exports" / "-".join([*checkpoint_id.split(":"), *([job_id] if job_id else [])])
-        partial = target.with_name(f"{_PARTIAL_PREFIX}{target.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.begin()
         try:
+            made = partial / "export"
+            made.mkdir()
             if adapter is None:
-                self._export_model(folder, partial)
+                self._export_model(folder, made)
             else:
-                self._export_adapter(folder, AdapterSpec.from_stored(adapter), partial)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(partial, target)
+                self._export_adapter(folder, AdapterSpec.from_stored(adapter), made)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(target, partial / "replaced")
+            try:
+                os.rename(made, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # a node beside has just exported the same
+                    raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return target

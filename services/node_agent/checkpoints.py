@@ -5,10 +5,12 @@ restores the newest valid checkpoint and finds in the ledger exactly what is mis
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
@@ -18,12 +20,12 @@ from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.node_agent import metrics
 from services.node_agent.checkpoint_files import weights_files
+from services.node_agent.checkpoint_report import disk_error, loss_note, to_proto
 from services.node_agent.checkpoint_store import (
     CheckpointStore,
     CorruptedCheckpoint,
     Manifest,
     add_to_ranges,
-    count_of,
     read_manifest,
 )
 from services.node_agent.core.types import Op
@@ -32,6 +34,8 @@ from services.node_agent.loop import AgentLoop, WeightOp
 from services.runtime.clock import Clock
 
 _log = structlog.get_logger()
+
+T = TypeVar("T")
 
 #: Jobs whose positions a checkpoint lists, the newest.
 _MAX_JOBS = 64
@@ -98,8 +102,8 @@ class Checkpointer:
         self._saved: Manifest | None = None
         self._failing_since_s: float | None = None
         self._retry_s = 0.0
-        #: Somebody asked for a checkpoint that could not be saved.
-        self._is_owed = False
+        #: Why there should be a checkpoint that could not be saved; None: there is none such.
+        self._owed: str | None = None
         #: Called when there is room for further micro-batches.
         self.on_room: Callable[[], None] = lambda: None
         #: What the owner must know of the checkpoint the node started from.
@@ -176,15 +180,15 @@ class Checkpointer:
                 pass
             self._wake.clear()
             if self._wait_s() == 0.0:
-                await self._save_due()
+                await self.save_or_owe(self._owed or "interval")
 
     def _wait_s(self) -> float | None:
         """How long until a checkpoint is due; None: nothing waits for one."""
-        if not self._unsaved:
+        if not self._unsaved and self._owed is None:
             return None
         now_s = self._clock.monotonic_s()
         due_s = min((self._due_s(job, now_s) for job in self._jobs.values() if job.steps), default=float("inf"))
-        if self.is_full or self._is_owed:
+        if self.is_full or self._owed is not None:
             due_s = now_s
         due_s = max(due_s, self._retry_s)
         return None if due_s == float("inf") else max(0.0, due_s - now_s)
@@ -194,16 +198,17 @@ class Checkpointer:
             return now_s
         return job.since_s + job.every_s if job.every_s and job.since_s is not None else float("inf")
 
-    async def _save_due(self) -> None:
+    async def save_or_owe(self, reason: str) -> None:
+        """Save one; if that fails it is reported, and tried again until `give_up_s`."""
         try:
-            await self.save("interval")
+            await self.save(reason)
         except LemixError as error:
             self._report(self._failure("", error))
-            self._failed(error)
+            self._failed(reason, error)
 
-    def _failed(self, error: LemixError) -> None:
+    def _failed(self, reason: str, error: LemixError) -> None:
         now_s = self._clock.monotonic_s()
-        self._retry_s, self._is_owed = now_s + _RETRY_S, True
+        self._retry_s, self._owed = now_s + _RETRY_S, reason
         self._wake.set()
         self._failing_since_s = self._failing_since_s or now_s
         if now_s - self._failing_since_s < self._limits.give_up_s:
@@ -223,6 +228,7 @@ class Checkpointer:
             version = self._loop.ages.newest_step
             if self._saved is not None and self._saved.step == version and not self._unsaved:
                 self._report(self._success(request_id, self._saved))
+                self._begin_anew()
                 return
             try:
                 manifest = await self._save(reason)
@@ -242,7 +248,7 @@ class Checkpointer:
         try:
             partial = await asyncio.to_thread(self._store.begin)
         except OSError as error:
-            raise _disk_error(error) from error
+            raise disk_error(error) from error
         try:
             adapters: list[AdapterSpec] = []
 
@@ -258,9 +264,9 @@ class Checkpointer:
                     message = f"stage {stage} could not write its part: {result.error[:200]}"
                     raise LemixError(ErrorCode.RESOURCE_EXHAUSTED, message)
             manifest = self._manifest(weight_op.version, reason, adapters)
-            manifest = await asyncio.to_thread(self._store.commit, partial, manifest)
+            manifest = await _to_its_end(self._store.commit, partial, manifest)
         except OSError as error:
-            raise _disk_error(error) from error
+            raise disk_error(error) from error
         finally:
             await asyncio.to_thread(self._store.discard, partial)
         return manifest
@@ -299,7 +305,7 @@ class Checkpointer:
 
     def _begin_anew(self) -> None:
         now_s = self._clock.monotonic_s()
-        self._failing_since_s, self._retry_s, self._is_owed = None, 0.0, False
+        self._failing_since_s, self._retry_s, self._owed = None, 0.0, None
         left = {outcome.training.job_id for outcome in self._unsaved.values()}
         for job_id, job in self._jobs.items():
             job.steps, job.since_s = (1, now_s) if job_id in left else (0, None)
@@ -327,12 +333,18 @@ class Checkpointer:
                 task_id: work_pb2.WorkOutcome.FromString(bytes.fromhex(outcome))
                 for task_id, outcome in manifest.outcomes.items()
             }
-            self.note = _note(corrupted, manifest)
-            for other in corrupted:
-                await asyncio.to_thread(self._store.set_aside, other)
+            self.note = loss_note(corrupted, manifest)
+            await self._set_aside(corrupted)
             return manifest
-        self.note = _note(corrupted, None)
+        self.note = loss_note(corrupted, None)
         return None
+
+    async def _set_aside(self, corrupted: list[Path]) -> None:
+        for folder in reversed(corrupted):  # what stays of them is the last, and should be the newest
+            try:
+                await asyncio.to_thread(self._store.set_aside, folder)
+            except OSError as error:
+                _log.warning("corrupted checkpoint stays where it is", folder=str(folder), error=str(error))
 
     async def restore(self, checkpoint_id: str, request_id: str = "") -> None:
         """Go on from a checkpoint, and save that as the newest, so that a crash does not undo it.
@@ -351,7 +363,11 @@ class Checkpointer:
                 # Of another node's the positions are new here; one's own contain them.
                 numbers = chain.from_iterable(range(first, last + 1) for first, last in ranges)
                 self._positions[job_id] = add_to_ranges(self._positions.get(job_id, []), numbers)
-        await self.save("rollback", request_id)
+        try:
+            await self.save("rollback", request_id)
+        except LemixError as error:
+            self._failed("rollback", error)
+            raise
 
     async def _load(self, folder: Path, manifest: Manifest) -> None:
         weight_op = WeightOp(
@@ -401,25 +417,27 @@ class Checkpointer:
         except LemixError as error:
             self._report(self._failure(request_id, error))
             if command.HasField("save"):
-                self._failed(error)
+                self._failed(command.save, error)
 
     async def _export(self, request_id: str, checkpoint_id: str, job_id: str) -> scheduler_pb2.CheckpointReport:
         try:
-            path = await asyncio.to_thread(self._store.export, checkpoint_id, job_id)
-            manifest = await asyncio.to_thread(read_manifest, self._store.folder_of(checkpoint_id))
+            async with self._lock:  # nothing is removed that it reads
+                path = await asyncio.to_thread(self._store.export, checkpoint_id, job_id)
+                manifest = await asyncio.to_thread(read_manifest, self._store.folder_of(checkpoint_id))
         except CorruptedCheckpoint as error:
             raise LemixError(ErrorCode.CONFLICT, str(error), param="checkpoint_id") from error
         except OSError as error:
-            raise _disk_error(error) from error
+            raise disk_error(error) from error
         report = self._success(request_id, manifest)
         report.path = str(path)
         return report
 
     async def _keep(self, wanted: scheduler_pb2.KeepCheckpoint) -> None:
         try:
-            await asyncio.to_thread(self._store.keep_for, wanted.job_id, wanted.checkpoint_id)
+            async with self._lock:  # it removes others
+                await _to_its_end(self._store.keep_for, wanted.job_id, wanted.checkpoint_id)
         except OSError as error:
-            raise _disk_error(error) from error
+            raise disk_error(error) from error
 
     def replica(self, checkpoint_id: str) -> tuple[list[Path], float | None]:
         """Files with the weights of a checkpoint, and when their newest step was made (unix, seconds; None: never).
@@ -428,7 +446,7 @@ class Checkpointer:
         """
         folder = self._store.folder_of(checkpoint_id)
         try:
-            manifest = read_manifest(folder)
+            manifest = self._store.manifest_in(folder)
             if not manifest.holds_weights:
                 message = f"the weights of checkpoint {checkpoint_id} are those of the model directory"
                 raise LemixError(ErrorCode.CONFLICT, message, param="checkpoint_id")
@@ -457,37 +475,13 @@ class Checkpointer:
         return types_pb2.WeightVersion(node_id=self._loop.node_id, incarnation=self._incarnation, step=step)
 
 
-def to_proto(manifest: Manifest) -> types_pb2.Checkpoint:
-    """The public form."""
-    return types_pb2.Checkpoint(
-        checkpoint_id=manifest.checkpoint_id,
-        node_id=manifest.node_id,
-        created_unix_s=manifest.created_unix_s,
-        size_bytes=manifest.size_bytes,
-        trained_microbatches={job_id: count_of(ranges) for job_id, ranges in manifest.positions.items()},
-        reason=manifest.reason,
-    )
-
-
-def _note(corrupted: list[Path], used: Manifest | None) -> str:
-    """What a start from an older checkpoint means; empty when it was the newest."""
-    if not corrupted:
-        return ""
-    source = f"it started from {used.checkpoint_id}" if used is not None else "it started from its model directory"
-    lost: dict[str, int] = {}
+async def _to_its_end(work: Callable[..., T], *arguments: Any) -> T:
+    """Run blocking work in a thread, also when cancelled: a thread cannot be stopped, and what comes next must not
+    touch the same files."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
-        newest = read_manifest(corrupted[0])
-        for job_id, ranges in newest.positions.items():
-            before = used.positions.get(job_id, []) if used is not None else []
-            lost[job_id] = count_of(ranges) - count_of(before)
-        # Those that the ledger does not hold as done are trained again.
-        again = [work_pb2.WorkOutcome.FromString(bytes.fromhex(item)) for item in newest.outcomes.values()]
-        of_jobs = ", ".join(f"{count} of {job_id}" for job_id, count in lost.items() if count)
-        what = f"lost unless trained again: {of_jobs or 'none'}; {len(again)} of them are in the ledger"
-    except CorruptedCheckpoint:
-        what = "its list of micro-batches is corrupted as well"
-    return f"checkpoint {corrupted[0].name} is corrupted, {source}; micro-batches {what}"
-
-
-def _disk_error(error: OSError) -> LemixError:
-    return LemixError(ErrorCode.RESOURCE_EXHAUSTED, f"cannot write a checkpoint: {error.strerror or error}")
+        return await asyncio.shield(running)
+    finally:
+        while not running.done():  # cancelled, perhaps more than once
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([running])

@@ -164,8 +164,8 @@ class WeightSync:
             self._loop.adapters.expect(spec)
             await self._apply(_part_of(sync_id, spec), item.mode, item.source_addresses, spec)
         if self._checkpoints is not None and sync_id.startswith(CHECKPOINT_PREFIX):
-            # Or a crash would bring the older weights back.
-            await self._checkpoints.save("publish")
+            # Or a crash would bring the older weights back. They are in place, whether that succeeds or not.
+            await self._checkpoints.save_or_owe("publish")
 
     async def _take(self, sync_id: str, adapter: AdapterSpec | None) -> None:
         """Copy the weights, or an adapter's."""

@@ -454,6 +454,49 @@ async def test_a_published_checkpoint_is_taken_over_and_outlives_a_crash(tmp_pat
             assert weights(node) == pytest.approx([after_steps(2)])
 
 
+async def test_published_weights_are_in_place_although_they_cannot_be_saved_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.node_agent.checkpoints._RETRY_S", 0.01)
+    disk = _Disk()
+    disk.full = True
+    async with cluster(tmp_path) as made, life(made, tmp_path / "a", checkpoint_every_steps=2) as source:
+        await train_and_save(made, 2)
+        checkpoint_id = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
+        settings = {**NO_TIME, "checkpoint_directory": str(tmp_path / "b"), "tamper": disk}
+        node = await made.start_node("node-1", num_stages=1, **settings)
+        apply = scheduler_pb2.ApplyWeights(
+            sync_id=f"checkpoint/{checkpoint_id}",
+            mode=scheduler_pb2.SYNC_MODE_REPLACE,
+            source_addresses=[source.agent.address],
+        )
+        made.scheduler.command("node-1", apply_weights=apply)
+        (finished,) = await made.scheduler.sync_finished(1)
+        assert not finished.HasField("error")
+        assert finished.weight_step == 1
+        assert weights(node) == pytest.approx([after_steps(2)])
+        assert "No space left on device" in (await made.scheduler.checkpoint(2)).error.message
+        disk.full = False
+        await made.scheduler.until(lambda: made.scheduler.checkpoints[-1].checkpoint.reason == "publish", "it is saved")
+
+
+async def test_a_rollback_that_cannot_be_saved_yet_is_saved_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.node_agent.checkpoints._RETRY_S", 0.01)
+    disk = _Disk()
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_steps=2, tamper=disk):
+        await train_and_save(made, 2)
+        checkpoint_id = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
+        disk.full = True
+        command(made, restore=checkpoint_id)
+        assert "No space left on device" in (await made.scheduler.checkpoint(2)).error.message
+        disk.full = False
+        await made.scheduler.until(
+            lambda: made.scheduler.checkpoints[-1].checkpoint.reason == "rollback", "it is saved"
+        )
+
+
 class Jitter(Gate):
     """Ops take a few turns of the loop, each stage and op another number."""
 

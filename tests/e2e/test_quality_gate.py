@@ -50,7 +50,8 @@ def test_what_gets_better_is_published_and_what_gets_worse_is_undone(user):
 
         bad = client.create_job(
             user.upload(40),
-            hyperparameters=lemix.Hyperparameters(learning_rate=0.5, num_epochs=2),
+            # Long enough that its rate does not fall, and the model recover, before it is measured.
+            hyperparameters=lemix.Hyperparameters(learning_rate=0.5, num_epochs=100),
             checkpoint=lemix.CheckpointPolicy(every_steps=5),
             validation_file=heldout,
             quality_gate=lemix.QualityGate(tolerance=0.5, max_bad_evaluations=1),

@@ -21,7 +21,7 @@ from services.node_agent.config import NodeAgentSettings
 from services.node_agent.convert import adapter_to_proto
 from services.node_agent.core.types import MemoryConfig, NodeCoreConfig, QueueOrder
 from services.node_agent.engine.base import Engine, ModelInfo
-from services.node_agent.evaluation import evaluate
+from services.node_agent.evaluation import Evaluator
 from services.node_agent.intake import Intake
 from services.node_agent.loop import AgentLoop
 from services.node_agent.measure import Measurer
@@ -38,7 +38,7 @@ _log = structlog.get_logger()
 
 #: Longest a stopping node tries to store outcomes, seconds.
 _FLUSH_S = 2.0
-#: Held-out losses measured at once.
+#: Held-out losses asked for at once.
 _MAX_EVALUATIONS = 8
 
 
@@ -114,6 +114,7 @@ class NodeAgent:
         self._loop.adapters.on_change = self._session.report_vitals
         self._measurer = Measurer(self._loop, engine.info)
         self._welcomed = asyncio.Event()
+        self._evaluator = Evaluator(self._loop, engine.info)
         self._evaluations: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -308,7 +309,7 @@ class NodeAgent:
         task.add_done_callback(self._evaluations.discard)
 
     async def _evaluate(self, command: scheduler_pb2.EvaluateCommand) -> None:
-        self._session.report_evaluation(await evaluate(self._loop, self._engine.info, command))
+        self._session.report_evaluation(await self._evaluator.evaluate(command))
 
     def on_checkpoint(self, command: scheduler_pb2.CheckpointCommand) -> None:
         """See session.Commands."""

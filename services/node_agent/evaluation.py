@@ -1,5 +1,6 @@
 """The loss on held-out examples, measured between other work: as training forwards whose activations are dropped."""
 
+import asyncio
 import math
 
 from lemix.errors import ErrorCode, LemixError
@@ -12,31 +13,36 @@ from services.node_agent.loop import AgentLoop, WeightOp
 _TASK_ID = "evaluation"
 
 
-async def evaluate(
-    loop: AgentLoop, info: ModelInfo, command: scheduler_pb2.EvaluateCommand
-) -> scheduler_pb2.EvaluationReport:
-    """Mean loss over the labels of all examples.
+class Evaluator:
+    """Measures one example at a time, so that nobody waits for more than one: they run before inference."""
 
-    One example at a time, so that nobody waits for more than one; steps may come between them. Each runs at one weights
-    version on all stages.
-    """
-    report = scheduler_pb2.EvaluationReport(request_id=command.request_id)
-    total = 0.0
-    try:
-        adapter = loop.adapters.held.get(command.adapter_id)
-        if command.adapter_id and adapter is None:
-            raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"this node holds no adapter {command.adapter_id}")
-        for index, item in enumerate(command.examples):
-            task_id = f"{_TASK_ID}/{command.request_id}/{index}"
-            loss, label_tokens = await _one(loop, task_id, example_from_proto(item, info), adapter)
-            total += loss * label_tokens
-            report.label_tokens += label_tokens
-        if not report.label_tokens:
-            raise LemixError(ErrorCode.INVALID_REQUEST, "there are no held-out examples")
-        report.loss = total / report.label_tokens
-    except LemixError as error:
-        report.error.CopyFrom(error.to_proto())
-    return report
+    def __init__(self, loop: AgentLoop, info: ModelInfo) -> None:
+        self._loop = loop
+        self._info = info
+        self._turn = asyncio.Lock()
+
+    async def evaluate(self, command: scheduler_pb2.EvaluateCommand) -> scheduler_pb2.EvaluationReport:
+        """Mean loss over the labels of all examples. Steps may come between them; each runs at one weights version on
+        all stages. Several evaluations take turns."""
+        report = scheduler_pb2.EvaluationReport(request_id=command.request_id)
+        total = 0.0
+        try:
+            adapter = self._loop.adapters.held.get(command.adapter_id)
+            if command.adapter_id and adapter is None:
+                raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"this node holds no adapter {command.adapter_id}")
+            for index, item in enumerate(command.examples):
+                task_id = f"{_TASK_ID}/{command.request_id}/{index}"
+                example = example_from_proto(item, self._info)
+                async with self._turn:
+                    loss, label_tokens = await _one(self._loop, task_id, example, adapter)
+                total += loss * label_tokens
+                report.label_tokens += label_tokens
+            if not report.label_tokens:
+                raise LemixError(ErrorCode.INVALID_REQUEST, "there are no held-out examples")
+            report.loss = total / report.label_tokens
+        except LemixError as error:
+            report.error.CopyFrom(error.to_proto())
+        return report
 
 
 async def _one(loop: AgentLoop, task_id: str, example: Example, adapter: AdapterSpec | None) -> tuple[float, int]:

@@ -374,6 +374,7 @@ class Checkpointer:
             True,
             lambda op: RestoreCheckpoint(op.op_id, op.version, str(folder), op.oldest_version),
             lambda before: manifest.trained_unix_s,
+            settles=True,
         )
         await self._loop.run_weight_op("restore", weight_op)
         for stage, result in enumerate(weight_op.results):

@@ -74,11 +74,13 @@ class WeightOp:
     """A weight operation on every stage. `payload` makes a stage's op.
 
     trained: unix time of the newest optimizer step contained, as a function of the time before (applied weights only).
+    settles: see SyncRequested.
     """
 
     changes_weights: bool
     payload: Callable[[Op], StageOp]
     trained: Callable[[float | None], float | None] = lambda before: before
+    settles: bool = False
     results: list[StageResult] = field(default_factory=list)
     version: int = 0
 
@@ -232,7 +234,7 @@ class AgentLoop:
             raise LemixError(ErrorCode.CONFLICT, f"{subject} is under way already")
         future: asyncio.Future[WeightOp] = asyncio.get_running_loop().create_future()
         self._weight_ops[subject] = (weight_op, future)
-        self._feed(SyncRequested(subject, weight_op.changes_weights))
+        self._feed(SyncRequested(subject, weight_op.changes_weights, weight_op.settles))
         return await future
 
     @contextlib.asynccontextmanager

@@ -7,7 +7,7 @@ Prefill, decode, training forwards, optimizer steps and weight synchronisations 
 micro-batch's backward starts on the last stage when its forward left it and travels down.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -38,13 +38,6 @@ from services.node_agent.core.types import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sync:
-    sync_id: str
-    changes_weights: bool
-    ready_s: float
-
-
 class NodeCore:
     """State of one node. Its size is bounded by the live tasks."""
 
@@ -62,7 +55,8 @@ class NodeCore:
         self._inference = InferenceBatcher(config)
         self._training = TrainingQueue(config)
         self._stages = [StageQueue(config, stage) for stage in range(config.num_stages)]
-        self._syncs: list[_Sync] = []
+        #: With the time since when they wait.
+        self._syncs: list[tuple[SyncRequested, float]] = []
         self._next_op_id = 1
         self._room_due_s: float | None = None
 
@@ -87,7 +81,7 @@ class NodeCore:
             commands = self._cancel(event.task_id)
         elif isinstance(event, SyncRequested):
             commands = []
-            self._syncs.append(_Sync(event.sync_id, event.changes_weights, now_s))
+            self._syncs.append((event, now_s))
         elif isinstance(event, Tick):
             commands = []
         else:
@@ -297,6 +291,8 @@ class NodeCore:
 
     def _start_ops(self, now_s: float, commands: list[Command]) -> None:
         """Give every idle stage its next op."""
+        if self._settles():
+            self._training.close()
         self._training.refresh(now_s, self._change_waits())
         for queue in self._stages:
             while queue.running is None and (flight := self._next(now_s, queue)) is not None:
@@ -319,7 +315,11 @@ class NodeCore:
 
     def _change_waits(self) -> bool:
         """Whether a weight change must wait for micro-batches between forward and backward."""
-        return bool(self._syncs) and self._syncs[0].changes_weights and self._drain
+        return bool(self._syncs) and self._syncs[0][0].changes_weights and (self._drain or self._settles())
+
+    def _settles(self) -> bool:
+        """Whether a weight change is next that must meet no gradient of older weights."""
+        return bool(self._syncs) and self._syncs[0][0].settles
 
     def _resume(self, now_s: float, queue: StageQueue) -> Flight | None:
         """Next op of an upper stage."""
@@ -368,8 +368,9 @@ class NodeCore:
         entries: list[tuple[OpKind, Claim]] = []
         is_between_parts = self._drain and self._is_between_parts()
         drains = self._training.num_inflight and self._change_waits()
+        drains = drains or (self._settles() and self._training.owes_steps)
         if self._syncs and not (drains or is_between_parts):
-            entries.append((OpKind.WEIGHT_SYNC, Claim(self._syncs[0].ready_s, now_s, 1.0)))
+            entries.append((OpKind.WEIGHT_SYNC, Claim(self._syncs[0][1], now_s, 1.0)))
         prefill = self._inference.prefill_claim(now_s)
         if prefill is not None:
             entries.append((OpKind.PREFILL, prefill))
@@ -407,7 +408,7 @@ class NodeCore:
         version = self._stages[0].version
         claim = Claim(now_s, now_s, 1.0)
         if kind is OpKind.WEIGHT_SYNC:
-            sync = self._syncs.pop(0)
+            sync, _ = self._syncs.pop(0)
             op = Op(
                 self._new_id(),
                 kind,

@@ -112,6 +112,11 @@ class TrainingQueue:
         return sum(len(group.accumulated) for group in self._groups)
 
     @property
+    def owes_steps(self) -> bool:
+        """Whether a group has a step to come that has not entered stage 0."""
+        return any(not group.stepping for group in self._groups)
+
+    @property
     def wakeup_s(self) -> float | None:
         """When the open group times out if nothing happens before."""
         if self._open_group_idle_s is None:
@@ -240,6 +245,11 @@ class TrainingQueue:
         group.closed = group.started >= group.size or microbatch.last
         self._inflight[microbatch.task_id] = _InFlight(microbatch, group.group_id)
         return microbatch
+
+    def close(self) -> None:
+        """The open group takes no more micro-batches and steps with what it has."""
+        if self._groups and not self._groups[-1].closed:
+            self._groups[-1].closed = self._may_be_complete = True
 
     def take_step(self) -> Group:
         """Start the optimizer step that `entry` names."""

@@ -154,10 +154,13 @@ class SyncRequested:
     """Run a weight operation at the next version boundary.
 
     changes_weights False: a snapshot (runs between ops, keeps the version); True: apply (raises the version).
+    settles: training begun before it ends before it, groups that are not full included: no gradient of the weights
+    before may be applied to those after.
     """
 
     sync_id: str
     changes_weights: bool
+    settles: bool = False
 
 
 class OpDone(NamedTuple):

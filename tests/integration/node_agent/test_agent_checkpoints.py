@@ -341,6 +341,20 @@ async def test_a_rollback_raises_the_version_and_outlives_a_crash(tmp_path: Path
             assert made.scheduler.trained == [f"job/{sequence}" for sequence in range(5)]
 
 
+async def test_no_gradient_outlives_a_rollback(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_steps=2) as node:
+        await train_and_save(made, 2)
+        good = (await made.scheduler.checkpoint(1)).checkpoint
+        item = training_item("job", 2, [[1, 2, 3]], gradient_accumulation_steps=2)
+        await made.assign(item)
+        await made.scheduler.until(lambda: node.agent._loop.snapshot().accumulated_microbatches, "half a group")
+        command(made, restore=good.checkpoint_id)
+        await made.scheduler.until(lambda: made.scheduler.checkpoints[-1].request_id == "request", "the answer")
+        assert made.scheduler.trained == [f"job/{sequence}" for sequence in range(3)]
+        assert made.scheduler.checkpoints[-1].version.step == 4
+        assert weights(node) == pytest.approx([after_steps(2)] * 2)
+
+
 async def test_a_new_session_tells_again_what_is_in_no_checkpoint(tmp_path: Path) -> None:
     async with cluster(tmp_path) as made, life(made, tmp_path / "saved"):
         await train(made, [0, 1])

@@ -124,6 +124,9 @@ class Checker:
         self._forward_of: dict[str, int] = {}
         self._tasks_of: dict[int, tuple[str, ...]] = {}
         self._inflight: set[str] = set()
+        #: Weight changes that must meet no gradient of older weights; groups with gradients whose step has not begun.
+        self._settling: set[str] = set()
+        self._owed: set[int] = set()
         #: Next piece of a cut op, by stage and op id.
         self._expected_part: dict[tuple[int, int], int] = {}
         self.memory = MemoryChecker(config.memory, config.num_stages, config.kv_block_tokens) if config.memory else None
@@ -140,6 +143,8 @@ class Checker:
             self.live.add(event.request.task_id)
         elif isinstance(event, MicrobatchArrived):
             self.live.add(event.microbatch.task_id)
+        elif isinstance(event, SyncRequested) and event.settles:
+            self._settling.add(event.sync_id)
         elif isinstance(event, OpDone):
             op = self.running.pop(event.stage)
             if op.kind not in MOVES:
@@ -294,6 +299,7 @@ class Checker:
         if op.kind in MOVES:
             return
         self._check_schedule(stage, op)
+        self._check_settled(stage, op)
         assert op.part == self._expected_part.pop((stage, op.op_id), 0), "pieces out of order"
         version = self._versions[stage]
         stash = self.config.weight_handling == "stash"
@@ -342,6 +348,16 @@ class Checker:
         assert len(set(op.task_ids)) == len(op.task_ids)
         others = [other for other in self.running.values() if other.op_id != op.op_id and other.kind not in MOVES]
         assert all(not set(other.task_ids) & set(op.task_ids) for other in others)
+
+    def _check_settled(self, stage: int, op: Op) -> None:
+        """No gradient of the weights before is left when a change that settles begins."""
+        if op.kind is OpKind.TRAIN_BACKWARD:
+            self._owed.add(op.group)
+        elif op.kind is OpKind.OPTIMIZER_STEP and stage == 0:
+            self._owed.remove(op.group)
+        elif op.kind is OpKind.WEIGHT_SYNC and stage == 0 and op.subject in self._settling:
+            assert not self._owed
+            assert not self._inflight
 
     def _check_schedule(self, stage: int, op: Op) -> None:
         schedule, ahead = self.config.training_schedule, self._ahead[stage]
@@ -466,6 +482,6 @@ def microbatch(
     return MicrobatchArrived(TrainingMicrobatch(task_id, 0.0, job, sequence, 2, 8, accumulation, last, parts))
 
 
-def sync(sync_id: str, changes_weights: bool) -> SyncRequested:
+def sync(sync_id: str, changes_weights: bool, settles: bool = False) -> SyncRequested:
     """A synchronisation is asked for."""
-    return SyncRequested(sync_id, changes_weights)
+    return SyncRequested(sync_id, changes_weights, settles)

@@ -93,6 +93,8 @@ def scheduled_events(draw: st.DrawFn) -> tuple[float, Event]:
         parts = draw(st.sampled_from([1, 1, 2, 3]))
         return time_s, microbatch(f"{job}{number}", job=job, accumulation=1 + number % 3, last=last, parts=parts)
     if kind == "sync":
+        if draw(st.sampled_from([False, False, True])):
+            return time_s, sync(f"restore{number}", True, settles=True)
         return time_s, sync(f"s{number}", draw(st.booleans()))
     return time_s, Cancelled(draw(st.sampled_from([f"r{number}", f"{'ab'[number % 2]}{number}"])))
 

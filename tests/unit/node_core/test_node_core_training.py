@@ -2,6 +2,8 @@
 
 from itertools import accumulate
 
+import pytest
+
 from services.latency import OpKind
 from services.node_agent.core.types import Cancelled, Op, QueueOrder
 from tests.unit.node_core.driver import DURATIONS, Driver, microbatch, request, sync
@@ -239,3 +241,23 @@ def test_a_cut_microbatch_can_be_cancelled_between_its_pieces() -> None:
     driver = Driver(num_stages=1).at(0.0, microbatch("m0", parts=4), microbatch("m1")).at(0.01, Cancelled("m0")).run()
     assert driver.results == {"m0": "cancelled", "m1": "trained"}
     assert [op.part for _, op in driver.ops(OpKind.TRAIN_FORWARD)] == [0, 0]
+
+
+@pytest.mark.parametrize("weights", ["drain", "stash"])
+@pytest.mark.parametrize("schedule", ["async", "gpipe", "1f1b"])
+def test_gradients_are_applied_before_the_weights_go_back(weights: str, schedule: str) -> None:
+    """A group that is not full steps as well; micro-batches that have not begun train on the restored weights."""
+    driver = Driver(num_stages=2, weight_handling=weights, training_schedule=schedule, max_inflight_training=2)
+    driver.at(0.0, *[microbatch(f"m{i}", accumulation=3) for i in range(5)]).at(0.3, sync("back", True, settles=True))
+    driver.run()
+    assert driver.order(0).startswith("FFBBSWFF")
+    assert set(driver.results.values()) == {"trained"}
+
+
+@pytest.mark.parametrize("weights", ["drain", "stash"])
+def test_a_cancelled_job_leaves_no_gradient_behind_a_restore(weights: str) -> None:
+    driver = Driver(num_stages=1, weight_handling=weights, group_timeout_s=60.0)
+    driver.at(0.0, microbatch("m0", accumulation=2))
+    driver.at(0.3, Cancelled("m0"), sync("back", True, settles=True), microbatch("n0", job="next")).run()
+    assert driver.order() == "FBSWFBS"
+    assert driver.results == {"m0": "cancelled", "n0": "trained"}

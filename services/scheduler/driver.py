@@ -359,7 +359,11 @@ class Driver:
     async def _give_up_away(self) -> None:
         """Nodes that did not come back in time: the ledger delivers their micro-batches again, to others."""
         for node_id, until_s in list(self._away.items()):
-            if until_s <= self._clock.monotonic_s():
+            if until_s > self._clock.monotonic_s():
+                continue
+            if node_id in self._nodes.joining:
+                self._away[node_id] = self._clock.monotonic_s() + _LOOK_S  # it is back, and being profiled
+            else:
                 del self._away[node_id]
                 _log.warning("node did not come back", node=node_id, waited_s=self._node_return_s)
                 await self._durably(partial(self._ledger.take_back, node_id, token=self._token))
@@ -397,6 +401,7 @@ class Driver:
             self._followups.append(TaskEnded(task_id, node_id, ok=False))
             return
         held.item.fencing_token = self._token
+        held.item.node_keeps_checkpoints = self._nodes.keeps_checkpoints(node_id)
         if held.item.HasField("training"):
             held.item.training.parts = command.parts
         else:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ _READ_COUNT = 256
 _READ_BLOCK_S = 1.0
 _METRICS_INTERVAL_S = 1.0
 _FINAL_SAVE_TIMEOUT_S = 2.0
+_NOT_BACK = "it did not come back after a restart of the scheduler"
 #: Leases to wait after the start for nodes that hold work of a predecessor.
 _ORPHAN_LEASES = 2.0
 #: Leases between two looks at what was read from the ledger and never moved.
@@ -249,12 +251,10 @@ class SchedulerService:
             missing = {node_id for node_id in missing if not self.nodes.is_connected(node_id)}
             for node_id in sorted(missing.difference(self.nodes.joining)):
                 missing.discard(node_id)
-                await self.inbox.put(_orphaned(node_id))
-
-
-def _orphaned(node_id: str) -> NodeGone:
-    # Whether it kept checkpoints went with the scheduler that knew it.
-    return NodeGone(node_id, "it did not come back after a restart of the scheduler", may_return=True)
+                held = await self.guard.until_done(partial(self._ledger.unfinished, node_id))
+                # Whether it kept checkpoints went with the scheduler that knew it, but for this.
+                keeps_checkpoints = any(item.node_keeps_checkpoints for item in held)
+                await self.inbox.put(NodeGone(node_id, _NOT_BACK, may_return=keeps_checkpoints))
 
 
 async def start_scheduler(settings: SchedulerSettings, clock: Clock) -> SchedulerService:

@@ -3,6 +3,8 @@
 import asyncio
 from typing import Any
 
+import pytest
+
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
@@ -129,6 +131,26 @@ async def test_what_a_node_took_along_for_good_is_trained_by_others(cluster: Clu
     told = [message.event.message for message in messages]
     assert any("n0 was lost: 4 micro-batches since its newest checkpoint" in message for message in told)
     assert any("n0 did not come back: other nodes train 4 micro-batches again" in message for message in told)
+
+
+@pytest.mark.parametrize("keeps_checkpoints", [True, False])
+async def test_only_a_node_with_checkpoints_is_waited_for_after_a_restart(
+    cluster: Cluster, keeps_checkpoints: bool
+) -> None:
+    first = await cluster.scheduler()
+    node = await cluster.node(first, keeps_checkpoints=keeps_checkpoints)
+    gateway = await cluster.gateway(first)
+    created = await create(gateway, await store(gateway, 1))
+    await gateway.submit("r")
+    assert {(await node.take()).item.task_id for _ in range(2)} == {f"{created.job_id}/0", "r"}
+    await cluster.stop(first)
+    await node.vanish()
+    second = await cluster.scheduler(node_lease_s=0.2, node_return_s=30.0)
+    other = await cluster.node(second, "n1")
+    moved = {"r"} if keeps_checkpoints else {"r", f"{created.job_id}/0"}
+    assert {(await other.take()).item.task_id for _ in moved} == moved
+    held = await (await cluster.ledger()).unfinished("n0")
+    assert {item.task_id for item in held} == {"r", f"{created.job_id}/0"} - moved
 
 
 async def test_a_new_session_does_not_count_trained_ones_as_work(cluster: Cluster) -> None:

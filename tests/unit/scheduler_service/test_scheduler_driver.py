@@ -89,11 +89,16 @@ class Peers:
     connected: set[str] = field(default_factory=lambda: {"n0", "n1"})
     wanted: set[str] = field(default_factory=lambda: {"j"})
     adapters: AdapterDesk = field(default_factory=AdapterDesk)
+    joining: list[str] = field(default_factory=list)
+    keepers: set[str] = field(default_factory=set)
 
     def send(self, node_id: str, message: pb.NodeSessionResponse) -> bool:
         if node_id in self.connected:
             self.told.append((node_id, message.WhichOneof("message")))
         return node_id in self.connected
+
+    def keeps_checkpoints(self, node_id: str) -> bool:
+        return node_id in self.keepers
 
     def address(self, node_id: str) -> str:
         return f"{node_id}:1" if node_id in self.connected else ""
@@ -428,6 +433,27 @@ async def test_what_a_lost_node_trained_and_was_to_train_waits_for_it_but_not_fo
     await rig.handle()
     assert await rig.ledger.unfinished("n0") == []
     assert rig.peers.told[-1] == ("away", "n0", 0.0)
+
+
+async def test_a_node_that_is_back_in_time_and_still_measured_keeps_what_it_was_to_train(rig: Rig) -> None:
+    rig.core.answers[TaskArrived] = assign_to("n0")
+    await rig.handle(Offered(microbatch(0)), NodeGone("n0", "test", may_return=True))
+    rig.peers.joining = ["n0"]
+    rig.clock.advance(60.0)
+    await rig.handle()
+    assert len(await rig.ledger.unfinished("n0")) == 1
+    rig.peers.joining = []
+    rig.clock.advance(2.0)
+    await rig.handle()
+    assert await rig.ledger.unfinished("n0") == [], "it was not to be measured"
+
+
+async def test_the_ledger_knows_whether_a_node_may_come_back_from_a_checkpoint(rig: Rig) -> None:
+    rig.peers.keepers = {"n0"}
+    rig.core.answers[TaskArrived] = lambda event: [Assign(event.task.task_id, "n" + event.task.task_id[-1])]
+    await rig.handle(Offered(microbatch(0)), Offered(microbatch(1)))
+    held = [item.node_keeps_checkpoints for node_id in ("n0", "n1") for item in await rig.ledger.unfinished(node_id)]
+    assert held == [True, False]
 
 
 async def test_a_node_that_is_back_in_time_has_what_it_was_to_train(rig: Rig) -> None:

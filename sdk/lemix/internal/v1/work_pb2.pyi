@@ -112,16 +112,18 @@ class TrainingWork(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., examples: _Optional[_Iterable[_Union[TrainingExample, _Mapping]]] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., total_steps: _Optional[int] = ..., last: _Optional[bool] = ..., parts: _Optional[int] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ..., lora: _Optional[_Union[_types_pb2.Lora, _Mapping]] = ..., isolated: _Optional[bool] = ...) -> None: ...
 
 class WorkItem(_message.Message):
-    __slots__ = ("task_id", "inference", "training", "fencing_token")
+    __slots__ = ("task_id", "inference", "training", "fencing_token", "node_keeps_checkpoints")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     INFERENCE_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     FENCING_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NODE_KEEPS_CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     inference: InferenceWork
     training: TrainingWork
     fencing_token: int
-    def __init__(self, task_id: _Optional[str] = ..., inference: _Optional[_Union[InferenceWork, _Mapping]] = ..., training: _Optional[_Union[TrainingWork, _Mapping]] = ..., fencing_token: _Optional[int] = ...) -> None: ...
+    node_keeps_checkpoints: bool
+    def __init__(self, task_id: _Optional[str] = ..., inference: _Optional[_Union[InferenceWork, _Mapping]] = ..., training: _Optional[_Union[TrainingWork, _Mapping]] = ..., fencing_token: _Optional[int] = ..., node_keeps_checkpoints: _Optional[bool] = ...) -> None: ...
 
 class InferenceOutcome(_message.Message):
     __slots__ = ("finish_reason", "token_ids", "prompt_tokens", "report", "error", "node_ttft_s", "node_response_s", "logprobs")

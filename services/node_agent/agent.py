@@ -355,22 +355,26 @@ class NodeAgent:
             kv_block_tokens=settings.kv_block_tokens,
             adapters=self._held_adapters(),
             weights_changed=self._loop.adapters.weights_changed,
+            weights_age_s=self._weights_age_s(),
         )
 
     def _held_adapters(self) -> tuple[scheduler_pb2.HeldAdapter, ...]:
         return tuple(map(adapter_to_proto, self._loop.adapters.held.values()))
 
     def _vitals(self) -> Vitals:
-        ages = self._loop.ages
-        trained_unix_s = ages.at(ages.newest_step)
         return Vitals(
-            ages.newest_step,
+            self._loop.ages.newest_step,
             self._loop.snapshot().kv_used_tokens,
             self._draining,
-            None if trained_unix_s is None else max(0.0, self._clock.unix_s() - trained_unix_s),
+            self._weights_age_s(),
             self._held_adapters(),
             self._loop.adapters.weights_changed,
         )
+
+    def _weights_age_s(self) -> float | None:
+        ages = self._loop.ages
+        trained_unix_s = ages.at(ages.newest_step)
+        return None if trained_unix_s is None else max(0.0, self._clock.unix_s() - trained_unix_s)
 
     def _node_info(self) -> node_pb2.GetNodeInfoResponse:
         settings, info = self._settings, self._engine.info

@@ -55,8 +55,11 @@ def latency_from_profile(profile: profile_pb2.Profile) -> NodeLatency:
     return NodeLatency(tuple(stages))
 
 
-def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency) -> NodeSpec:
-    """What the core knows of a node. Raises ValueError when profile and node differ in their stages."""
+def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency, offset_s: float) -> NodeSpec:
+    """What the core knows of a node, whose clock is `offset_s` behind the scheduler's.
+
+    Raises ValueError when profile and node differ in their stages.
+    """
     if latency.num_stages != hello.num_stages:
         raise ValueError(f"node {hello.node_id} has {hello.num_stages} stages, its profile {latency.num_stages}")
     bounds = {
@@ -74,9 +77,12 @@ def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency
         "training_schedule": hello.training_schedule,
         "max_batch_tokens": hello.max_batch_tokens,
         "kv_block_tokens": hello.kv_block_tokens,
+        "incarnation": hello.incarnation,
     }
     told: dict[str, Any] = {name: value for name, value in bounds.items() if value}
-    return NodeSpec(hello.node_id, hello.num_stages, latency, is_restored=bool(hello.checkpoints), **told)
+    if hello.HasField("weights_age_s"):
+        told["trained_s"] = hello.sent_monotonic_s + offset_s - hello.weights_age_s
+    return NodeSpec(hello.node_id, hello.num_stages, latency, **told)
 
 
 def ops_from_traces(

@@ -37,6 +37,7 @@ from services.scheduler.core.types import (
     TaskEnded,
     TaskRecovered,
     Tick,
+    WarnBehind,
 )
 from services.scheduler.driver_ports import Core, TrainingJobs
 from services.scheduler.event_log import EventLog
@@ -390,6 +391,8 @@ class Driver:
                 self._send_sync(sync_id, node_id, message)
             case ApplyWeights():
                 self._apply_weights(command)
+            case WarnBehind(node_id, num_failed):
+                _log.warning("node serves without what others trained", node=node_id, failed_rounds=num_failed)
 
     async def _assign(self, command: Assign) -> None:
         task_id, node_id = command.task_id, command.node_id

@@ -166,7 +166,7 @@ class NodeRegistry:
         self._joining.add(hello.node_id)
         try:
             latency = await self._profiles.latency(hello)
-            spec = spec_from_hello(hello, latency)
+            spec = spec_from_hello(hello, latency, connection.offset_s)
         except ValueError as error:
             raise LemixError(ErrorCode.CONFLICT, str(error)) from error
         finally:

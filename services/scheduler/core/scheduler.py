@@ -29,6 +29,7 @@ from services.scheduler.core.types import (
     NodeDraining,
     NodeJoined,
     NodeLost,
+    NodeRole,
     NodeSpec,
     OpFinished,
     QueueOrder,
@@ -69,6 +70,8 @@ class SchedulerCore:
         self._cluster = Cluster(config)
         mode = sync_mode(config.sync, self._policy.sync_mode)
         self._sync = Synchroniser(mode, every_steps=config.sync_every_steps, timeout_s=config.sync_timeout_s)
+        #: `Synchroniser.num_changes` when roles were given last.
+        self._seen_sync_changes = 0
         self._now_s = -math.inf
         self._num_accepted = 0
         self._hold_back_retry_s = math.inf
@@ -89,11 +92,16 @@ class SchedulerCore:
         self._now_s = now_s = max(now_s, self._now_s)
         commands: list[Command] = []
         self._commands = commands
-        self._sync.expire(now_s)
+        commands += self._sync.expire(now_s)
         self._handle(now_s, event)
         if self._observer is not None and self._observer.observe(now_s, event, self._cluster):
             self._set_roles()
             self._look_again()
+        # Every turn but the last marks a node more as behind.
+        while self._sync.num_changes != self._seen_sync_changes:
+            self._set_roles()
+            self._look_again()
+        commands += self._sync.catch_up(now_s)
         if self._cluster.waiting_inference:
             self._place_inference(now_s)
         self._release_training(now_s)
@@ -102,8 +110,9 @@ class SchedulerCore:
     def next_wakeup_s(self) -> float | None:
         """When a Tick is needed if nothing else happens; None: never."""
         wakeup_s = self._hold_back_retry_s
-        if self._sync.deadline_s is not None:
-            wakeup_s = min(wakeup_s, self._sync.deadline_s)
+        sync_s = self._sync.wakeup_s
+        if sync_s is not None:
+            wakeup_s = min(wakeup_s, sync_s)
         return wakeup_s if wakeup_s < math.inf else None
 
     def snapshot(self) -> CoreSnapshot:
@@ -127,20 +136,19 @@ class SchedulerCore:
             case JobCancelled(job_id):
                 self._cancel_job(job_id)
             case NodeJoined(spec):
-                self._node_joined(spec)
+                self._node_joined(now_s, spec)
             case NodeLost(node_id):
-                self._node_lost(node_id, keeps_training=event.keeps_training)
+                self._node_lost(now_s, node_id, keeps_training=event.keeps_training)
             case NodeDraining(node_id):
                 self._node_draining(node_id)
             case SnapshotReady():
                 self._commands += self._sync.snapshot_ready(event)
             case SyncEnded():
-                self._sync_ended(event)
+                self._sync_ended(now_s, event)
             case SyncIntervalSet(steps):
                 self._sync.set_interval(steps)
             case WeightsTold(node_id, weight_step, trained_s):
-                if (node := self._cluster.nodes.get(node_id)) is not None:
-                    node.weights_told(weight_step, trained_s)
+                self._weights_told(node_id, weight_step, trained_s)
             case AdaptersTold(node_id, adapter_ids):
                 self._adapters_told(node_id, adapter_ids)
             case Tick():
@@ -166,7 +174,7 @@ class SchedulerCore:
             return refuse_overloaded(task) if full else None
         if len(cluster.waiting_inference) >= self._config.max_waiting_inference:
             return refuse_overloaded(task)
-        return refuse(task, cluster.serving) or refuse_stale(now_s, task, cluster.serving)
+        return refuse(task, cluster.may_serve) or refuse_stale(now_s, task, cluster.serving)
 
     def _accept(self, task: Task) -> LiveTask:
         cluster = self._cluster
@@ -221,11 +229,18 @@ class SchedulerCore:
         if event.op is OpKind.OPTIMIZER_STEP and event.stage == node.costs.num_stages - 1:
             self._commands += self._sync.optimizer_step(now_s, event.node_id)
 
-    def _sync_ended(self, event: SyncEnded) -> None:
+    def _weights_told(self, node_id: str, weight_step: int, trained_s: float | None) -> None:
+        node = self._cluster.nodes.get(node_id)
+        if node is not None:
+            node.weights_told(weight_step, trained_s)
+            if trained_s is not None:
+                self._sync.trained(node_id)
+
+    def _sync_ended(self, now_s: float, event: SyncEnded) -> None:
         node = self._cluster.nodes.get(event.node_id)
         if node is not None:
             node.weight_step = max(node.weight_step, event.weight_step)
-        self._commands += self._sync.sync_ended(event)
+        self._commands += self._sync.sync_ended(now_s, event)
 
     # ----------------------------------------------------------------- cancellation
 
@@ -268,7 +283,7 @@ class SchedulerCore:
 
     # ----------------------------------------------------------------- nodes
 
-    def _node_joined(self, spec: NodeSpec) -> None:
+    def _node_joined(self, now_s: float, spec: NodeSpec) -> None:
         cluster = self._cluster
         known = cluster.nodes.get(spec.node_id)
         if known is not None and known.spec.num_stages == spec.num_stages:
@@ -277,26 +292,27 @@ class SchedulerCore:
             known.costs = NodeCosts(spec.latency)
             known.is_draining = False
             known.adapter_ids = frozenset()
+            self._commands += self._sync.joined(now_s, spec)
             self._set_roles()
             return
         if known is not None:
-            self._node_lost(spec.node_id)
+            self._node_lost(now_s, spec.node_id)
         cluster.nodes[spec.node_id] = NodeState(
             spec=spec,
             costs=NodeCosts(spec.latency),
             held=HeldTime(self._config.hold_s),
             forecast=NodeForecast(spec.num_stages) if self._policy.uses_forecast else None,
         )
+        self._commands += self._sync.joined(now_s, spec)
         self._set_roles()
-        self._commands += self._sync.catch_up(self._now_s)
         self._look_again()
 
-    def _node_lost(self, node_id: str, *, keeps_training: bool = False) -> None:
+    def _node_lost(self, now_s: float, node_id: str, *, keeps_training: bool = False) -> None:
         node = self._cluster.nodes.pop(node_id, None)
         if node is None:
             return
         self._cluster.sessions.node_lost(node)
-        self._commands += self._sync.node_lost(node_id)
+        self._commands += self._sync.node_lost(now_s, node_id)
         self._set_roles()
         for kept in list(node.training.values()) if keeps_training else ():
             node.remove_training(kept)
@@ -322,19 +338,24 @@ class SchedulerCore:
             self._look_again()
 
     def _set_roles(self) -> None:
-        nodes = self._cluster.nodes.values()
-        roles = self._policy.roles(sorted(node.node_id for node in nodes if not node.is_draining))
+        self._seen_sync_changes = self._sync.num_changes
+        present = sorted(node.node_id for node in self._cluster.nodes.values() if not node.is_draining)
+        usable = self._sync.usable(present)
+        roles = self._sync.serving_only(self._policy.roles(usable))
         if self._config.sync is SyncChoice.CHECKPOINT:
             roles = self._sync.with_one_trainer(roles)
+        held_out = set(present).difference(usable)
+        roles |= dict.fromkeys(held_out, NodeRole.UNUSED)
         self._cluster.set_roles(roles, fastest_first=self._policy.fastest_first)
-        self._sync.set_roles(roles, restored={node.node_id for node in nodes if node.spec.is_restored})
+        self._cluster.held_out = tuple(self._cluster.nodes[node_id] for node_id in sorted(held_out))
+        self._sync.set_roles(roles)
 
     def _look_again(self) -> None:
         """Nodes came or went: who waits may wait for another reason now, or may never fit again."""
         waiting = list(self._cluster.waiting_inference.values())
         self._new_waiting = []
         for live in waiting:
-            refusal = refuse(live.task, self._cluster.serving)
+            refusal = refuse(live.task, self._cluster.may_serve)
             if refusal is None:
                 self._new_waiting.append(live)
             else:

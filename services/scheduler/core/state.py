@@ -308,6 +308,8 @@ class Cluster:
     #: Nodes that may serve, and that may train, in the order of the policy (`Policy.fastest_first`).
     serving: tuple[NodeState, ...] = ()
     training: tuple[NodeState, ...] = ()
+    #: Nodes that get no work before they hold what others trained.
+    held_out: tuple[NodeState, ...] = ()
     tasks: dict[str, LiveTask] = field(default_factory=dict)
     #: Tasks without a node, in order of acceptance.
     waiting_inference: dict[str, LiveInference] = field(default_factory=dict)
@@ -327,6 +329,11 @@ class Cluster:
     def __post_init__(self) -> None:
         self.outputs = OutputLengths(self.config.initial_output_tokens)
         self.sessions = Sessions(self.config.max_sessions)
+
+    @property
+    def may_serve(self) -> tuple[NodeState, ...]:
+        """Nodes that serve or soon will; none while none serves."""
+        return self.serving + self.held_out if self.serving else ()
 
     def set_roles(self, roles: dict[str, NodeRole], *, fastest_first: bool) -> None:
         """Take over the roles a policy gave. A node that changes its role finishes what it holds."""

@@ -97,8 +97,10 @@ class NodeSpec:
     max_inflight_training: int = 2
     weight_handling: str = "drain"
     gradient_buffers: int = 1
-    #: It started from a checkpoint: its weights hold what it trained in an earlier life.
-    is_restored: bool = False
+    #: Of its process; 0: not told.
+    incarnation: int = 0
+    #: When the newest optimizer step that its weights contain was made; None: they were never trained.
+    trained_s: float | None = None
     #: Most new tokens of an inference op that may cut prompts into pieces and decode; 0: prompts are computed whole.
     max_batch_tokens: int = 0
     kv_block_tokens: int = 1
@@ -378,7 +380,16 @@ class ApplyWeights:
     source_node_ids: tuple[str, ...]
 
 
-Command = Assign | Defer | Reject | CancelOnNode | Drop | TakeSnapshot | ApplyWeights
+@dataclass(frozen=True, slots=True)
+class WarnBehind:
+    """The node lacks what others trained and is used all the same: so many rounds in a row could not bring it up to
+    date."""
+
+    node_id: str
+    num_failed: int
+
+
+Command = Assign | Defer | Reject | CancelOnNode | Drop | TakeSnapshot | ApplyWeights | WarnBehind
 
 # --------------------------------------------------------------------------- configuration
 

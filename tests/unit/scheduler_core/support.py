@@ -1,5 +1,7 @@
 """Small builders shared by the tests of the scheduler core."""
 
+from typing import Any
+
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.types import (
@@ -31,7 +33,7 @@ def constant_latency(num_stages: int = 1, **seconds: float) -> NodeLatency:
     return NodeLatency((models,) * num_stages)
 
 
-def node(node_id: str, num_stages: int = 1, *, latency: NodeLatency | None = None, **bounds: int) -> NodeSpec:
+def node(node_id: str, num_stages: int = 1, *, latency: NodeLatency | None = None, **bounds: Any) -> NodeSpec:
     """A node with constant durations."""
     return NodeSpec(node_id, num_stages, latency or constant_latency(num_stages), **bounds)
 

@@ -60,6 +60,7 @@ COMMANDS = [
     types.Drop,
     types.TakeSnapshot,
     types.ApplyWeights,
+    types.WarnBehind,
 ]
 
 

@@ -1,9 +1,12 @@
 """Rounds of weight synchronisation: who takes part, in which order, and how a round ends."""
 
+import pytest
+
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.types import (
     ApplyWeights,
     Command,
+    Defer,
     NodeDraining,
     NodeJoined,
     NodeLost,
@@ -16,8 +19,10 @@ from services.scheduler.core.types import (
     TakeSnapshot,
     TaskArrived,
     Tick,
+    WarnBehind,
+    WeightsTold,
 )
-from tests.unit.scheduler_core.support import assigned, core_with, microbatch, node, step_ended
+from tests.unit.scheduler_core.support import assigned, core_with, microbatch, node, request, step_ended
 
 
 def averaging(*node_ids: str, every: int = 2, **config: object) -> SchedulerCore:
@@ -161,9 +166,8 @@ def test_node_that_joins_during_a_round_catches_up_in_the_next() -> None:
     sync_id = start_round(core, "a")[0].sync_id
     core.step(1.1, NodeJoined(node("c")))
     assert [command.node_id for command in finish_round(core, sync_id, "a", "b")] == ["a", "b"]
-    snapshots = start_round(core, "c", steps=1)
-    assert [command.node_id for command in snapshots] == ["a", "b"], "untrained weights would spoil the mean"
-    sync_id = snapshots[0].sync_id
+    assert core.snapshot().sync_id != sync_id, "although nobody trains any more"
+    sync_id = core.snapshot().sync_id
     assert finish_round(core, sync_id, "a", "b") == [
         ApplyWeights(sync_id, "a", SyncMode.AVERAGE, ("b",)),
         ApplyWeights(sync_id, "b", SyncMode.AVERAGE, ("a",)),
@@ -214,8 +218,152 @@ def test_a_node_that_comes_back_from_a_checkpoint_is_a_source_at_once() -> None:
     core = averaging("a", "b")
     start_round(core, "a", steps=1)
     core.step(1.5, NodeLost("b"))
-    assert core.step(1.6, NodeJoined(node("b", is_restored=True))) == []
+    assert core.step(1.6, NodeJoined(node("b", incarnation=2, trained_s=0.8))) == []
     assert [command.node_id for command in start_round(core, "a", steps=1)] == ["a", "b"]
+
+
+def test_a_checkpoint_from_before_the_last_round_of_its_node_is_behind() -> None:
+    """All that it holds was passed on then; what was trained here since is lost with the copy."""
+    core = averaging("a", "b", "c")
+    finish_round(core, start_round(core, "a", now_s=2.0)[0].sync_id, "a", "b", "c")
+    core.step(3.0, NodeLost("b"))
+    core.step(3.0, NodeLost("c"))
+    assert core.step(4.0, NodeJoined(node("b", incarnation=2, trained_s=2.5))) == [], "it trained since that round"
+    (first, *_) = core.step(4.0, NodeJoined(node("c", incarnation=2, trained_s=1.5)))
+    assert isinstance(first, TakeSnapshot)
+    assert finish_round(core, first.sync_id, "a", "b")[-1].mode is SyncMode.REPLACE
+
+
+def test_a_checkpoint_of_an_unknown_node_is_behind_when_others_went_on() -> None:
+    core = averaging("a", "b")
+    finish_round(core, start_round(core, "a", now_s=2.0)[0].sync_id, "a", "b")
+    assert core.step(3.0, NodeJoined(node("d", incarnation=5, trained_s=1.0))) != []
+    assert roles(core)["d"] is NodeRole.UNUSED
+
+
+def test_the_same_process_with_a_new_stream_keeps_what_it_trained() -> None:
+    specs = [node(name, incarnation=7) for name in "ab"]
+    core = core_with(*specs, policy="round_robin", sync_every_steps=3)
+    start_round(core, "a", steps=1)
+    start_round(core, "b", steps=2)
+    core.step(1.5, NodeLost("b"))
+    assert core.step(1.6, NodeJoined(specs[1])) == []
+    assert roles(core) == {"a": NodeRole.BOTH, "b": NodeRole.BOTH}
+    snapshots = start_round(core, "b", steps=1)
+    assert [command.node_id for command in snapshots] == ["a", "b"], "its steps still count"
+
+
+def test_another_process_that_takes_the_stream_over_has_other_weights() -> None:
+    core = core_with(*(node(name, incarnation=7) for name in "ab"), policy="round_robin", sync_every_steps=9)
+    start_round(core, "a", steps=1)
+    (snapshot,) = core.step(1.6, NodeJoined(node("b", incarnation=8)))
+    assert isinstance(snapshot, TakeSnapshot)
+    assert roles(core) == {"a": NodeRole.BOTH, "b": NodeRole.UNUSED}
+
+
+@pytest.mark.parametrize("names", ["ac", "ca"])
+def test_a_new_scheduler_learns_from_the_nodes_who_was_trained(names: str) -> None:
+    specs = {"a": node("a", incarnation=7, trained_s=-50.0), "c": node("c", incarnation=9)}
+    core = core_with(*(specs[name] for name in names), policy="round_robin", sync_every_steps=100)
+    assert roles(core) == {"a": NodeRole.BOTH, "c": NodeRole.UNUSED}
+    applied = finish_round(core, core.snapshot().sync_id, "a")
+    assert applied == [ApplyWeights(applied[0].sync_id, "c", SyncMode.REPLACE, ("a",))]
+    assert roles(core) == {"a": NodeRole.BOTH, "c": NodeRole.BOTH}
+
+
+def test_who_tells_that_its_weights_were_trained_is_ahead_of_a_new_node() -> None:
+    core = averaging("a")
+    core.step(1.0, WeightsTold("a", 3, 0.5))
+    assert isinstance(core.step(2.0, NodeJoined(node("b")))[0], TakeSnapshot)
+
+
+def test_a_node_that_is_behind_gets_no_work_until_it_holds_what_others_trained() -> None:
+    core = averaging("a", every=100)
+    start_round(core, "a", steps=1)
+    core.step(1.0, NodeJoined(node("b")))
+    given = [core.step(1.1, TaskArrived(request(f"r{index}"))) for index in range(4)]
+    assert [assigned(commands) for commands in given] == [[(f"r{index}", "a")] for index in range(4)]
+    assert assigned(core.step(1.2, TaskArrived(microbatch("m")))) == [("m", "a")]
+    finish_round(core, core.snapshot().sync_id, "a")
+    later = [assigned(core.step(3.0, TaskArrived(request(f"s{index}")))) for index in range(2)]
+    assert {node_id for ((_, node_id),) in later} == {"a", "b"}
+
+
+def test_what_only_a_node_that_is_behind_could_run_waits_for_it() -> None:
+    core = core_with(node("a", max_context_tokens=50), policy="round_robin", sync_every_steps=100)
+    start_round(core, "a", steps=1)
+    core.step(1.0, NodeJoined(node("b")))
+    assert core.step(1.1, TaskArrived(request("r"))) == [Defer("r", "inflight_limit")]
+    core.step(2.0, SnapshotReady(core.snapshot().sync_id, "a"))
+    ended = core.step(2.1, SyncEnded(core.snapshot().sync_id, "b", ok=True))
+    assert assigned(ended) == [("r", "b")]
+
+
+def test_without_rounds_nobody_waits_for_one() -> None:
+    core = averaging("a", every=0)
+    start_round(core, "a", steps=1)
+    core.step(1.0, NodeJoined(node("b")))
+    assert roles(core)["b"] is NodeRole.BOTH
+    assert core.step(1.1, SyncIntervalSet(5)) == [TakeSnapshot(core.snapshot().sync_id, "a")]
+    assert roles(core)["b"] is NodeRole.UNUSED
+    core.step(1.2, SyncIntervalSet(0))
+    assert roles(core)["b"] is NodeRole.BOTH
+
+
+def test_when_all_are_behind_they_are_used() -> None:
+    core = averaging("a", every=100)
+    start_round(core, "a", steps=1)
+    core.step(1.0, NodeJoined(node("b")))
+    core.step(1.1, NodeLost("a"))
+    assert roles(core) == {"b": NodeRole.BOTH}
+    assert core.next_wakeup_s() is None
+    start_round(core, "b", steps=1)
+    assert roles(core) == {"b": NodeRole.BOTH}
+    core.step(2.0, NodeJoined(node("c")))
+    assert roles(core) == {"b": NodeRole.BOTH, "c": NodeRole.UNUSED}, "training goes on from there"
+
+
+def test_a_node_that_got_no_role_before_is_behind_when_it_gets_one() -> None:
+    core = core_with(
+        *(node(name) for name in "abc"), policy="round_robin", policy_options={"max_nodes": 2}, sync_every_steps=100
+    )
+    start_round(core, "a", steps=1)
+    commands = core.step(1.0, NodeLost("b"))
+    assert [command.node_id for command in commands if isinstance(command, TakeSnapshot)] == ["a"]
+    assert roles(core) == {"a": NodeRole.BOTH, "c": NodeRole.UNUSED}
+    finish_round(core, core.snapshot().sync_id, "a")
+    assert roles(core) == {"a": NodeRole.BOTH, "c": NodeRole.BOTH}
+
+
+@pytest.mark.parametrize("how", ["failed", "expired", "source"])
+def test_a_failed_round_for_a_late_node_is_tried_again_after_a_pause_but_not_for_ever(how: str) -> None:
+    core = averaging("a", every=100, sync_timeout_s=2.0)
+    start_round(core, "a", steps=1)
+    now_s, warned = 2.0, []
+    core.step(now_s, NodeJoined(node("b")))
+    for turn in range(3):
+        assert roles(core)["b"] is NodeRole.UNUSED
+        sync_id = core.snapshot().sync_id
+        assert sync_id != ""
+        if how == "failed":
+            core.step(now_s, SnapshotReady(sync_id, "a"))
+            warned = core.step(now_s, SyncEnded(sync_id, "b", ok=False))
+        elif how == "source":
+            warned = core.step(now_s, SyncEnded(sync_id, "a", ok=False))
+        else:
+            now_s = core.next_wakeup_s() or 0.0
+            warned = core.step(now_s, Tick())
+        assert core.snapshot().sync_id == ""
+        if turn < 2:
+            assert core.next_wakeup_s() == now_s + 5.0
+            assert core.step(now_s + 4.9, Tick()) == []
+            now_s += 5.0
+            assert core.step(now_s, Tick()) == [TakeSnapshot(core.snapshot().sync_id, "a")]
+    assert warned == [WarnBehind("b", 3)]
+    assert roles(core) == {"a": NodeRole.BOTH, "b": NodeRole.SERVE}
+    assert core.next_wakeup_s() is None
+    finish_round(core, start_round(core, "a", now_s=now_s, steps=100)[0].sync_id, "a")
+    assert roles(core)["b"] is NodeRole.BOTH, "the next round that is due anyway mends it"
 
 
 def test_nodes_that_join_before_anybody_trained_are_equals() -> None:
@@ -293,6 +441,6 @@ def test_the_trainer_stays_when_a_node_joins_and_a_current_one_follows_it() -> N
     core = checkpointing("b", "c")
     finish_round(core, start_round(core, "b")[0].sync_id, "b")
     core.step(3.0, NodeJoined(node("a")))
-    assert roles(core) == {"a": NodeRole.SERVE, "b": NodeRole.BOTH, "c": NodeRole.SERVE}
+    assert roles(core) == {"a": NodeRole.UNUSED, "b": NodeRole.BOTH, "c": NodeRole.SERVE}
     core.step(3.1, NodeLost("b"))
-    assert roles(core) == {"a": NodeRole.SERVE, "c": NodeRole.BOTH}, "not the new one, which holds untrained weights"
+    assert roles(core) == {"a": NodeRole.UNUSED, "c": NodeRole.BOTH}, "not the new one, which holds untrained weights"

@@ -64,12 +64,12 @@ def test_an_unusable_profile_says_why(bad: profile_pb2.Profile, problem: str) ->
 
 def test_a_node_keeps_defaults_for_what_it_does_not_tell() -> None:
     latency = latency_from_profile(profile(fit(profile_pb2.OP_KIND_PREFILL, "constant", [1.0])))
-    spec = spec_from_hello(pb.NodeHello(node_id="n", num_stages=1, max_context_tokens=128, max_batch=3), latency)
+    spec = spec_from_hello(pb.NodeHello(node_id="n", num_stages=1, max_context_tokens=128, max_batch=3), latency, 0.0)
     assert (spec.max_context_tokens, spec.max_batch, spec.max_inflight_inference) == (128, 3, 64)
     assert (spec.prefix_cache_tokens, spec.epoch_steps) == (0, 64)
     assert (spec.synchronous_training, spec.max_training_parts) == (False, 1)
     hello = pb.NodeHello(node_id="n", num_stages=1, prefix_cache_tokens=4096, epoch_steps=8)
-    spec = spec_from_hello(hello, latency)
+    spec = spec_from_hello(hello, latency, 0.0)
     assert (spec.prefix_cache_tokens, spec.epoch_steps) == (4096, 8)
     assert (spec.max_prefill_tokens, spec.max_inflight_training) == (2048, 2)
     assert (spec.weight_handling, spec.gradient_buffers) == ("drain", 1)
@@ -81,18 +81,18 @@ def test_a_node_keeps_defaults_for_what_it_does_not_tell() -> None:
         weight_handling="stash",
         gradient_buffers=2,
     )
-    spec = spec_from_hello(hello, latency)
+    spec = spec_from_hello(hello, latency, 0.0)
     assert (spec.max_prefill_tokens, spec.max_inflight_training) == (512, 4)
     assert (spec.weight_handling, spec.gradient_buffers) == ("stash", 2)
     with pytest.raises(ValueError, match="2 stages"):
-        spec_from_hello(pb.NodeHello(node_id="n", num_stages=2), latency)
+        spec_from_hello(pb.NodeHello(node_id="n", num_stages=2), latency, 0.0)
 
 
 @pytest.mark.parametrize(("schedule", "synchronous"), [("async", False), ("gpipe", True), ("1f1b", True)])
 def test_a_node_tells_how_it_trains(schedule: str, synchronous: bool) -> None:
     latency = latency_from_profile(profile(fit(profile_pb2.OP_KIND_PREFILL, "constant", [1.0])))
     hello = pb.NodeHello(node_id="n", num_stages=1, training_schedule=schedule, max_training_parts=6)
-    spec = spec_from_hello(hello, latency)
+    spec = spec_from_hello(hello, latency, 0.0)
     assert (spec.synchronous_training, spec.max_training_parts) == (synchronous, 6)
 
 
@@ -174,11 +174,12 @@ def test_every_knob_of_the_core_can_be_set_and_has_its_default() -> None:
     assert SchedulerSettings().node_lease_s == 5.0
 
 
-def test_a_node_with_checkpoints_has_started_from_one() -> None:
+def test_a_node_tells_its_process_and_when_its_weights_were_trained() -> None:
     latency = latency_from_profile(profile(fit(profile_pb2.OP_KIND_PREFILL, "constant", [1.0])))
-    new = pb.NodeHello(node_id="n", num_stages=1)
-    back = pb.NodeHello(node_id="n", num_stages=1, checkpoints=[types_pb2.Checkpoint(checkpoint_id="n:1:5")])
-    assert [spec_from_hello(hello, latency).is_restored for hello in (new, back)] == [False, True]
+    new = pb.NodeHello(node_id="n", num_stages=1, checkpoints=[types_pb2.Checkpoint(checkpoint_id="n:1:5")])
+    back = pb.NodeHello(node_id="n", num_stages=1, incarnation=3, sent_monotonic_s=50.0, weights_age_s=20.0)
+    specs = [spec_from_hello(hello, latency, 100.0) for hello in (new, back)]
+    assert [(spec.incarnation, spec.trained_s) for spec in specs] == [(0, None), (3, 130.0)]
 
 
 @pytest.mark.parametrize("given", [

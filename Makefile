@@ -37,7 +37,7 @@ simulate: install  ## Plan a cluster: SIMULATE_ARGS="simulate|plan ..." (docs/op
 up: install  ## Run the local cluster in the foreground (Ctrl-C stops it)
 	@$(BIN)/python -m deploy.local $(UP_ARGS)
 
-test: install  ## Run the tests (under 10 minutes)
+test: install  ## Run the tests (about 10 minutes)
 	@$(BIN)/python -m pytest -q -m "not slow" $(TEST_ARGS)
 
 nightly: install  ## Run everything, slow tests too

@@ -1,22 +1,24 @@
 """Between OpenAI's JSON and the application layer: files, jobs, events and feedback."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+from pydantic import BaseModel
 
 from lemix.errors import LemixError
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
 from services.gateway.schemas import (
-    CheckpointBody,
     FeedbackBody,
     HyperparametersBody,
     JobBody,
-    LoraBody,
-    QualityGateBody,
 )
 from services.gateway.training_examples import ExampleBuilder
 from services.gateway.translate import turns
 from services.gateway.validation import invalid
+
+_Message = TypeVar("_Message", bound=Message)
 
 #: What `learning_rate_multiplier: 1` means.
 BASE_LEARNING_RATE = 1e-4
@@ -77,40 +79,23 @@ def job_request(body: JobBody, request_id: str) -> training_service_pb2.CreateJo
         training_file=body.training_file,
         hyperparameters=_hyperparameters(body, body.hyperparameters or in_method or HyperparametersBody()),
         request_id=request_id,
-        checkpoint=_checkpoint_policy(body.lemix.checkpoint),
+        checkpoint=_message(types_pb2.CheckpointPolicy, body.lemix.checkpoint, "checkpoint"),
         validation_file=body.validation_file or "",
-        quality_gate=_quality_gate(body.lemix.quality_gate),
+        quality_gate=_message(types_pb2.QualityGate, body.lemix.quality_gate, "quality_gate"),
         method=_METHOD_OF_NAME[body.lemix.method],
         mode=_MODE_OF_NAME[body.lemix.kind],
-        lora=_lora_request(body.lemix.lora),
+        lora=_message(types_pb2.Lora, body.lemix.lora, "lora"),
     )
 
 
-def _lora_request(body: LoraBody | None) -> types_pb2.Lora | None:
+def _message(kind: type[_Message], body: BaseModel | None, field: str) -> _Message | None:
+    """What the caller wrote in `lemix.<field>`, as a message."""
     if body is None:
         return None
     try:
-        return types_pb2.Lora(**body.model_dump(exclude_none=True))
+        return kind(**body.model_dump(exclude_none=True))
     except ValueError as error:  # a number outside its protobuf type
-        raise invalid(f"lemix.lora is out of range: {error}", "lemix.lora") from error
-
-
-def _checkpoint_policy(body: CheckpointBody | None) -> types_pb2.CheckpointPolicy | None:
-    if body is None:
-        return None
-    try:
-        return types_pb2.CheckpointPolicy(**body.model_dump(exclude_none=True))
-    except ValueError as error:  # a number outside its protobuf type
-        raise invalid(f"lemix.checkpoint is out of range: {error}", "lemix.checkpoint") from error
-
-
-def _quality_gate(body: QualityGateBody | None) -> types_pb2.QualityGate | None:
-    if body is None:
-        return None
-    try:
-        return types_pb2.QualityGate(**body.model_dump(exclude_none=True))
-    except ValueError as error:  # a number outside its protobuf type
-        raise invalid(f"lemix.quality_gate is out of range: {error}", "lemix.quality_gate") from error
+        raise invalid(f"lemix.{field} is out of range: {error}", f"lemix.{field}") from error
 
 
 def _hyperparameters(body: JobBody, openai: HyperparametersBody) -> types_pb2.Hyperparameters:

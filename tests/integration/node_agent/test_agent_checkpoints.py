@@ -445,6 +445,20 @@ async def test_a_checkpoint_that_is_kept_outlives_newer_ones(tmp_path: Path) -> 
         assert len(report.held) == 1
 
 
+async def publish(made: Any, checkpoint_id: str, source: Any, node: Any) -> None:
+    """A checkpoint of `source` with two steps becomes the weights of node-1."""
+    apply = scheduler_pb2.ApplyWeights(
+        sync_id=f"checkpoint/{checkpoint_id}",
+        mode=scheduler_pb2.SYNC_MODE_REPLACE,
+        source_addresses=[source.agent.address],
+    )
+    made.scheduler.command("node-1", apply_weights=apply)
+    (finished,) = await made.scheduler.sync_finished(1)
+    assert not finished.HasField("error")
+    assert finished.weight_step == 1
+    assert weights(node) == pytest.approx([after_steps(2)])
+
+
 async def test_a_published_checkpoint_is_taken_over_and_outlives_a_crash(tmp_path: Path) -> None:
     async with cluster(tmp_path) as made, life(made, tmp_path / "a", checkpoint_every_steps=2) as source:
         await train_and_save(made, 3)
@@ -452,16 +466,7 @@ async def test_a_published_checkpoint_is_taken_over_and_outlives_a_crash(tmp_pat
         settings = {**NO_TIME, "checkpoint_directory": str(tmp_path / "b")}
         async with contextlib.AsyncExitStack() as stack:
             node = await made.start_node("node-1", num_stages=1, stack=stack, **settings)
-            apply = scheduler_pb2.ApplyWeights(
-                sync_id=f"checkpoint/{checkpoint_id}",
-                mode=scheduler_pb2.SYNC_MODE_REPLACE,
-                source_addresses=[source.agent.address],
-            )
-            made.scheduler.command("node-1", apply_weights=apply)
-            (finished,) = await made.scheduler.sync_finished(1)
-            assert not finished.HasField("error")
-            assert finished.weight_step == 1
-            assert weights(node) == pytest.approx([after_steps(2)])
+            await publish(made, checkpoint_id, source, node)
         async with contextlib.AsyncExitStack() as stack:
             node = await made.start_node("node-1", num_stages=1, stack=stack, **settings)
             assert made.scheduler.hellos[-1].checkpoints[0].reason == "publish"
@@ -479,16 +484,7 @@ async def test_published_weights_are_in_place_although_they_cannot_be_saved_yet(
         checkpoint_id = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
         settings = {**NO_TIME, "checkpoint_directory": str(tmp_path / "b"), "tamper": disk}
         node = await made.start_node("node-1", num_stages=1, **settings)
-        apply = scheduler_pb2.ApplyWeights(
-            sync_id=f"checkpoint/{checkpoint_id}",
-            mode=scheduler_pb2.SYNC_MODE_REPLACE,
-            source_addresses=[source.agent.address],
-        )
-        made.scheduler.command("node-1", apply_weights=apply)
-        (finished,) = await made.scheduler.sync_finished(1)
-        assert not finished.HasField("error")
-        assert finished.weight_step == 1
-        assert weights(node) == pytest.approx([after_steps(2)])
+        await publish(made, checkpoint_id, source, node)
         assert "No space left on device" in (await made.scheduler.checkpoint(2)).error.message
         disk.full = False
         await made.scheduler.until(lambda: made.scheduler.checkpoints[-1].checkpoint.reason == "publish", "it is saved")

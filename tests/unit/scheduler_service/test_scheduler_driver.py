@@ -205,23 +205,8 @@ def assign_to(node_id: str) -> Callable[[TaskArrived], list[Command]]:
     return lambda event: [Assign(event.task.task_id, node_id)]
 
 
-async def test_a_request_submitted_anew_before_its_cancellation_is_reported_runs(rig: Rig) -> None:
-    rig.core.answers[TaskArrived] = assign_to("n0")
-    await rig.handle(await rig.accept("r"))
-    (first,) = await rig.ledger.read_node("n0", count=9, block_s=0)
-    inference = work_pb2.InferenceOutcome(finish_reason=types_pb2.FINISH_REASON_CANCELLED)
-    cancelled = work_pb2.WorkOutcome(task_id="r", node_id="n0", inference=inference)
-    assert await rig.ledger.finish("n0", first.entry_id, cancelled)
-    rig.core.answers[TaskArrived] = assign_to("n1")
-    await rig.handle(await rig.accept("r"), Ended(cancelled))
-    assert rig.events(TaskEnded) == [TaskEnded("r", "n0", ok=False)]
-    assert len(rig.events(TaskArrived)) == 2
-    (again,) = await rig.ledger.read_node("n1", count=9, block_s=0)
-    assert again.item.task_id == "r"
-
-
-async def cancelled_and_submitted_anew(rig: Rig) -> None:
-    """A request that n0 cancelled, which is not reported, and the same one submitted again."""
+async def cancelled_and_submitted_anew(rig: Rig) -> work_pb2.WorkOutcome:
+    """A request that n0 cancelled, which is not reported, and the same one submitted again. Returns the report."""
     rig.core.answers[TaskArrived] = assign_to("n0")
     await rig.handle(await rig.accept("r"))
     (first,) = await rig.ledger.read_node("n0", count=9, block_s=0)
@@ -231,6 +216,16 @@ async def cancelled_and_submitted_anew(rig: Rig) -> None:
     rig.core.answers[TaskArrived] = assign_to("n1")
     await rig.handle(await rig.accept("r"))
     assert len(rig.events(TaskArrived)) == 1, "the core has the first attempt still"
+    return cancelled
+
+
+async def test_a_request_submitted_anew_before_its_cancellation_is_reported_runs(rig: Rig) -> None:
+    cancelled = await cancelled_and_submitted_anew(rig)
+    await rig.handle(Ended(cancelled))
+    assert rig.events(TaskEnded) == [TaskEnded("r", "n0", ok=False)]
+    assert len(rig.events(TaskArrived)) == 2
+    (again,) = await rig.ledger.read_node("n1", count=9, block_s=0)
+    assert again.item.task_id == "r"
 
 
 async def test_a_request_submitted_anew_runs_when_its_node_comes_back_without_the_first_attempt(rig: Rig) -> None:

@@ -7,18 +7,16 @@ is timed. Writes `out/bench/decision.json` and a page with the growth over live 
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import decision_page
-from bench.machine import git_commit, machine
+from bench.report.summary import run_facts, write_summary
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.scheduler.core.policies import POLICIES
 from services.scheduler.core.scheduler import SchedulerCore
@@ -187,12 +185,9 @@ def _row(policy: str, place: Place, repetitions: list[list[float]]) -> Row:
     )
 
 
-def report(rows: list[Row], args: argparse.Namespace, started_at: str) -> dict[str, Any]:
-    """The summary, and whether the targets hold."""
+def report(rows: list[Row], args: argparse.Namespace) -> dict[str, Any]:
+    """What the summary tells of this benchmark, and whether the targets hold."""
     return {
-        "git_commit": git_commit(),
-        "started_at": started_at,
-        "machine": machine(),
         "config": {"decisions": args.decisions, "repeat": args.repeat, "num_stages": NUM_STAGES, "training_window": 4},
         "seed": 0,
         "scheduler": [asdict(row) for row in rows],
@@ -223,7 +218,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.decisions < 20 or args.repeat < 1:
         parser.error("--decisions must be at least 20 and --repeat at least 1")
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = run_facts()
     rows = run(args.decisions, args.repeat)
     columns = f"{'policy':<20}{'nodes':>6}{'committed':>11}{'finished':>10}"
     print(f"{columns}{'p50 us':>9}{'(min-max)':>16}{'p99 us':>9}")
@@ -231,16 +226,13 @@ def main() -> None:
         spread = f"({row.p50_us_min:.1f}-{row.p50_us_max:.1f})"
         place = f"{row.policy:<20}{row.nodes:>6}{row.committed:>11}{row.finished:>10}"
         print(f"{place}{row.p50_us:>9.1f}{spread:>16}{row.p99_us:>9.1f}")
-    summary = report(rows, args, started_at)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    args.out.with_suffix(".html").write_text(decision_page.render(summary, SWEEPS), encoding="utf-8")
+    summary = facts | report(rows, args)
     for target in summary["targets"]:
         verdict = "met" if target["met"] else "missed"
         place = f"{target['nodes']} nodes, {target['committed']} committed"
         p50, p99 = f"p50 {target['worst_p50_us']:.1f} us", f"p99 {target['worst_p99_us']:.1f} us"
         print(f"{place}: slowest policy {p50} (target {target['p50_us']:.0f}), {p99}: {verdict}")
-    print(f"Wrote {args.out} and {args.out.with_suffix('.html')}")
+    write_summary(args.out, summary, decision_page.render(summary, SWEEPS))
 
 
 if __name__ == "__main__":

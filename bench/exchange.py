@@ -9,7 +9,6 @@ stops without ending, once a round has begun. Writes `out/bench/exchange.json`.
 import argparse
 import asyncio
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from bench.machine import git_commit, machine
+from bench.report.summary import run_facts, write_summary
 from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from services.node_agent.combine import Replica, write_mean
 from services.node_agent.peer_weights import chunks, fetch_replica
@@ -317,7 +316,7 @@ def main() -> None:
     args = parser.parse_args()
     sizes = [int(1e6 * float(value)) for value in args.parameters.split(",")]
     worlds = [int(value) for value in args.members.split(",")]
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = run_facts()
     rounds: list[dict[str, Any]] = []
     print(f"{'parameters':>10}{'members':>9}  {'way':<14}{'round s':>9}{'CPU s':>8}")
     for size, world in itertools.product(sizes, worlds):
@@ -330,16 +329,12 @@ def main() -> None:
     for row in losses:
         print(f"{row['how']:<14}{row['way']:<14}{row['noticed_s']:>10.2f}{row['again_s']:>14.2f}")
     summary = {
-        "started_at": started_at,
-        "git_commit": git_commit(),
-        "machine": machine(),
+        **facts,
         "config": {"repeat": args.repeat, "timeout_s": TIMEOUT_S},
         "rounds": rounds,
         "losses": losses,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(f"Wrote {args.out}")
+    write_summary(args.out, summary)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ garbage as always. The inputs are those of `make paper`. Writes `out/bench/simul
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.machine import git_commit, machine
 from bench.paper.scenario import DECODE, Point, Run, cluster, configuration, work
 from bench.report import page, svg
+from bench.report.summary import run_facts, write_summary
 from services.simulator.cluster import Simulation
 
 SUBJECT = "lemix"
@@ -72,13 +70,10 @@ def _row(place: str, policy: str, repetitions: Sequence[tuple[int, int, float]])
     return Row(place, policy, ops, decisions, middle, min(speeds), max(speeds), middle * decisions / ops)
 
 
-def report(rows: Sequence[Row], repeat: int, started_at: str) -> dict[str, Any]:
-    """The summary, and whether the target holds."""
+def report(rows: Sequence[Row], repeat: int) -> dict[str, Any]:
+    """What the summary tells of this benchmark, and whether the target holds."""
     slowest = min((row for row in rows if row.policy == SUBJECT), key=lambda row: row.ops_per_s)
     return {
-        "git_commit": git_commit(),
-        "started_at": started_at,
-        "machine": machine(),
         "config": {"repeat": repeat, "seed": 0, "tasks": {place: run.num_tasks for place, run in PLACES.items()}},
         "simulator": [asdict(row) for row in rows],
         "target": {
@@ -136,19 +131,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeat < 1:
         parser.error("--repeat must be at least 1")
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = run_facts()
     rows = measure(args.repeat)
     print(f"{'place':<18}{'policy':<16}{'ops':>8}{'decisions':>11}{'ops/s':>9}{'(min-max)':>18}{'decisions/s':>13}")
     for row in rows:
         spread = f"({row.ops_per_s_min:,.0f}-{row.ops_per_s_max:,.0f})"
         counts = f"{row.place:<18}{row.policy:<16}{row.ops:>8,}{row.decisions:>11,}"
         print(f"{counts}{row.ops_per_s:>9,.0f}{spread:>18}{row.decisions_per_s:>13,.0f}")
-    summary = report(rows, args.repeat, started_at)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    args.out.with_suffix(".html").write_text(render(summary), encoding="utf-8")
+    summary = facts | report(rows, args.repeat)
     print(verdict(summary["target"]))
-    print(f"Wrote {args.out} and {args.out.with_suffix('.html')}")
+    write_summary(args.out, summary, render(summary))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ one run with one thread each; what the runtime adds to an op; idle time of a pip
 """
 
 import argparse
-import json
 import os
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from rich.table import Table
 
 from bench.engine import bubble, overhead, speed
 from bench.engine.figures import Figure
-from bench.machine import git_commit, machine
+from bench.report.summary import run_facts, write_summary
 from bench.report.verdict import STYLES
 
 
@@ -31,12 +29,9 @@ async def measure(pairs: int, repetitions: int) -> tuple[list[Figure], int]:
     return [*speeds.figures, *costs, *bubble.measure()], speeds.num_parameters
 
 
-def report(figures: list[Figure], num_parameters: int, args: argparse.Namespace, started_at: str) -> dict[str, Any]:
-    """The summary."""
+def report(figures: list[Figure], num_parameters: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What the summary tells of this benchmark."""
     return {
-        "git_commit": git_commit(),
-        "started_at": started_at,
-        "machine": machine(),
         "config": {
             "num_parameters": num_parameters,
             "threads": 1,
@@ -73,14 +68,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.pairs < 1 or args.repetitions < 1:
         parser.error("--pairs and --repetitions must be at least 1")
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = run_facts()
     figures, num_parameters = uvloop.run(measure(args.pairs, args.repetitions))
-    summary = report(figures, num_parameters, args, started_at)
+    summary = facts | report(figures, num_parameters, args)
     Console().print(table(figures))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(f"Model: {num_parameters:,} parameters. Load of the machine: {summary['config']['load']:.1f}.")
-    print(f"Wrote {args.out}")
+    write_summary(args.out, summary)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Learning-rate schedules by their transformers names.
 
-Written out because `transformers.optimization` takes seconds to import where peft is installed, and every stage worker
-would pay for it at its start.
+Four factors for torch's LambdaLR, because `transformers.optimization` takes seconds to import, which every stage worker
+would pay at its start, and torch's own warm-up cannot begin at 0; see docs/decisions.md.
 """
 
 import math

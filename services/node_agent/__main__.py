@@ -7,7 +7,7 @@ from services.ledger import LedgerUnavailable, open_ledger
 from services.node_agent.agent import NodeAgent
 from services.node_agent.config import NodeAgentSettings
 from services.node_agent.engine_choice import load
-from services.node_agent.loop import NodeBroken
+from services.node_agent.loop_ports import NodeBroken
 from services.runtime.app import StartupError, run
 from services.runtime.clock import SystemClock
 from services.runtime.grpc_client import open_channel

@@ -247,15 +247,15 @@ class NodeAgent:
     def on_tokens(
         self, task_id: str, token_ids: Sequence[int], logprobs: Sequence[work_pb2.TokenLogprobs] = ()
     ) -> None:
-        """See loop.Listener."""
+        """See loop_ports.Listener."""
         self._hub.append(task_id, token_ids, logprobs)
 
     def on_trace(self, trace: scheduler_pb2.OpTrace) -> None:
-        """See loop.Listener."""
+        """See loop_ports.Listener."""
         self._session.add_trace(trace)
 
     def on_outcome(self, outcome: work_pb2.WorkOutcome) -> None:
-        """See loop.Listener."""
+        """See loop_ports.Listener."""
         if outcome.HasField("inference"):
             self._hub.finish(outcome.task_id, outcome.inference)
         elif self._checkpoints is not None and not outcome.training.HasField("error"):

@@ -30,7 +30,8 @@ from services.node_agent.checkpoint_store import (
 )
 from services.node_agent.core.types import Op
 from services.node_agent.engine.base import AdapterSpec, OptimizerSpec, RestoreCheckpoint, SaveCheckpoint
-from services.node_agent.loop import AgentLoop, WeightOp
+from services.node_agent.loop import AgentLoop
+from services.node_agent.weight_ops import WeightOp
 from services.runtime.clock import Clock
 
 _log = structlog.get_logger()

@@ -8,7 +8,8 @@ from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from services.node_agent.convert import example_from_proto
 from services.node_agent.core.types import Op
 from services.node_agent.engine.base import AdapterSpec, Example, ModelInfo, StageOp, TrainForward
-from services.node_agent.loop import AgentLoop, WeightOp
+from services.node_agent.loop import AgentLoop
+from services.node_agent.weight_ops import WeightOp
 
 _TASK_ID = "evaluation"
 

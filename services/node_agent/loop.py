@@ -5,20 +5,15 @@ Everything here runs on one asyncio loop and `_step` never awaits, so events rea
 
 import asyncio
 import contextlib
-import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import structlog
 
 from lemix.errors import ErrorCode, LemixError
-from lemix.internal.v1 import scheduler_service_pb2, work_pb2
-from lemix.v1 import types_pb2
 from services.latency import MOVES, OpKind
 from services.node_agent import metrics
 from services.node_agent.adapters import NodeAdapters
-from services.node_agent.convert import logprobs_to_proto, outcome_to_proto, public_error, trace_to_proto
+from services.node_agent.convert import outcome_to_proto, trace_to_proto
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.types import (
     Cancelled,
@@ -39,50 +34,18 @@ from services.node_agent.core.types import (
     Tick,
     TrainingMicrobatch,
 )
-from services.node_agent.engine.base import Offload, OptimizerSpec, Reload, StageOp, StageResult, StageWorker
+from services.node_agent.engine.base import Offload, OptimizerSpec, Reload, StageResult, StageWorker
+from services.node_agent.loop_ports import Listener, NodeBroken
+from services.node_agent.op_results import OpResults, count, unusable
 from services.node_agent.payloads import PayloadBuilder
 from services.node_agent.stage_runner import StageRunner
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
+from services.node_agent.wakeup import Wakeup
 from services.node_agent.weight_ages import WeightAges
+from services.node_agent.weight_ops import WeightOp, WeightOps
 from services.runtime.clock import Clock
 
 _log = structlog.get_logger()
-
-
-class NodeBroken(RuntimeError):
-    """The node cannot go on (a stage worker died, or its weights no longer belong together). Its work stays in the
-    ledger for other nodes."""
-
-
-class Listener(Protocol):
-    """Who is told what happens to tasks. Called in the order of events; must not block."""
-
-    def on_tokens(
-        self, task_id: str, token_ids: Sequence[int], logprobs: Sequence[work_pb2.TokenLogprobs] = ()
-    ) -> None:
-        """A request produced tokens. logprobs: one per token, if it wants them."""
-
-    def on_trace(self, trace: scheduler_service_pb2.OpTrace) -> None:
-        """An op ended."""
-
-    def on_outcome(self, outcome: work_pb2.WorkOutcome) -> None:
-        """A task ended; once per task."""
-
-
-@dataclass(slots=True)
-class WeightOp:
-    """A weight operation on every stage. `payload` makes a stage's op.
-
-    trained: unix time of the newest optimizer step contained, as a function of the time before (applied weights only).
-    settles: see SyncRequested.
-    """
-
-    changes_weights: bool
-    payload: Callable[[Op], StageOp]
-    trained: Callable[[float | None], float | None] = lambda before: before
-    settles: bool = False
-    results: list[StageResult] = field(default_factory=list)
-    version: int = 0
 
 
 class AgentLoop:
@@ -106,7 +69,6 @@ class AgentLoop:
         self.adapters = NodeAdapters(max_adapters)
         #: Set with a NodeBroken when the node cannot go on.
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._incarnation = incarnation
         self._clock = clock
         self._listener = listener
         self._core = NodeCore(config)
@@ -124,17 +86,20 @@ class AgentLoop:
             )
             for stage, worker in enumerate(workers)
         ]
-        # Of the KV caches kept for sessions, by the request that left them: the weights they stem from.
-        self._kept_versions: dict[str, list[types_pb2.WeightVersion]] = {}
-        self._weight_ops: dict[str, tuple[WeightOp, asyncio.Future[WeightOp]]] = {}
-        # Optimizer steps on their way up: whether the stages so far have changed their weights.
-        self._steps: dict[int, bool] = {}
+        self._weight_ops = WeightOps(config.num_stages, self.ages)
+        self._results = OpResults(
+            node_id=node_id,
+            incarnation=incarnation,
+            tasks=self._tasks,
+            adapters=self.adapters,
+            ages=self.ages,
+            clock=clock,
+            listener=listener,
+        )
         # Events that wait for a measurement; None when none runs.
         self._held: list[Event] | None = None
         self._queue_order: QueueOrder | None = None
-        # When the core wants its next tick, and the timer that brings it.
-        self._wakeup_s: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._wakeup = Wakeup(clock, lambda: self._feed(Tick()))
 
     # ------------------------------------------------------------- life cycle
 
@@ -145,12 +110,10 @@ class AgentLoop:
 
     async def stop(self) -> None:
         """Stop without ending any task: what is unfinished stays in the ledger."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._wakeup.cancel()
         for runner in self._runners:
             runner.stop()
-        for _, future in self._weight_ops.values():
-            future.cancel()
+        self._weight_ops.cancel()
         if not self.broken.done():
             self.broken.cancel()
 
@@ -230,12 +193,9 @@ class AgentLoop:
 
         Raises LemixError CONFLICT when one of that name is under way.
         """
-        if subject in self._weight_ops:
-            raise LemixError(ErrorCode.CONFLICT, f"{subject} is under way already")
-        future: asyncio.Future[WeightOp] = asyncio.get_running_loop().create_future()
-        self._weight_ops[subject] = (weight_op, future)
+        ended = self._weight_ops.begin(subject, weight_op)
         self._feed(SyncRequested(subject, weight_op.changes_weights, weight_op.settles))
-        return await future
+        return await ended
 
     @contextlib.asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
@@ -263,7 +223,7 @@ class AgentLoop:
 
     def _is_idle(self) -> bool:
         state = self._core.snapshot()
-        return not self._tasks and not self._weight_ops and not any(state.running_ops)
+        return not self._tasks and self._weight_ops.is_idle and not any(state.running_ops)
 
     def _change_order_when_idle(self) -> None:
         if self._queue_order is None or self._held is not None or not self._is_idle():
@@ -288,7 +248,7 @@ class AgentLoop:
             # Whoever fed the event (a timer, a measurement, a command) may not end with it; the node must.
             self.fail(error)
             raise
-        self._set_timer()
+        self._wakeup.set(self._core.next_wakeup_s)
         if self._queue_order is not None:
             self._change_order_when_idle()
 
@@ -297,12 +257,9 @@ class AgentLoop:
             case RunOp(stage, op):
                 self._run(stage, op)
             case FreeKv(task_id):
-                task = self._tasks.get(task_id)
-                if isinstance(task, MicrobatchTask):
+                if isinstance(self._tasks.get(task_id), MicrobatchTask):
                     self._payloads.drop(task_id)
-                elif task is not None:
-                    task.kv_freed = True
-                self._kept_versions.pop(task_id, None)
+                self._results.cache_freed(task_id)
                 for runner in self._runners:
                     runner.forget(task_id)
             case TaskDone():
@@ -310,9 +267,7 @@ class AgentLoop:
 
     def _run(self, stage: int, op: Op) -> None:
         if op.kind is OpKind.WEIGHT_SYNC:
-            weight_op = self._weight_ops[op.subject][0]
-            weight_op.version = op.version
-            payload = weight_op.payload(op)
+            payload = self._weight_ops.payload(op)
         elif op.kind in MOVES:
             payload = (Offload if op.kind is OpKind.OFFLOAD else Reload)(op.op_id, op.task_ids)
         else:
@@ -321,22 +276,6 @@ class AgentLoop:
         if stage == 0 and op.batch:
             metrics.batch_size(op.kind).observe(op.batch)
 
-    def _set_timer(self) -> None:
-        wakeup_s = self._core.next_wakeup_s
-        if wakeup_s == self._wakeup_s:
-            return
-        self._wakeup_s = wakeup_s
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if wakeup_s is not None:
-            delay_s = max(0.0, wakeup_s - self._clock.monotonic_s())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
-
-    def _tick(self) -> None:
-        self._wakeup_s = None
-        self._feed(Tick())
-
     # ------------------------------------------------------------- results
 
     def _op_ended(self, stage: int, op: Op, result: StageResult) -> None:
@@ -344,25 +283,23 @@ class AgentLoop:
         is_last = stage == self.num_stages - 1
         if op.changes_weights and result.version != op.version + 1:
             raise NodeBroken(f"stage {stage} is at version {result.version} after an op that leads to {op.version + 1}")
-        error = result.error or _unusable(op, result)
-        stopped: list[str] = []
+        error = result.error or unusable(op, result)
+        stopped: tuple[str, ...] = ()
         if error:
-            self._note_failure(stage, op, error)
-        elif is_last and op.kind in (OpKind.PREFILL, OpKind.DECODE):
-            stopped = self._take_tokens(op, result)
-        elif is_last and op.kind is OpKind.TRAIN_FORWARD:
-            self._take_loss(op, result)
+            self._results.note_failure(stage, op, error)
+        elif is_last:
+            stopped = self._results.take(op, result)
         if op.kind is OpKind.WEIGHT_SYNC:
-            self._weight_op_ended(stage, op, result)
+            self._weight_ops.ended(stage, op, result)
         elif op.kind not in MOVES:
             self._payloads.ended(op, stage, result)
             if op.kind is OpKind.OPTIMIZER_STEP:
-                self._check_step(stage, op, error)
+                self._weight_ops.step_ended(stage, op, error)
             if is_last and op.changes_weights:
                 self._stepped(op, bool(error))
-        self._step(OpDone(stage, op.op_id, tuple(stopped), bool(error)))
+        self._step(OpDone(stage, op.op_id, stopped, bool(error)))
         # The next ops are on their way by now: nobody waits for what follows.
-        self._count(stage, op, result, bool(error))
+        count(stage, op, result, failed=bool(error))
         isolated = self.adapters.is_isolated(op.subject)
         self._listener.on_trace(trace_to_proto(op, stage, result, is_last=is_last, isolated=isolated))
 
@@ -377,96 +314,12 @@ class AgentLoop:
         else:
             self.ages.record(op.version + 1, now_unix_s, op.subject)
 
-    def _take_tokens(self, op: Op, result: StageResult) -> list[str]:
-        """Append the new tokens to their requests; returns those that ended the output."""
-        now_s = self._clock.monotonic_s()
-        for task_id, loss in result.reference_losses:
-            self._request(task_id).reference_loss = loss
-        for task_id in op.first_ids + op.partial_ids:
-            self._request(task_id).kv_freed = False
-        for task_id, earlier_id in zip(op.first_ids + op.partial_ids, op.continued, strict=False):
-            self._request(task_id).weight_versions += self._kept_versions.pop(earlier_id, [])
-        for task_id in op.partial_ids:
-            # The first token will stem from the keys and values of this piece too.
-            self._note_version(self._request(task_id), op.version)
-        stopped = []
-        for token in result.tokens:
-            task = self._request(token.request_id)
-            if task.first_token_s is None:
-                task.first_token_s = now_s
-                trained_unix_s = self.adapters.newest_step(task.adapter_id, self.ages.at(op.version))
-                if trained_unix_s is not None:
-                    task.staleness_s = max(0.0, self._clock.unix_s() - trained_unix_s)
-            task.generated_ids.append(token.token_id)
-            self._note_version(task, op.version)
-            logprobs = () if token.logprobs is None else (logprobs_to_proto(token.logprobs),)
-            task.logprobs += logprobs
-            self._listener.on_tokens(token.request_id, (token.token_id,), logprobs)
-            if token.is_end or task.completes_stop(token.token_id):
-                stopped.append(token.request_id)
-        return stopped
-
-    def _note_version(self, task: RequestTask, step: int) -> None:
-        if not task.weight_versions or task.weight_versions[-1].step != step:
-            version = types_pb2.WeightVersion(
-                node_id=self.node_id,
-                incarnation=self._incarnation,
-                step=step,
-                job_id=task.adapter_id or self.ages.job_of(step),
-            )
-            task.weight_versions.append(version)
-
-    def _take_loss(self, op: Op, result: StageResult) -> None:
-        task = self._tasks[op.task_ids[0]]
-        if isinstance(task, MicrobatchTask) and task.adapter is not None:
-            self.adapters.made(task.adapter)
-        if isinstance(task, MicrobatchTask) and result.loss is not None:
-            task.loss, task.label_tokens = result.loss, result.label_tokens
-            metrics.TRAINING_LOSS.labels(self.node_id).set(result.loss)
-
-    def _check_step(self, stage: int, op: Op, error: str) -> None:
-        """A step changes the weights of all stages or of none. It has what it needs before it starts, so one that fails
-        where others did not is never expected; if it happens, the weights belong to no version."""
-        is_last = stage == self.num_stages - 1
-        changed = self._steps.pop(op.op_id, not error) if is_last else self._steps.setdefault(op.op_id, not error)
-        if changed == bool(error):
-            raise NodeBroken(f"optimizer step {op.version + 1} changed the weights of some stages only: {error}")
-
-    def _note_failure(self, stage: int, op: Op, error: str) -> None:
-        _log.error("op failed", op=str(op.kind), stage=stage, tasks=op.task_ids[:8], subject=op.subject, error=error)
-        kind = error.partition(":")[0]
-        out_of_memory = kind in ("MemoryError", "OutOfMemoryError")
-        code = ErrorCode.RESOURCE_EXHAUSTED if out_of_memory else ErrorCode.INTERNAL
-        for task_id in () if op.kind in MOVES else op.task_ids:
-            task = self._tasks[task_id]
-            if task.error is not None:
-                continue  # of a step that fails on one stage and is skipped on the next ones the first is the cause
-            if isinstance(task, MicrobatchTask):
-                task.skipped = kind == "ArithmeticError"
-            task.error = LemixError(code, f"{op.kind} failed on stage {stage}: {public_error(error)}")
-
-    def _weight_op_ended(self, stage: int, op: Op, result: StageResult) -> None:
-        weight_op, future = self._weight_ops[op.subject]
-        weight_op.results.append(result)
-        is_last = stage == self.num_stages - 1
-        if not is_last and (op.changes_weights or not result.error):
-            return
-        del self._weight_ops[op.subject]
-        if op.changes_weights:
-            failed = [item for item in weight_op.results if item.error]
-            if failed and len(failed) < self.num_stages:
-                raise NodeBroken(f"{op.subject} changed the weights of some stages only: {failed[0].error}")
-            before = self.ages.at(op.version)
-            self.ages.record(op.version + 1, before if failed else weight_op.trained(before))
-        if not future.done():
-            future.set_result(weight_op)
-
     def _end(self, done: TaskDone) -> None:
         task = self._tasks.pop(done.task_id)
         if done.detail:
             task.error = LemixError(ErrorCode.RESOURCE_EXHAUSTED, done.detail)
-        if isinstance(task, RequestTask) and task.weight_versions and not task.kv_freed:
-            self._kept_versions[task.task_id] = task.weight_versions
+        if isinstance(task, RequestTask):
+            self._results.request_ended(task)
         kind = "inference" if isinstance(task, RequestTask) else "training"
         metrics.TASKS.labels(kind, done.reason).inc()
         now_s = self._clock.monotonic_s()
@@ -477,22 +330,3 @@ class AgentLoop:
                 for runner in self._runners:
                     runner.forget(job_id)
         self._free_adapters()
-
-    def _request(self, task_id: str) -> RequestTask:
-        task = self._tasks[task_id]
-        if not isinstance(task, RequestTask):
-            raise TypeError(f"{task_id} is not an inference request")
-        return task
-
-    def _count(self, stage: int, op: Op, result: StageResult, failed: bool) -> None:
-        metrics.ops(stage, op.kind, "error" if failed else "ok").inc()
-        metrics.op_seconds(stage, op.kind).inc(result.end_s - result.begin_s)
-        if stage == 0 and not failed:
-            metrics.tokens(op.kind).inc(op.num_tokens)
-
-
-def _unusable(op: Op, result: StageResult) -> str:
-    """Why a result must not be used although the op did not raise; empty when it may."""
-    if op.kind is OpKind.TRAIN_FORWARD and result.loss is not None and not math.isfinite(result.loss):
-        return f"ArithmeticError: the loss is {result.loss}"
-    return ""

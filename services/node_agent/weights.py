@@ -15,10 +15,11 @@ from services.node_agent.checkpoints import Checkpointer
 from services.node_agent.combine import Replica, write_copy, write_mean
 from services.node_agent.convert import adapter_from_proto
 from services.node_agent.engine.base import PART_SEPARATOR, AdapterSpec, LoadWeights, Snapshot, round_of
-from services.node_agent.loop import AgentLoop, WeightOp
+from services.node_agent.loop import AgentLoop
 from services.node_agent.peer_weights import FetchedReplica, fetch_replica
 from services.node_agent.scratch import ScratchFolder
 from services.node_agent.tensor_file import TensorFile
+from services.node_agent.weight_ops import WeightOp
 
 _log = structlog.get_logger()
 

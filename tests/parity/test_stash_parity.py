@@ -23,8 +23,8 @@ from services.node_agent.engine.base import (
     TrainBackward,
     TrainForward,
 )
-from services.node_agent.loop import WeightOp
 from services.node_agent.tasks import MicrobatchTask, RequestTask
+from services.node_agent.weight_ops import WeightOp
 from tests.parity.pipeline import Pipeline, assert_close, relative_error
 from tests.parity.reference import PlainLoop, load_reference, named_weights
 from tests.parity.test_training_parity import OPTIMIZER, assert_tied_copy_is_equal, batch

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lemix.internal.v1 import scheduler_service_pb2, work_pb2
-from services.node_agent.core.types import InferenceRequest, NodeCoreConfig, TrainingMicrobatch
+from services.node_agent.core.types import InferenceRequest, NodeCoreConfig, Tick, TrainingMicrobatch
 from services.node_agent.engine.base import Forget, StageOp, StageResult
-from services.node_agent.loop import AgentLoop, WeightOp
+from services.node_agent.loop import AgentLoop
 from services.node_agent.tasks import MicrobatchTask, RequestTask
+from services.node_agent.weight_ops import WeightOp
 from services.runtime.clock import FakeClock
 
 Run = Callable[[StageOp], StageResult]
@@ -28,7 +29,7 @@ class Ran:
 
 
 class VirtualNode:
-    """Give it work with `at`, then `finish`. Implements loop.Listener."""
+    """Give it work with `at`, then `finish`. Implements loop_ports.Listener."""
 
     def __init__(self, stages: Sequence[Run], duration_s: Callable[[int, StageOp], float], **config: object) -> None:
         self.ran: list[Ran] = []
@@ -95,11 +96,11 @@ class VirtualNode:
     async def finish(self) -> None:
         """Run until nothing is left. Raises NodeBroken."""
         await self._settle()
-        while self._due or self.loop._wakeup_s is not None:
-            wakeup_s = self.loop._wakeup_s
+        while self._due or self.loop._core.next_wakeup_s is not None:
+            wakeup_s = self.loop._core.next_wakeup_s
             if wakeup_s is not None and (not self._due or wakeup_s < self._due[0][0]):
                 # Its timer runs on the clock of the event loop, which is not the virtual one.
-                self.at(wakeup_s, self.loop._tick)
+                self.at(wakeup_s, lambda: self.loop._feed(Tick()))
             time_s, _, act = heapq.heappop(self._due)
             self._clock.advance(max(0.0, time_s - self._clock.monotonic_s()))
             act()
@@ -125,18 +126,18 @@ class VirtualNode:
         self.at(ends_s, lambda: answer.set_result(result))
         return answer
 
-    # ------------------------------------------------------------- loop.Listener
+    # ------------------------------------------------------------- loop_ports.Listener
 
     def on_tokens(
         self, task_id: str, token_ids: Sequence[int], logprobs: Sequence[work_pb2.TokenLogprobs] = ()
     ) -> None:
-        """See loop.Listener."""
+        """See loop_ports.Listener."""
 
     def on_trace(self, trace: scheduler_service_pb2.OpTrace) -> None:
-        """See loop.Listener."""
+        """See loop_ports.Listener."""
 
     def on_outcome(self, outcome: work_pb2.WorkOutcome) -> None:
-        """See loop.Listener."""
+        """See loop_ports.Listener."""
         assert outcome.task_id not in self.outcomes
         self.outcomes[outcome.task_id] = outcome
 

@@ -22,7 +22,7 @@ from services.node_agent.engine.base import (
     TrainForward,
     WorkerDied,
 )
-from services.node_agent.loop import NodeBroken
+from services.node_agent.loop_ports import NodeBroken
 from tests.integration.node_agent.harness import Gate, cluster, expected_tokens, inference_item, training_item
 
 

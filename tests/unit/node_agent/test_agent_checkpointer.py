@@ -12,7 +12,7 @@ import pytest
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from services.node_agent.checkpoint_store import CheckpointStore, Manifest
 from services.node_agent.checkpoints import Checkpointer, CheckpointLimits
-from services.node_agent.loop import WeightOp
+from services.node_agent.weight_ops import WeightOp
 from services.runtime.clock import SystemClock
 from tests.integration.node_agent.harness import write_model
 

@@ -27,7 +27,8 @@ from services.node_agent.engine.base import (
     TrainBackward,
 )
 from services.node_agent.engine.emulated.engine import EmulatedEngine, Tamper, load_emulated_engine
-from services.node_agent.loop import AgentLoop, NodeBroken
+from services.node_agent.loop import AgentLoop
+from services.node_agent.loop_ports import NodeBroken
 from services.node_agent.tasks import MicrobatchTask, RequestTask
 from services.runtime.clock import SystemClock
 

@@ -12,7 +12,7 @@ from services.latency import OpKind
 from services.node_agent.adapters import NodeAdapters
 from services.node_agent.core.types import Op
 from services.node_agent.engine.base import LoadWeights
-from services.node_agent.loop import WeightOp
+from services.node_agent.weight_ops import WeightOp
 from services.node_agent.weights import WeightSync
 
 

@@ -29,8 +29,8 @@ from services.node_agent.engine.base import (
 )
 from services.node_agent.engine.emulated.engine import EmulatedEngine, load_emulated_engine
 from services.node_agent.engine.emulated.worker import EmulatedStage
-from services.node_agent.loop import WeightOp
 from services.node_agent.tasks import MicrobatchTask, RequestTask
+from services.node_agent.weight_ops import WeightOp
 from services.runtime.config import ConfigError, validate
 from tests.parity.virtual_node import VirtualNode
 

@@ -13,9 +13,9 @@ from itertools import chain
 
 from services.latency import MOVES, OpKind
 from services.node_agent.core.batching import InferenceBatcher
+from services.node_agent.core.entrance import Entrance, take
 from services.node_agent.core.node_memory import NodeMemory, stages_until_use
-from services.node_agent.core.running import Claim, mixed_op, prefill_op
-from services.node_agent.core.stage_queue import Flight, Rank, StageQueue, oldest_needed
+from services.node_agent.core.stage_queue import Flight, StageQueue
 from services.node_agent.core.training import TrainingQueue
 from services.node_agent.core.types import (
     Cancelled,
@@ -43,21 +43,14 @@ class NodeCore:
 
     def __init__(self, config: NodeCoreConfig) -> None:
         self.config = config
-        self._drain = config.weight_handling == "drain"
         self._top = config.num_stages - 1
         memory = config.memory
         self._memory = None if memory is None else NodeMemory(memory, config.num_stages, config.kv_block_tokens)
         self._has_room = None if self._memory is None else self._memory.has_room
-        #: Most context and new tokens of one inference op, in whole blocks.
-        self._most_tokens = None if self._memory is None else self._memory.most_tokens
-        #: Ops composed for stage 0 that wait for room in its memory, by kind. They are stamped when they start.
-        self._held: dict[OpKind, Flight] = {}
         self._inference = InferenceBatcher(config)
         self._training = TrainingQueue(config)
         self._stages = [StageQueue(config, stage) for stage in range(config.num_stages)]
-        #: With the time since when they wait.
-        self._syncs: list[tuple[SyncRequested, float]] = []
-        self._next_op_id = 1
+        self._entrance = Entrance(config, self._inference, self._training, self._stages, self._memory)
         self._room_due_s: float | None = None
 
     # ------------------------------------------------------------- interface
@@ -81,7 +74,7 @@ class NodeCore:
             commands = self._cancel(event.task_id)
         elif isinstance(event, SyncRequested):
             commands = []
-            self._syncs.append((event, now_s))
+            self._entrance.syncs.append((event, now_s))
         elif isinstance(event, Tick):
             commands = []
         else:
@@ -104,17 +97,18 @@ class NodeCore:
 
     def snapshot(self) -> NodeSnapshot:
         """Counts for heartbeats."""
+        running = self._inference.running
         return NodeSnapshot(
             waiting_requests=self._inference.num_waiting,
-            running_requests=self._inference.num_running,
+            running_requests=len(running),
             waiting_microbatches=self._training.num_waiting,
             inflight_microbatches=self._training.num_inflight,
             accumulated_microbatches=self._training.num_accumulated,
-            pending_syncs=len(self._syncs),
-            kv_used_tokens=self._inference.kv.used_tokens,
-            kv_capacity_tokens=self._inference.kv.capacity_tokens,
-            kv_kept_tokens=self._inference.prefixes.used_tokens,
-            preemptions=self._inference.preemptions,
+            pending_syncs=len(self._entrance.syncs),
+            kv_used_tokens=running.kv.used_tokens,
+            kv_capacity_tokens=running.kv.capacity_tokens,
+            kv_kept_tokens=running.prefixes.used_tokens,
+            preemptions=running.preemptions,
             versions=tuple(queue.version for queue in self._stages),
             queue_lengths=tuple(len(queue.ready) for queue in self._stages),
             running_ops=tuple(None if queue.running is None else queue.running.op for queue in self._stages),
@@ -130,8 +124,7 @@ class NodeCore:
         twin._stages = [queue.fork() for queue in self._stages]
         twin._memory = None if self._memory is None else self._memory.fork()
         twin._has_room = None if twin._memory is None else twin._memory.has_room
-        twin._held = {kind: replace(flight) for kind, flight in self._held.items()}
-        twin._syncs = self._syncs.copy()
+        twin._entrance = self._entrance.fork(twin._inference, twin._training, twin._stages, twin._memory)
         return twin
 
     def with_queue_order(self, order: QueueOrder) -> "NodeCore":
@@ -139,10 +132,10 @@ class NodeCore:
 
         Raises ValueError when there is work: its place in the queues depends on the order.
         """
-        if self.tasks() or self._syncs or any(queue.running or queue.ready for queue in self._stages):
+        if self.tasks() or self._entrance.syncs or any(queue.running or queue.ready for queue in self._stages):
             raise ValueError("the queue order can only change while the node is idle")
         other = NodeCore(replace(self.config, queue_order=order))
-        other._next_op_id = self._next_op_id
+        other._entrance.inherit(self._entrance)
         other._inference.inherit(self._inference)
         for queue, mine in zip(other._stages, self._stages, strict=True):
             queue.version = mine.version
@@ -154,7 +147,7 @@ class NodeCore:
         for queue in self._stages:
             queue.version = version
         for request, generated_tokens in decoding:
-            self._inference.resume(now_s, request, generated_tokens)
+            self._inference.running.resume(now_s, request, generated_tokens)
 
     # ------------------------------------------------------------- events
 
@@ -162,9 +155,7 @@ class NodeCore:
         if self._inference.holds(task_id):
             return self._inference.cancel(task_id)
         is_running = any(queue.is_running(task_id) for queue in self._stages)
-        held = self._held.get(OpKind.TRAIN_FORWARD)
-        if held is not None and task_id in held.op.task_ids:
-            del self._held[OpKind.TRAIN_FORWARD]
+        self._entrance.withdraw(task_id)
         for queue in self._stages:
             queue.withdraw(task_id)
         return self._training.cancel(task_id, is_running)
@@ -216,7 +207,7 @@ class NodeCore:
         else:
             op = flight.op
             self._training.turned(task_id)
-            backward = op._replace(op_id=self._new_id(), kind=OpKind.TRAIN_BACKWARD)
+            backward = op._replace(op_id=self._entrance.new_id(), kind=OpKind.TRAIN_BACKWARD)
             self._stages[event.stage].push(Flight(backward, flight.claim), now_s)
         return []
 
@@ -260,14 +251,14 @@ class NodeCore:
             # On stage 0 only: what fits there fits above, where no more is held.
             commands = self._fail(flight, detail)
             self._release(commands)
-            self._training.refresh(now_s, self._change_waits())
+            self._entrance.refresh(now_s)
             return commands
         move = memory.next_move(stage, flight.op, partial(stages_until_use, self._stages, stage))
         if move is None:
             memory.starts(now_s, stage, flight)
         else:
             queue.preparing = flight
-            op = Op(self._new_id(), move.kind, move.task_ids, queue.version, num_bytes=move.num_bytes)
+            op = Op(self._entrance.new_id(), move.kind, move.task_ids, queue.version, num_bytes=move.num_bytes)
             flight = Flight(op, flight.claim)
         queue.start(flight)
         return [RunOp(stage, flight.op)]
@@ -291,9 +282,9 @@ class NodeCore:
 
     def _start_ops(self, now_s: float, commands: list[Command]) -> None:
         """Give every idle stage its next op."""
-        if self._settles():
+        if self._entrance.settles():
             self._training.close()
-        self._training.refresh(now_s, self._change_waits())
+        self._entrance.refresh(now_s)
         for queue in self._stages:
             while queue.running is None and (flight := self._next(now_s, queue)) is not None:
                 commands += self._inference.take_freed()
@@ -304,192 +295,16 @@ class NodeCore:
                     commands += self._start(now_s, queue, flight, self._memory)
         commands += self._inference.take_freed()
         if self._memory is not None:
-            waiting = chain(self._held.values(), *(queue.ready for queue in self._stages))
+            waiting = chain(self._entrance.held(), *(queue.ready for queue in self._stages))
             self._room_due_s = self._memory.next_due_s(now_s, waiting)
 
     def _next(self, now_s: float, queue: StageQueue) -> Flight | None:
         if queue.preparing is not None:
             flight, queue.preparing = queue.preparing, None
             return flight
-        return self._enter(now_s) if queue.stage == 0 else self._resume(now_s, queue)
-
-    def _change_waits(self) -> bool:
-        """Whether a weight change must wait for micro-batches between forward and backward."""
-        return bool(self._syncs) and self._syncs[0][0].changes_weights and (self._drain or self._settles())
-
-    def _settles(self) -> bool:
-        """Whether a weight change is next that must meet no gradient of older weights."""
-        return bool(self._syncs) and self._syncs[0][0].settles
+        return self._entrance.enter(now_s) if queue.stage == 0 else self._resume(now_s, queue)
 
     def _resume(self, now_s: float, queue: StageQueue) -> Flight | None:
         """Next op of an upper stage."""
         best = queue.best(now_s, self._training.may_run, self._has_room)
-        return None if best is None else self._take(queue, best[1])
-
-    def _take(self, queue: StageQueue, flight: Flight) -> Flight:
-        """Take a ready op out of the queue, to run it."""
-        queue.ready.remove(flight)
-        if flight.op.kind is OpKind.TRAIN_BACKWARD:
-            self._training.backward_starts(flight.op.group, queue.stage)
-        elif flight.op.kind is OpKind.TRAIN_FORWARD:
-            self._training.forward_starts(flight.op.task_ids[0], queue.stage)
-        return flight
-
-    def _enter(self, now_s: float) -> Flight | None:
-        """Next op of stage 0: a backward, or an op that enters the pipeline and is composed now."""
-        while (best := self._best_entry(now_s)) is not None:
-            if isinstance(best, Flight):
-                return self._take(self._stages[0], best)
-            kind = best
-            flight = self._held.pop(kind, None)
-            if flight is not None:
-                flight.op = flight.op._replace(version=self._stages[0].version)
-                return flight
-            flight = self._compose(now_s, kind)
-            if flight is None:
-                continue
-            if self._has_room is None or self._has_room(now_s, 0, flight):
-                return flight
-            self._held[kind] = flight
-        return None
-
-    def _best_entry(self, now_s: float) -> Flight | OpKind | None:
-        """The ready op that stage 0 should run now, or the kind of the one to compose."""
-        queue = self._stages[0]
-        best: tuple[Rank, Flight | OpKind] | None = queue.best(now_s, self._training.may_run, self._has_room)
-        for kind, claim in self._entries(now_s):
-            rank = queue.rank(kind, claim, now_s)
-            if best is None or rank < best[0]:
-                best = (rank, kind)
-        return None if best is None else best[1]
-
-    def _entries(self, now_s: float) -> list[tuple[OpKind, Claim]]:
-        """Ops that could enter the pipeline now."""
-        entries: list[tuple[OpKind, Claim]] = []
-        is_between_parts = self._drain and self._is_between_parts()
-        drains = self._training.num_inflight and self._change_waits()
-        drains = drains or (self._settles() and self._training.owes_steps)
-        if self._syncs and not (drains or is_between_parts):
-            entries.append((OpKind.WEIGHT_SYNC, Claim(self._syncs[0][1], now_s, 1.0)))
-        prefill = self._inference.prefill_claim(now_s)
-        if prefill is not None:
-            entries.append((OpKind.PREFILL, prefill))
-        decode = self._inference.decode_claim()
-        if decode is not None:
-            entries.append((OpKind.DECODE, decode))
-        if self._training.entry is not None and not is_between_parts:
-            kind, ready_s = self._training.entry
-            entries.append((kind, Claim(ready_s, ready_s, 1.0)))
-        return self._with_held(now_s, entries) if self._held else entries
-
-    def _with_held(self, now_s: float, entries: list[tuple[OpKind, Claim]]) -> list[tuple[OpKind, Claim]]:
-        """No more ops of a kind while one of it waits for room; that one may enter when it has it."""
-        entries = [entry for entry in entries if entry[0] not in self._held]
-        for kind, flight in self._held.items():
-            if self._has_room is None or self._has_room(now_s, 0, flight):
-                entries.append((kind, flight.claim))
-        return entries
-
-    def _is_between_parts(self) -> bool:
-        """Whether a training forward that is cut into pieces waits on stage 0 for its next one: all of them run at one
-        version, so with "drain" no weight change may enter in between. (On later stages it queues up behind it.)"""
-        return any(flight.op.part and flight.op.kind is OpKind.TRAIN_FORWARD for flight in self._stages[0].ready)
-
-    # ------------------------------------------------------------- composing
-
-    def _compose(self, now_s: float, kind: OpKind) -> Flight | None:
-        """Make the op that enters stage 0, stamped with the version of stage 0; None when no prefill fits."""
-        if self.config.max_batch_tokens and (kind is OpKind.PREFILL or kind is OpKind.DECODE):
-            return self._compose_mixed(now_s, kind)
-        if kind is OpKind.PREFILL:
-            return self._compose_prefill(now_s)
-        if kind is OpKind.DECODE:
-            return self._compose_decode()
-        version = self._stages[0].version
-        claim = Claim(now_s, now_s, 1.0)
-        if kind is OpKind.WEIGHT_SYNC:
-            sync, _ = self._syncs.pop(0)
-            op = Op(
-                self._new_id(),
-                kind,
-                (),
-                version,
-                subject=sync.sync_id,
-                changes_weights=sync.changes_weights,
-                oldest_version=self._oldest_version(),
-            )
-            self._training.refresh(now_s, self._change_waits())
-            return Flight(op, claim)
-        if kind is OpKind.OPTIMIZER_STEP:
-            group = self._training.take_step()
-            op = Op(
-                self._new_id(),
-                kind,
-                tuple(group.accumulated),
-                version,
-                subject=group.job_id,
-                changes_weights=True,
-                oldest_version=self._oldest_version(),
-                group=group.group_id,
-            )
-        else:
-            microbatch = self._training.take_forward()
-            op = Op(
-                self._new_id(),
-                kind,
-                (microbatch.task_id,),
-                version,
-                microbatch.batch * microbatch.length,
-                subject=microbatch.job_id,
-                batch=microbatch.batch,
-                group=self._training.group_of(microbatch.task_id),
-                parts=microbatch.parts,
-            )
-        self._training.refresh(now_s, self._change_waits())
-        return Flight(op, claim)
-
-    def _compose_prefill(self, now_s: float) -> Flight | None:
-        claim = self._inference.prefill_claim(now_s)
-        version = self._stages[0].version
-        pieces = self._inference.take_prompts(now_s, version, self._most_tokens)
-        if claim is None or not pieces:
-            return None
-        return Flight(prefill_op(self._new_id(), version, pieces), claim)
-
-    def _compose_decode(self) -> Flight | None:
-        claim = self._inference.decode_claim()
-        if claim is None:
-            return None
-        task_ids, context = self._inference.take_decode(self._most_tokens)
-        count = len(task_ids)
-        if not count:
-            return None
-        version = self._stages[0].version
-        op = Op(self._new_id(), OpKind.DECODE, task_ids, version, count, context, batch=count)
-        return Flight(op, claim)
-
-    def _compose_mixed(self, now_s: float, kind: OpKind) -> Flight | None:
-        """Decoding requests, and pieces of prompts in what is left of the budget. kind: whose turn it is."""
-        inference = self._inference
-        prefill = inference.prefill_claim(now_s)
-        decode = self._compose_decode()
-        decoding = decode.op.task_ids if decode else ()
-        most_tokens = None if self._most_tokens is None else self._most_tokens - inference.held_tokens(decoding)
-        version = self._stages[0].version
-        budget = self.config.max_batch_tokens - len(decoding)
-        pieces = inference.take_pieces(now_s, version, budget, most_tokens) if prefill else []
-        if not pieces or prefill is None:
-            return decode
-        op = mixed_op(self._new_id(), version, pieces, decode.op if decode else None)
-        return Flight(op, decode.claim if decode and kind is OpKind.DECODE else prefill)
-
-    def _oldest_version(self) -> int:
-        """Oldest weights that an op on its way will still need when the ones of stage 0 change. With "drain" none: the
-        change follows those ops up the pipeline."""
-        newest = self._stages[0].version + 1
-        return newest if self._drain else oldest_needed(self._stages, newest)
-
-    def _new_id(self) -> int:
-        op_id = self._next_op_id
-        self._next_op_id += 1
-        return op_id
+        return None if best is None else take(queue, self._training, best[1])

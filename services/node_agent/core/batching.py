@@ -4,6 +4,8 @@ A batch is composed when stage 0 takes it, not before, so a late request can sti
 its KV cache reserved, when its prefill starts.
 """
 
+from itertools import islice
+
 from services.node_agent.core.running import Claim, Piece, RunningRequest
 from services.node_agent.core.running_requests import RunningRequests
 from services.node_agent.core.types import Command, FreeKv, InferenceRequest, NodeCoreConfig, Op, TaskDone
@@ -74,7 +76,7 @@ class InferenceBatcher:
         """Pieces of prompts for an op, with `budget_tokens` new tokens at most but for references, and with most_tokens
         in their contexts (None: any number): of prompts that are begun, then of those admitted for it."""
         pieces: list[Piece] = []
-        for task_id in tuple(self.running.filling):
+        for task_id in tuple(islice(self.running.filling, self._config.max_batch)):
             piece = self._next_piece(self.running[task_id], budget_tokens, most_tokens)
             if piece is None:
                 break

@@ -4,7 +4,7 @@ import pytest
 
 from services.latency import OpKind
 from services.node_agent.core.types import Cancelled, NodeCoreConfig, Op
-from tests.unit.node_core.driver import Driver, request
+from tests.unit.node_core.driver import Driver, microbatch, request
 
 
 def _driver(**config: object) -> Driver:
@@ -47,6 +47,15 @@ def test_decoding_requests_come_first_and_lose_no_iteration_to_a_long_prompt() -
     ]
     assert driver.order() == "PDPPPD"
     assert [op.decode_context_tokens for _, op in driver.ops(OpKind.PREFILL)[1:]] == [6, 7, 8]
+
+
+def test_begun_prompts_that_come_back_together_share_no_op_beyond_the_largest_batch() -> None:
+    """While a forward holds stage 0 up, the first pieces of both prompts leave the last stage."""
+    durations = dict.fromkeys(OpKind, 0.1) | {OpKind.TRAIN_FORWARD: 5.0}
+    driver = _driver(num_stages=2, max_batch=1, max_training_wait_s=0.15, durations=durations)
+    driver.at(0.0, request("a", prompt=11), request("b", prompt=12), microbatch("m")).run()
+    assert [op[0] for op in _prefills(driver)] == [("a",), ("b",), ("a",), ("b",)]
+    assert driver.order().startswith("PPFPP")
 
 
 def test_prompts_at_their_ends_come_before_the_others_in_an_op() -> None:

@@ -5,19 +5,11 @@ from pathlib import Path
 
 from services.node_agent.combine import Replica as Weights
 from services.node_agent.combine import write_mean
-from services.node_agent.engine.base import (
-    EngineConfig,
-    Example,
-    LoadWeights,
-    OptimizerSpec,
-    OptimizerStep,
-    Snapshot,
-    StageOp,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.base import EngineConfig, StageResult
+from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.engine import InProcessStageWorker, load_inprocess_engine
+from services.node_agent.engine.training_ops import Example, OptimizerSpec, OptimizerStep, TrainBackward, TrainForward
+from services.node_agent.engine.weight_ops import LoadWeights, Snapshot
 from services.node_agent.tensor_file import TensorFile
 
 _JOB = "job"

@@ -53,7 +53,7 @@ def play(run: Run, config: StudyConfig, model: Path, text: Text) -> dict[str, An
 
     from bench.convergence.evaluate import Evaluator
     from bench.convergence.replica import Replica
-    from services.node_agent.engine.base import OptimizerSpec
+    from services.node_agent.engine.training_ops import OptimizerSpec
 
     began_s = time.monotonic()
     evaluator = Evaluator(model, torch.tensor(text.held_out))

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from lemix.internal.v1 import scheduler_service_pb2, work_pb2
 from services.node_agent.core.types import InferenceRequest, NodeCoreConfig, TrainingMicrobatch
-from services.node_agent.engine.base import Example, OptimizerSpec, Sampling, StageWorker
+from services.node_agent.engine.base import StageWorker
+from services.node_agent.engine.inference_ops import Sampling
+from services.node_agent.engine.training_ops import Example, OptimizerSpec
 from services.node_agent.loop import AgentLoop
 from services.node_agent.tasks import MicrobatchTask, RequestTask
 from services.runtime.clock import SystemClock

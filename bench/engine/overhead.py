@@ -11,19 +11,13 @@ from pathlib import Path
 from bench.engine.figures import Figure
 from bench.engine.node import Node
 from deploy.local.tiny_model import write_tiny_model
-from services.node_agent.engine.base import (
-    EngineConfig,
-    OptimizerSpec,
-    StageOp,
-    StageResult,
-    StageWorker,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.base import EngineConfig, StageResult, StageWorker
+from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.arena import create_arena
 from services.node_agent.engine.torch.load import read_model
 from services.node_agent.engine.torch.process import ProcessStageWorker
 from services.node_agent.engine.torch.wire import WorkerSetup
+from services.node_agent.engine.training_ops import OptimizerSpec, TrainBackward, TrainForward
 
 _STAGES = 2
 _WARM_UP = 20

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from services.node_agent.engine.base import OptimizerSpec
+from services.node_agent.engine.training_ops import OptimizerSpec
 
 
 class PlainModel:

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from services.node_agent.engine.base import Handle, OptimizerStep, StageOp, StageResult, TrainBackward, TrainForward
+from services.node_agent.engine.base import StageResult
+from services.node_agent.engine.handle import Handle
+from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.transport import SharedTransport
 from services.node_agent.engine.torch.wire import Ready, WorkerSetup
 from services.node_agent.engine.torch.worker import serve
+from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
 
 ROWS, HIDDEN = 8 * 256, 384
 

@@ -13,8 +13,9 @@ from bench.engine.figures import Figure, ratios
 from bench.engine.node import Node
 from bench.engine.plain import PlainModel
 from deploy.local.tiny_model import write_tiny_model
-from services.node_agent.engine.base import EngineConfig, OptimizerSpec
+from services.node_agent.engine.base import EngineConfig
 from services.node_agent.engine.torch.engine import load_engine
+from services.node_agent.engine.training_ops import OptimizerSpec
 
 HIDDEN, LAYERS, CONTEXT_TOKENS = 384, 8, 1024
 BATCH = 8

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
 from lemix.errors import ErrorCode, LemixError
-from services.node_agent.engine.base import AdapterSpec
+from services.node_agent.engine.training_ops import AdapterSpec
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
 
 #: Adapters remembered as unwanted, for work that is still on its way here.

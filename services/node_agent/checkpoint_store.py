@@ -20,9 +20,9 @@ from typing import Any
 from lemix.errors import ErrorCode, LemixError
 from services.node_agent.checkpoint_files import INDEX_FILE, adapter_key, state_files, weights_files
 from services.node_agent.combine import Replica, write_copy
-from services.node_agent.engine.base import AdapterSpec
 from services.node_agent.engine.torch.load import read_model
 from services.node_agent.engine.torch.lora_config import lora_arguments
+from services.node_agent.engine.training_ops import AdapterSpec
 from services.node_agent.tensor_file import TensorFile
 
 _MANIFEST = "manifest.json"

@@ -29,7 +29,8 @@ from services.node_agent.checkpoint_store import (
     read_manifest,
 )
 from services.node_agent.core.types import Op
-from services.node_agent.engine.base import AdapterSpec, OptimizerSpec, RestoreCheckpoint, SaveCheckpoint
+from services.node_agent.engine.training_ops import AdapterSpec, OptimizerSpec
+from services.node_agent.engine.weight_ops import RestoreCheckpoint, SaveCheckpoint
 from services.node_agent.loop import AgentLoop
 from services.node_agent.weight_ops import WeightOp
 from services.runtime.clock import Clock

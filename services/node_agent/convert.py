@@ -5,15 +5,9 @@ from lemix.internal.v1 import profile_pb2, scheduler_service_pb2, work_pb2
 from lemix.v1 import types_pb2
 from services.latency import MOVES, OpKind
 from services.node_agent.core.types import InferenceRequest, Op, TrainingMicrobatch
-from services.node_agent.engine.base import (
-    AdapterSpec,
-    Example,
-    Logprobs,
-    ModelInfo,
-    OptimizerSpec,
-    Sampling,
-    StageResult,
-)
+from services.node_agent.engine.base import ModelInfo, StageResult
+from services.node_agent.engine.inference_ops import Logprobs, Sampling
+from services.node_agent.engine.training_ops import AdapterSpec, Example, OptimizerSpec
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
 
 OP_KIND_TO_PROTO = {

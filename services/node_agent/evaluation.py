@@ -7,7 +7,9 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from services.node_agent.convert import example_from_proto
 from services.node_agent.core.types import Op
-from services.node_agent.engine.base import AdapterSpec, Example, ModelInfo, StageOp, TrainForward
+from services.node_agent.engine.base import ModelInfo
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.training_ops import AdapterSpec, Example, TrainForward
 from services.node_agent.loop import AgentLoop
 from services.node_agent.weight_ops import WeightOp
 

@@ -34,7 +34,9 @@ from services.node_agent.core.types import (
     Tick,
     TrainingMicrobatch,
 )
-from services.node_agent.engine.base import Offload, OptimizerSpec, Reload, StageResult, StageWorker
+from services.node_agent.engine.base import StageResult, StageWorker
+from services.node_agent.engine.ops import Offload, Reload
+from services.node_agent.engine.training_ops import OptimizerSpec
 from services.node_agent.loop_ports import Listener, NodeBroken
 from services.node_agent.op_results import OpResults, count, unusable
 from services.node_agent.payloads import PayloadBuilder

@@ -8,7 +8,10 @@ from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from lemix.internal.v1 import profile_pb2
 from services.latency import MOVES, OpKind
 from services.node_agent.convert import OP_KIND_FROM_PROTO, OP_KIND_TO_PROTO, example_from_proto
-from services.node_agent.engine.base import Example, Handle, Measure, ModelInfo, StageResult, TrainForward
+from services.node_agent.engine.base import ModelInfo, StageResult
+from services.node_agent.engine.handle import Handle
+from services.node_agent.engine.ops import Measure
+from services.node_agent.engine.training_ops import Example, TrainForward
 from services.node_agent.loop import AgentLoop
 from services.node_agent.stage_runner import AGENT_OP_ID
 

@@ -8,19 +8,11 @@ from itertools import repeat
 
 from services.latency import OpKind
 from services.node_agent.core.types import Op
-from services.node_agent.engine.base import (
-    Decode,
-    DecodeSequence,
-    Handle,
-    OptimizerSpec,
-    OptimizerStep,
-    Prefill,
-    PrefillSequence,
-    StageOp,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.base import StageResult
+from services.node_agent.engine.handle import Handle
+from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill, PrefillSequence
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.training_ops import OptimizerSpec, OptimizerStep, TrainBackward, TrainForward
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
 
 

@@ -4,7 +4,10 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from services.node_agent.engine.base import Forget, Prefill, StageOp, StageResult, StageWorker, TrainForward, WorkerDied
+from services.node_agent.engine.base import StageResult, StageWorker, WorkerDied
+from services.node_agent.engine.inference_ops import Prefill
+from services.node_agent.engine.ops import Forget, StageOp
+from services.node_agent.engine.training_ops import TrainForward
 
 #: More finished tasks than this are forgotten before the next op, whatever it is.
 _MAX_PENDING_FORGETS = 64

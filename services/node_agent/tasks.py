@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from lemix.errors import LemixError
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
-from services.node_agent.engine.base import AdapterSpec, Example, OptimizerSpec, Sampling
+from services.node_agent.engine.inference_ops import Sampling
+from services.node_agent.engine.training_ops import AdapterSpec, Example, OptimizerSpec
 from services.text import OutputText
 
 

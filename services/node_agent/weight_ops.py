@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from lemix.errors import ErrorCode, LemixError
 from services.node_agent.core.types import Op
-from services.node_agent.engine.base import StageOp, StageResult
+from services.node_agent.engine.base import StageResult
+from services.node_agent.engine.ops import StageOp
 from services.node_agent.loop_ports import NodeBroken
 from services.node_agent.weight_ages import WeightAges
 

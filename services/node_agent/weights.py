@@ -14,7 +14,8 @@ from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from services.node_agent.checkpoints import Checkpointer
 from services.node_agent.combine import Replica, write_copy, write_mean
 from services.node_agent.convert import adapter_from_proto
-from services.node_agent.engine.base import PART_SEPARATOR, AdapterSpec, LoadWeights, Snapshot, round_of
+from services.node_agent.engine.training_ops import AdapterSpec
+from services.node_agent.engine.weight_ops import PART_SEPARATOR, LoadWeights, Snapshot, round_of
 from services.node_agent.loop import AgentLoop
 from services.node_agent.peer_weights import FetchedReplica, fetch_replica
 from services.node_agent.scratch import ScratchFolder

@@ -2,8 +2,9 @@
 
 from lemix.v1 import types_pb2
 from services.node_agent.convert import optimizer_from_proto
-from services.node_agent.engine.base import EngineConfig, Example, OptimizerStep, TrainBackward, TrainForward
+from services.node_agent.engine.base import EngineConfig
 from services.node_agent.engine.torch.engine import load_inprocess_engine
+from services.node_agent.engine.training_ops import Example, OptimizerStep, TrainBackward, TrainForward
 
 
 def final_weights(model_path, examples, hyperparameters):

@@ -7,27 +7,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from services.node_agent.engine.base import (
+from services.node_agent.engine.base import EngineConfig, StageResult
+from services.node_agent.engine.handle import Handle
+from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill, PrefillSequence
+from services.node_agent.engine.ops import Forget, StageOp
+from services.node_agent.engine.torch.engine import InProcessStageWorker, TorchEngine, load_inprocess_engine
+from services.node_agent.engine.torch.executor import StageExecutor
+from services.node_agent.engine.training_ops import (
     AdapterSpec,
-    Decode,
-    DecodeSequence,
-    EngineConfig,
     Example,
-    Forget,
-    Handle,
-    LoadWeights,
     OptimizerSpec,
     OptimizerStep,
-    Prefill,
-    PrefillSequence,
-    Snapshot,
-    StageOp,
-    StageResult,
     TrainBackward,
     TrainForward,
 )
-from services.node_agent.engine.torch.engine import InProcessStageWorker, TorchEngine, load_inprocess_engine
-from services.node_agent.engine.torch.executor import StageExecutor
+from services.node_agent.engine.weight_ops import LoadWeights, Snapshot
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from services.node_agent.engine.base import Example, OptimizerSpec
+from services.node_agent.engine.training_ops import Example, OptimizerSpec
 
 
 def _norm_in_own_dtype(self: LlamaRMSNorm, rows: Tensor) -> Tensor:

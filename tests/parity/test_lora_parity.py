@@ -15,21 +15,12 @@ from torch import Tensor
 from lemix.errors import LemixError
 from services.node_agent.checkpoint_files import weights_files
 from services.node_agent.checkpoint_store import CheckpointStore, Manifest
-from services.node_agent.engine.base import (
-    AdapterSpec,
-    DecodeSequence,
-    Example,
-    Forget,
-    LoadWeights,
-    Prefill,
-    PrefillSequence,
-    RestoreCheckpoint,
-    Sampling,
-    SaveCheckpoint,
-    TrainForward,
-)
+from services.node_agent.engine.inference_ops import DecodeSequence, Prefill, PrefillSequence, Sampling
+from services.node_agent.engine.ops import Forget
 from services.node_agent.engine.torch.adapters import Use
 from services.node_agent.engine.torch.lora_config import adapter_shapes, lora_arguments
+from services.node_agent.engine.training_ops import AdapterSpec, Example, TrainForward
+from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint, SaveCheckpoint
 from tests.parity.pipeline import Pipeline, assert_close
 from tests.parity.reference import PlainLoop, example_losses, full_logits, load_reference
 from tests.parity.test_training_parity import OPTIMIZER, batch

@@ -10,16 +10,9 @@ from torch import Tensor
 
 from lemix.v1 import errors_pb2
 from services.node_agent.core.types import MemoryConfig, MemoryCounters
-from services.node_agent.engine.base import (
-    Example,
-    Offload,
-    Prefill,
-    PrefillSequence,
-    Reload,
-    Sampling,
-    StageOp,
-    TrainForward,
-)
+from services.node_agent.engine.inference_ops import Prefill, PrefillSequence, Sampling
+from services.node_agent.engine.ops import Offload, Reload, StageOp
+from services.node_agent.engine.training_ops import Example, TrainForward
 from services.node_agent.tasks import MicrobatchTask, RequestTask
 from tests.parity.conftest import MODELS
 from tests.parity.pipeline import Pipeline, assert_close

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.node_agent.engine.base import Decode, Prefill, PrefillSequence, Sampling, StageOp
+from services.node_agent.engine.inference_ops import Decode, Prefill, PrefillSequence, Sampling
+from services.node_agent.engine.ops import StageOp
 from services.node_agent.tasks import MicrobatchTask, RequestTask
 from tests.parity.pipeline import Pipeline
 from tests.parity.test_training_parity import OPTIMIZER, batch

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.node_agent.engine.base import DecodeSequence, Prefill, PrefillSequence, Sampling
+from services.node_agent.engine.inference_ops import DecodeSequence, Prefill, PrefillSequence, Sampling
 from tests.parity.conftest import MODELS
 from tests.parity.pipeline import Pipeline, relative_error
 from tests.parity.reference import full_logits, load_reference

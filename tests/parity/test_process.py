@@ -13,20 +13,13 @@ import pytest
 import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
-from services.node_agent.engine.base import (
-    Decode,
-    DecodeSequence,
-    EngineConfig,
-    Forget,
-    OptimizerSpec,
-    PrefillSequence,
-    Sampling,
-    TrainForward,
-    WorkerDied,
-)
+from services.node_agent.engine.base import EngineConfig, WorkerDied
+from services.node_agent.engine.inference_ops import Decode, DecodeSequence, PrefillSequence, Sampling
+from services.node_agent.engine.ops import Forget
 from services.node_agent.engine.torch import process
 from services.node_agent.engine.torch.engine import TorchEngine, load_engine
 from services.node_agent.engine.torch.load import ModelDirectoryError
+from services.node_agent.engine.training_ops import OptimizerSpec, TrainForward
 from tests.parity.pipeline import Pipeline
 from tests.parity.test_training_parity import batch
 from tests.parity.test_weights_parity import existing
@@ -159,7 +152,8 @@ async def test_start_timeout_leaves_no_process(models: dict[str, Path]) -> None:
 async def test_workers_end_when_their_parent_is_killed(models: dict[str, Path]) -> None:
     script = (
         "import asyncio, os, signal, sys\n"
-        "from services.node_agent.engine.base import EngineConfig, Snapshot\n"
+        "from services.node_agent.engine.base import EngineConfig\n"
+        "from services.node_agent.engine.weight_ops import Snapshot\n"
         "from services.node_agent.engine.torch.engine import load_engine\n"
         "async def main():\n"
         "    engine = await load_engine(EngineConfig(model_path=sys.argv[1], num_stages=2))\n"

@@ -9,18 +9,10 @@ import torch
 from torch import Tensor
 
 from services.node_agent.core.types import SCHEDULES
-from services.node_agent.engine.base import (
-    Decode,
-    Example,
-    OptimizerStep,
-    Prefill,
-    PrefillSequence,
-    Sampling,
-    StageOp,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.base import StageResult
+from services.node_agent.engine.inference_ops import Decode, Prefill, PrefillSequence, Sampling
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.training_ops import Example, OptimizerStep, TrainBackward, TrainForward
 from services.node_agent.tasks import MicrobatchTask
 from tests.parity.pipeline import Pipeline, assert_close, relative_error
 from tests.parity.reference import PlainLoop, example_losses, load_reference, named_weights

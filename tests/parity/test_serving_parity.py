@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from services.node_agent.engine.base import DecodeSequence, PrefillSequence, Sampling
+from services.node_agent.engine.inference_ops import DecodeSequence, PrefillSequence, Sampling
 from tests.parity.conftest import MODELS
 from tests.parity.pipeline import Pipeline, relative_error
 from tests.parity.reference import full_logits, load_reference, original_norms

@@ -10,19 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from services.node_agent.engine.base import (
-    Decode,
-    DecodeSequence,
-    OptimizerStep,
-    Prefill,
-    PrefillSequence,
-    Sampling,
-    Snapshot,
-    StageOp,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.base import StageResult
+from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill, PrefillSequence, Sampling
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
+from services.node_agent.engine.weight_ops import Snapshot
 from services.node_agent.tasks import MicrobatchTask, RequestTask
 from services.node_agent.weight_ops import WeightOp
 from tests.parity.pipeline import Pipeline, assert_close, relative_error

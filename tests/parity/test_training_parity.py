@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.node_agent.engine.base import Example, OptimizerSpec
+from services.node_agent.engine.training_ops import Example, OptimizerSpec
 from tests.parity.conftest import MODELS
 from tests.parity.pipeline import Pipeline, assert_close
 from tests.parity.reference import PlainLoop, load_reference, named_weights

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.node_agent.engine.base import DecodeSequence, LoadWeights, OptimizerSpec, PrefillSequence, Sampling
+from services.node_agent.engine.inference_ops import DecodeSequence, PrefillSequence, Sampling
+from services.node_agent.engine.training_ops import OptimizerSpec
+from services.node_agent.engine.weight_ops import LoadWeights
 from tests.parity.conftest import MODELS
 from tests.parity.pipeline import Pipeline, assert_close
 from tests.parity.reference import PlainLoop, load_reference, named_weights

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from lemix.internal.v1 import scheduler_service_pb2, work_pb2
 from services.node_agent.core.types import InferenceRequest, NodeCoreConfig, Tick, TrainingMicrobatch
-from services.node_agent.engine.base import Forget, StageOp, StageResult
+from services.node_agent.engine.base import StageResult
+from services.node_agent.engine.ops import Forget, StageOp
 from services.node_agent.loop import AgentLoop
 from services.node_agent.tasks import MicrobatchTask, RequestTask
 from services.node_agent.weight_ops import WeightOp

@@ -21,7 +21,9 @@ from lemix.internal.v1 import work_pb2
 from lemix.v1 import errors_pb2
 from services.ledger import LedgerUnavailable, TaskState, open_ledger
 from services.node_agent.checkpoint_files import weights_files
-from services.node_agent.engine.base import SaveCheckpoint, StageOp, StageResult
+from services.node_agent.engine.base import StageResult
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.weight_ops import SaveCheckpoint
 from services.runtime.app import StartupError
 from tests.integration.node_agent.harness import (
     Cluster,

@@ -13,15 +13,10 @@ from lemix.internal.v1 import profile_pb2, work_pb2
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.v1 import errors_pb2, types_pb2
 from services.ledger import Delivery, LedgerUnavailable, open_ledger
-from services.node_agent.engine.base import (
-    Decode,
-    OptimizerStep,
-    StageOp,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-    WorkerDied,
-)
+from services.node_agent.engine.base import StageResult, WorkerDied
+from services.node_agent.engine.inference_ops import Decode
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
 from services.node_agent.loop_ports import NodeBroken
 from tests.integration.node_agent.harness import Gate, cluster, expected_tokens, inference_item, training_item
 

@@ -9,7 +9,9 @@ import pytest
 from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.v1 import errors_pb2
-from services.node_agent.engine.base import LoadWeights, StageOp, StageResult
+from services.node_agent.engine.base import StageResult
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.weight_ops import LoadWeights
 from services.node_agent.loop_ports import NodeBroken
 from tests.integration.node_agent.harness import Cluster, Node, cluster, inference_item, training_item
 

@@ -9,9 +9,11 @@ from bench.engine import bubble
 from bench.engine.__main__ import table
 from bench.engine.figures import Figure, quartiles, ratios
 from bench.engine.node import Node
-from services.node_agent.engine.base import EngineConfig, OptimizerSpec, StageOp, StageResult
+from services.node_agent.engine.base import EngineConfig, StageResult
 from services.node_agent.engine.emulated.engine import load_emulated_engine
 from services.node_agent.engine.emulated.worker import next_token
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.training_ops import OptimizerSpec
 from tests.integration.node_agent.harness import write_model
 
 

@@ -10,24 +10,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from services.node_agent.checkpoint_store import CheckpointStore, Manifest
-from services.node_agent.engine.base import (
-    EngineConfig,
-    Example,
-    Handle,
-    OptimizerSpec,
-    OptimizerStep,
-    Prefill,
-    PrefillSequence,
-    RestoreCheckpoint,
-    Sampling,
-    SaveCheckpoint,
-    StageOp,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.base import EngineConfig, StageResult
+from services.node_agent.engine.handle import Handle
+from services.node_agent.engine.inference_ops import Prefill, PrefillSequence, Sampling
+from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.engine import load_inprocess_engine
 from services.node_agent.engine.torch.executor import StageExecutor
+from services.node_agent.engine.training_ops import Example, OptimizerSpec, OptimizerStep, TrainBackward, TrainForward
+from services.node_agent.engine.weight_ops import RestoreCheckpoint, SaveCheckpoint
 from tests.parity.tiny import write_tiny_gpt2, write_tiny_llama
 
 #: A schedule that moves with every step.

@@ -7,29 +7,15 @@ import pytest
 import torch
 
 from services.latency import MOVES, OpKind
-from services.node_agent.engine.base import (
-    Decode,
-    DecodeSequence,
-    EngineConfig,
-    Example,
-    Forget,
-    Handle,
-    LoadWeights,
-    Measure,
-    OptimizerSpec,
-    OptimizerStep,
-    Prefill,
-    PrefillSequence,
-    Sampling,
-    Snapshot,
-    StageOp,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.base import EngineConfig, StageResult
+from services.node_agent.engine.handle import Handle
+from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill, PrefillSequence, Sampling
+from services.node_agent.engine.ops import Forget, Measure, StageOp
 from services.node_agent.engine.torch.engine import load_inprocess_engine
 from services.node_agent.engine.torch.executor import StageExecutor
 from services.node_agent.engine.torch.training import MAX_JOBS
+from services.node_agent.engine.training_ops import Example, OptimizerSpec, OptimizerStep, TrainBackward, TrainForward
+from services.node_agent.engine.weight_ops import LoadWeights, Snapshot
 from tests.parity.tiny import write_tiny_gpt2, write_tiny_llama
 
 EXAMPLE = Example((1, 2, 3, 4))

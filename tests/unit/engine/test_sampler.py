@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from services.node_agent.engine.base import Logprobs, SampledToken, Sampling
+from services.node_agent.engine.inference_ops import Logprobs, SampledToken, Sampling
 from services.node_agent.engine.torch.sampler import Sampler
 
 END = 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest
 
-from services.node_agent.engine.base import Sampling
+from services.node_agent.engine.inference_ops import Sampling
 from services.node_agent.engine.torch.sampling import Draw, pick_tokens, uniform
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.5], dtype=torch.float64)

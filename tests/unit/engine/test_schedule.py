@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from services.node_agent.engine.base import OptimizerSpec
 from services.node_agent.engine.torch.schedule import SCHEDULES, make_schedule
+from services.node_agent.engine.training_ops import OptimizerSpec
 
 
 def adamw() -> torch.optim.AdamW:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from services.node_agent.engine.base import Handle
+from services.node_agent.engine.handle import Handle
 from services.node_agent.engine.torch.arena import create_arena
 from services.node_agent.engine.torch.transport import ActivationLost, ArenaFull, LocalTransport, SharedTransport
 

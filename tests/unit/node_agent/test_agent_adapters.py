@@ -4,7 +4,8 @@ import pytest
 
 from lemix.errors import ErrorCode, LemixError
 from services.node_agent.adapters import NodeAdapters
-from services.node_agent.engine.base import AdapterSpec, OptimizerSpec, Sampling
+from services.node_agent.engine.inference_ops import Sampling
+from services.node_agent.engine.training_ops import AdapterSpec, OptimizerSpec
 from services.node_agent.tasks import MicrobatchTask, RequestTask
 
 ISOLATED = AdapterSpec("job-1", isolated=True)

@@ -20,7 +20,9 @@ from services.node_agent.convert import (
     trace_to_proto,
 )
 from services.node_agent.core.types import Op
-from services.node_agent.engine.base import ModelInfo, OptimizerSpec, Sampling, StageResult
+from services.node_agent.engine.base import ModelInfo, StageResult
+from services.node_agent.engine.inference_ops import Sampling
+from services.node_agent.engine.training_ops import OptimizerSpec
 
 INFO = ModelInfo(
     architecture="x", num_layers=1, vocab_size=50, max_context_tokens=10, num_parameters=0, eos_token_ids=()

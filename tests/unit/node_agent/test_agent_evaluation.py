@@ -4,16 +4,10 @@ import asyncio
 
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.internal.v1 import work_pb2
-from services.node_agent.engine.base import (
-    Decode,
-    ModelInfo,
-    Prefill,
-    SampledToken,
-    Sampling,
-    StageOp,
-    StageResult,
-    TrainForward,
-)
+from services.node_agent.engine.base import ModelInfo, StageResult
+from services.node_agent.engine.inference_ops import Decode, Prefill, SampledToken, Sampling
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.training_ops import TrainForward
 from services.node_agent.evaluation import Evaluator
 from services.node_agent.tasks import RequestTask
 from tests.parity.virtual_node import VirtualNode

@@ -17,16 +17,11 @@ from services.node_agent.core.types import (
     QueueOrder,
     TrainingMicrobatch,
 )
-from services.node_agent.engine.base import (
-    EngineConfig,
-    Example,
-    OptimizerSpec,
-    Sampling,
-    StageOp,
-    StageResult,
-    TrainBackward,
-)
+from services.node_agent.engine.base import EngineConfig, StageResult
 from services.node_agent.engine.emulated.engine import EmulatedEngine, Tamper, load_emulated_engine
+from services.node_agent.engine.inference_ops import Sampling
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.training_ops import Example, OptimizerSpec, TrainBackward
 from services.node_agent.loop import AgentLoop
 from services.node_agent.loop_ports import NodeBroken
 from services.node_agent.tasks import MicrobatchTask, RequestTask

@@ -7,19 +7,10 @@ import pytest
 
 from services.latency import OpKind
 from services.node_agent.core.types import Op
-from services.node_agent.engine.base import (
-    Decode,
-    DecodeSequence,
-    Example,
-    Handle,
-    OptimizerSpec,
-    OptimizerStep,
-    Prefill,
-    Sampling,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.base import StageResult
+from services.node_agent.engine.handle import Handle
+from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill, Sampling
+from services.node_agent.engine.training_ops import Example, OptimizerSpec, OptimizerStep, TrainBackward, TrainForward
 from services.node_agent.payloads import PayloadBuilder
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
 

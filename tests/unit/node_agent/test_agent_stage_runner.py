@@ -5,7 +5,9 @@ import asyncio
 import pytest
 
 from services.node_agent import stage_runner
-from services.node_agent.engine.base import Decode, Forget, Prefill, StageOp, StageResult, WorkerDied
+from services.node_agent.engine.base import StageResult, WorkerDied
+from services.node_agent.engine.inference_ops import Decode, Prefill
+from services.node_agent.engine.ops import Forget, StageOp
 from services.node_agent.stage_runner import StageRunner
 
 

@@ -11,7 +11,7 @@ from lemix.internal.v1 import scheduler_service_pb2
 from services.latency import OpKind
 from services.node_agent.adapters import NodeAdapters
 from services.node_agent.core.types import Op
-from services.node_agent.engine.base import LoadWeights
+from services.node_agent.engine.weight_ops import LoadWeights
 from services.node_agent.weight_ops import WeightOp
 from services.node_agent.weights import WeightSync
 

@@ -8,29 +8,15 @@ from pathlib import Path
 import pytest
 
 from services.latency import LatencyModel, OpKind
-from services.node_agent.engine.base import (
-    Decode,
-    DecodeSequence,
-    EngineConfig,
-    Example,
-    Forget,
-    Handle,
-    LoadWeights,
-    Measure,
-    OptimizerSpec,
-    OptimizerStep,
-    Prefill,
-    PrefillSequence,
-    Sampling,
-    Snapshot,
-    StageOp,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.base import EngineConfig, StageResult
 from services.node_agent.engine.emulated.engine import EmulatedEngine, emulated_fingerprint, load_emulated_engine
 from services.node_agent.engine.emulated.timing import EmulatedTiming
 from services.node_agent.engine.emulated.worker import next_token
+from services.node_agent.engine.handle import Handle
+from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill, PrefillSequence, Sampling
+from services.node_agent.engine.ops import Forget, Measure, StageOp
+from services.node_agent.engine.training_ops import Example, OptimizerSpec, OptimizerStep, TrainBackward, TrainForward
+from services.node_agent.engine.weight_ops import LoadWeights, Snapshot
 from services.runtime.clock import FakeClock
 
 

@@ -14,21 +14,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from services.node_agent.config import NodeAgentSettings
-from services.node_agent.engine.base import (
-    EngineConfig,
-    Example,
-    LoadWeights,
-    OptimizerSpec,
-    OptimizerStep,
-    Prefill,
-    Sampling,
-    Snapshot,
-    StageOp,
-    StageResult,
-    TrainForward,
-)
+from services.node_agent.engine.base import EngineConfig, StageResult
 from services.node_agent.engine.emulated.engine import EmulatedEngine, load_emulated_engine
 from services.node_agent.engine.emulated.worker import EmulatedStage
+from services.node_agent.engine.inference_ops import Prefill, Sampling
+from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.training_ops import Example, OptimizerSpec, OptimizerStep, TrainForward
+from services.node_agent.engine.weight_ops import LoadWeights, Snapshot
 from services.node_agent.tasks import MicrobatchTask, RequestTask
 from services.node_agent.weight_ops import WeightOp
 from services.runtime.config import ConfigError, validate

@@ -15,9 +15,10 @@ import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from services.node_agent.engine.base import EngineConfig, ModelInfo, StageOp, StageResult
+from services.node_agent.engine.base import EngineConfig, ModelInfo, StageResult
 from services.node_agent.engine.emulated.timing import EmulatedTiming
 from services.node_agent.engine.emulated.worker import EmulatedStage
+from services.node_agent.engine.ops import StageOp
 from services.runtime.clock import Clock, SystemClock
 
 #: Sees every result before the agent does and may change it, or raise WorkerDied. For tests of failures.

@@ -4,20 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from services.latency import LatencyModel, OpKind
-from services.node_agent.engine.base import (
-    Decode,
-    DecodeSequence,
-    LoadWeights,
-    Measure,
-    OptimizerStep,
-    Prefill,
-    RestoreCheckpoint,
-    SaveCheckpoint,
-    Snapshot,
-    StageOp,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill
+from services.node_agent.engine.ops import Measure, StageOp
+from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
+from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint, SaveCheckpoint, Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,31 +11,21 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from services.node_agent.checkpoint_files import state_file, weights_file, weights_files
-from services.node_agent.engine.base import (
+from services.node_agent.engine.base import ModelInfo, StageResult
+from services.node_agent.engine.emulated.timing import EmulatedTiming, measured_kinds, train_shape
+from services.node_agent.engine.handle import Handle
+from services.node_agent.engine.inference_ops import (
     Decode,
     DecodeSequence,
-    Forget,
-    Handle,
-    LoadWeights,
     Logprobs,
-    Measure,
-    ModelInfo,
-    OptimizerStep,
     Prefill,
     PrefillSequence,
-    RestoreCheckpoint,
     SampledToken,
     Sampling,
-    SaveCheckpoint,
-    Snapshot,
-    StageOp,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-    VersionedChange,
-    round_of,
 )
-from services.node_agent.engine.emulated.timing import EmulatedTiming, measured_kinds, train_shape
+from services.node_agent.engine.ops import Forget, Measure, StageOp, VersionedChange
+from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
+from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint, SaveCheckpoint, Snapshot, round_of
 
 _INITIAL_WEIGHT = 4.0
 _ELEMENTS = 4

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from services.node_agent.engine.base import AdapterSpec
 from services.node_agent.engine.torch.load import ModelSpec
 from services.node_agent.engine.torch.lora_config import PREFIX, lora_arguments
 from services.node_agent.engine.torch.weights import Weight, WeightSet
+from services.node_agent.engine.training_ops import AdapterSpec
 
 #: Adapters a stage holds at most. A backstop: the agent refuses further ones before.
 MAX_ADAPTERS = 64

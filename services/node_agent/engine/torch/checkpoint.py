@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from services.node_agent.checkpoint_files import adapter_key, state_file, state_files, weights_file, weights_files
-from services.node_agent.engine.base import AdapterSpec, OptimizerSpec
 from services.node_agent.engine.torch.adapters import Adapter
 from services.node_agent.engine.torch.stage import Stage
 from services.node_agent.engine.torch.training import Training, make_job
 from services.node_agent.engine.torch.weights import WeightSet
+from services.node_agent.engine.training_ops import AdapterSpec, OptimizerSpec
 
 _RANDOM_STATE = "random_state"
 _JOBS = "jobs"

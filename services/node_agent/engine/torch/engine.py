@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.node_agent.engine.base import EngineConfig, ModelInfo, StageOp, StageResult, StageWorker
+from services.node_agent.engine.base import EngineConfig, ModelInfo, StageResult, StageWorker
+from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.arena import create_arena
 from services.node_agent.engine.torch.load import ModelSpec, check_engine_config, read_model
 from services.node_agent.engine.torch.process import ProcessStageWorker

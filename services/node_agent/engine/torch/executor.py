@@ -10,26 +10,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from services.node_agent.engine.base import (
-    Decode,
-    EngineConfig,
-    Forget,
-    Handle,
-    LoadWeights,
-    Measure,
-    Offload,
-    OptimizerStep,
-    Prefill,
-    Reload,
-    RestoreCheckpoint,
-    SaveCheckpoint,
-    Snapshot,
-    StageOp,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-    VersionedChange,
-)
+from services.node_agent.engine.base import EngineConfig, StageResult
+from services.node_agent.engine.handle import Handle
+from services.node_agent.engine.inference_ops import Decode, Prefill
+from services.node_agent.engine.ops import Forget, Measure, Offload, Reload, StageOp, VersionedChange
 from services.node_agent.engine.torch import checkpoint
 from services.node_agent.engine.torch.inference import Inference, InferenceOutput
 from services.node_agent.engine.torch.load import ModelSpec
@@ -41,6 +25,8 @@ from services.node_agent.engine.torch.training import Training
 from services.node_agent.engine.torch.transport import Transport
 from services.node_agent.engine.torch.weights import Snapshots, read_weights
 from services.node_agent.engine.torch.wire import Ready
+from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
+from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint, SaveCheckpoint, Snapshot
 
 
 class VersionMismatch(RuntimeError):

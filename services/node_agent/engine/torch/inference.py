@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from services.node_agent.engine.base import Decode, DecodeSequence, Prefill, PrefillSequence, SampledToken, Sampling
+from services.node_agent.engine.inference_ops import (
+    Decode,
+    DecodeSequence,
+    Prefill,
+    PrefillSequence,
+    SampledToken,
+    Sampling,
+)
 from services.node_agent.engine.torch.adapters import Use
 from services.node_agent.engine.torch.cached_attention import CachedAttention, DecodeAttention, PromptAttention
 from services.node_agent.engine.torch.kv_cache import KvCache, KvEntry, KvShape, plan_write

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from services.node_agent.engine.base import AdapterSpec
 from services.node_agent.engine.torch.load import ModelSpec
+from services.node_agent.engine.training_ops import AdapterSpec
 
 #: Before the names of a full model's modules in an adapter_model.safetensors.
 PREFIX = "base_model.model."

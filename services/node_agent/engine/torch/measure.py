@@ -11,20 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from services.latency import OpKind
-from services.node_agent.engine.base import (
-    Decode,
-    DecodeSequence,
-    Example,
-    Measure,
-    OptimizerSpec,
-    Prefill,
-    PrefillSequence,
-    Sampling,
-)
+from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill, PrefillSequence, Sampling
+from services.node_agent.engine.ops import Measure
 from services.node_agent.engine.torch.inference import Inference
 from services.node_agent.engine.torch.microbatch import Microbatch, TrainingOptions
 from services.node_agent.engine.torch.stage import Stage
 from services.node_agent.engine.torch.training import check_examples, make_optimizer
+from services.node_agent.engine.training_ops import Example, OptimizerSpec
 
 _LOG = logging.getLogger(__name__)
 

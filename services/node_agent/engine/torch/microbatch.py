@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from services.node_agent.engine.base import Example
 from services.node_agent.engine.torch.adapters import Adapter
 from services.node_agent.engine.torch.attention import PackedRuns, TrainingAttention
 from services.node_agent.engine.torch.host_memory import SavedTensors
 from services.node_agent.engine.torch.stage import Stage, widen
 from services.node_agent.engine.torch.weights import WeightSet
+from services.node_agent.engine.training_ops import Example
 
 
 @dataclass(frozen=True, slots=True)

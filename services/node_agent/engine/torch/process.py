@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from services.node_agent.engine.base import StageOp, StageResult, WorkerDied
+from services.node_agent.engine.base import StageResult, WorkerDied
+from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.load import ModelDirectoryError
 from services.node_agent.engine.torch.wire import FRAME, Ready, StartFailed, WorkerSetup
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from services.node_agent.engine.base import Logprobs, SampledToken, Sampling
+from services.node_agent.engine.inference_ops import Logprobs, SampledToken, Sampling
 from services.node_agent.engine.torch.sampling import Draw, pick_tokens
 
 

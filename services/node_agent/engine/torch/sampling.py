@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.node_agent.engine.base import Sampling
+from services.node_agent.engine.inference_ops import Sampling
 
 _MASK = (1 << 64) - 1
 

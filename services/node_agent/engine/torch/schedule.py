@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from services.node_agent.engine.base import OptimizerSpec
+from services.node_agent.engine.training_ops import OptimizerSpec
 
 _NEED_LENGTH = ("linear", "cosine")
 SCHEDULES = ("constant", "constant_with_warmup", *_NEED_LENGTH)

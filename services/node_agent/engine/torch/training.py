@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from services.node_agent.engine.base import (
+from services.node_agent.engine.torch.adapters import Adapter
+from services.node_agent.engine.torch.microbatch import ForwardOutput, Microbatch, TrainingOptions, num_labels
+from services.node_agent.engine.torch.schedule import make_schedule
+from services.node_agent.engine.torch.stage import Stage
+from services.node_agent.engine.torch.weights import WeightSet
+from services.node_agent.engine.training_ops import (
     AdapterSpec,
     Example,
     OptimizerSpec,
@@ -21,11 +26,6 @@ from services.node_agent.engine.base import (
     TrainBackward,
     TrainForward,
 )
-from services.node_agent.engine.torch.adapters import Adapter
-from services.node_agent.engine.torch.microbatch import ForwardOutput, Microbatch, TrainingOptions, num_labels
-from services.node_agent.engine.torch.schedule import make_schedule
-from services.node_agent.engine.torch.stage import Stage
-from services.node_agent.engine.torch.weights import WeightSet
 
 #: Jobs whose AdamW moments (twice the parameters each) a stage keeps at most. A backstop: the agent has jobs forgotten
 #: long before, but never one with micro-batches on the node.

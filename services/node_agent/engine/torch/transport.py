@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from services.node_agent.engine.base import Handle
+from services.node_agent.engine.handle import Handle
 from services.node_agent.engine.torch.arena import ARENA_BYTES
 from services.node_agent.engine.torch.stage import parse_dtype
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from services.node_agent.engine.base import round_of
 from services.node_agent.engine.torch.load import ModelDirectoryError, ModelSpec, stored_name
+from services.node_agent.engine.weight_ops import round_of
 
 
 @dataclass(slots=True)

@@ -8,18 +8,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from services.node_agent.engine.base import (
-    Decode,
-    EngineConfig,
-    Example,
-    OptimizerStep,
-    Prefill,
-    PrefillSequence,
-    StageResult,
-    TrainBackward,
-    TrainForward,
-)
+from services.node_agent.engine.base import EngineConfig, StageResult
+from services.node_agent.engine.inference_ops import Decode, Prefill, PrefillSequence
 from services.node_agent.engine.torch.load import ModelSpec
+from services.node_agent.engine.training_ops import Example, OptimizerStep, TrainBackward, TrainForward
 
 #: Length of the message that follows, bytes.
 FRAME = struct.Struct("<I")

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable
 from typing import Protocol, cast
 
-from services.node_agent.engine.base import EngineConfig, StageOp, StageResult
+from services.node_agent.engine.base import EngineConfig, StageResult
+from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.wire import FRAME, Ready, StartFailed, WorkerSetup
 
 

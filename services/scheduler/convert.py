@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from lemix.errors import LemixError
+from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import profile_pb2, scheduler_service_pb2, work_pb2
 from lemix.v1 import cluster_service_pb2, types_pb2
 from services.latency import LatencyModel, NodeLatency, OpKind
@@ -177,7 +177,7 @@ def ended_from_outcome(outcome: work_pb2.WorkOutcome) -> TaskEnded:
     return TaskEnded(outcome.task_id, outcome.node_id, ok=ok, output_tokens=len(inference.token_ids))
 
 
-def failed_outcome(item: work_pb2.WorkItem, error: LemixError, *, cancelled: bool = False) -> work_pb2.WorkOutcome:
+def failed_outcome(item: work_pb2.WorkItem, error: LemixError) -> work_pb2.WorkOutcome:
     """The outcome of a task that no node will run."""
     outcome = work_pb2.WorkOutcome(task_id=item.task_id)
     if item.HasField("training"):
@@ -185,6 +185,7 @@ def failed_outcome(item: work_pb2.WorkItem, error: LemixError, *, cancelled: boo
         outcome.training.sequence = item.training.sequence
         outcome.training.error.CopyFrom(error.to_proto())
         return outcome
+    cancelled = error.code is ErrorCode.CANCELLED
     reason = types_pb2.FINISH_REASON_CANCELLED if cancelled else types_pb2.FINISH_REASON_ERROR
     outcome.inference.finish_reason = reason
     outcome.inference.prompt_tokens = len(item.inference.prompt_token_ids)

@@ -157,10 +157,11 @@ def test_outcomes_end_tasks() -> None:
 def test_a_failed_outcome_carries_the_error() -> None:
     error = LemixError(ErrorCode.CANCELLED, "gone")
     item = work_pb2.WorkItem(task_id="r", inference=work_pb2.InferenceWork(prompt_token_ids=[1, 2]))
-    outcome = failed_outcome(item, error, cancelled=True).inference
+    outcome = failed_outcome(item, error).inference
     assert outcome.finish_reason == types_pb2.FINISH_REASON_CANCELLED
     assert (outcome.prompt_tokens, outcome.error.message) == (2, "gone")
-    assert failed_outcome(item, error).inference.finish_reason == types_pb2.FINISH_REASON_ERROR
+    late = LemixError(ErrorCode.DEADLINE_EXCEEDED, "late")
+    assert failed_outcome(item, late).inference.finish_reason == types_pb2.FINISH_REASON_ERROR
     training = work_pb2.WorkItem(task_id="j/4", training=work_pb2.TrainingWork(job_id="j", sequence=4))
     assert failed_outcome(training, error).training.sequence == 4
 

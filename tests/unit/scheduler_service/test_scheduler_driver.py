@@ -1,33 +1,24 @@
 """The driver with a scripted core and the ledger in memory."""
 
 import asyncio
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pytest
 
 from lemix.errors import ErrorCode, LemixError
-from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import errors_pb2, types_pb2
-from services.latency import LatencyModel, NodeLatency, OpKind
-from services.ledger import Delivery, Ledger, LedgerUnavailable, StaleToken, TaskState, open_ledger
-from services.runtime.clock import FakeClock
-from services.scheduler.adapters import AdapterDesk
+from services.latency import OpKind
+from services.ledger import LedgerUnavailable, StaleToken, TaskState
 from services.scheduler.core.types import (
     ApplyWeights,
     Assign,
     CancelOnNode,
     Command,
     Drop,
-    Event,
     JobCancelled,
-    NodeJoined,
     NodeLost,
-    NodeSpec,
     OpFinished,
     Reject,
     SyncEnded,
@@ -36,241 +27,17 @@ from services.scheduler.core.types import (
     TaskArrived,
     TaskCancelled,
     TaskEnded,
-    TaskRecovered,
     Tick,
 )
-from services.scheduler.driver import Driver
-from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import (
     CancelRequested,
-    Delivered,
     Ended,
-    Inbox,
-    Message,
-    NodeArrived,
     NodeGone,
     Offered,
-    Told,
     Traced,
     Trained,
 )
-
-LATENCY = NodeLatency(({OpKind.PREFILL: LatencyModel("constant", (0.1,))},))
-SPEC = NodeSpec("n0", 1, LATENCY)
-
-
-class ScriptedCore:
-    """Answers each type of event as told; remembers what it saw."""
-
-    def __init__(self) -> None:
-        self.seen: list[Event] = []
-        self.answers: dict[type, Callable[[Any], list[Command]]] = {}
-        self.wakeup_s: float | None = None
-
-    def step(self, now_s: float, event: Event) -> list[Command]:
-        self.seen.append(event)
-        if isinstance(event, Tick):
-            self.wakeup_s = None
-        answer = self.answers.get(type(event))
-        return answer(event) if answer is not None else []
-
-    def next_wakeup_s(self) -> float | None:
-        return self.wakeup_s
-
-    def snapshot(self) -> Any:
-        raise AssertionError("not asked in these tests")
-
-
-@dataclass
-class Peers:
-    """What gateways, nodes and jobs were told."""
-
-    told: list[tuple[Any, ...]] = field(default_factory=list)
-    connected: set[str] = field(default_factory=lambda: {"n0", "n1"})
-    wanted: set[str] = field(default_factory=lambda: {"j"})
-    adapters: AdapterDesk = field(default_factory=AdapterDesk)
-    joining: list[str] = field(default_factory=list)
-    keepers: set[str] = field(default_factory=set)
-
-    def send(self, node_id: str, message: pb.NodeSessionResponse) -> bool:
-        if node_id in self.connected:
-            self.told.append((node_id, message.WhichOneof("message")))
-        return node_id in self.connected
-
-    def keeps_checkpoints(self, node_id: str) -> bool:
-        return node_id in self.keepers
-
-    def address(self, node_id: str) -> str:
-        return f"{node_id}:1" if node_id in self.connected else ""
-
-    def assigned(self, request_id: str, node_id: str) -> None:
-        self.told.append(("assigned", request_id, node_id))
-
-    def rejected(self, request_id: str, error: LemixError) -> None:
-        self.told.append(("rejected", request_id, error.code))
-
-    def finished(self, request_id: str, outcome: work_pb2.InferenceOutcome) -> None:
-        self.told.append(("finished", request_id, outcome.error.code if outcome.HasField("error") else 0))
-
-    def is_wanted(self, job_id: str) -> bool:
-        return job_id in self.wanted
-
-    def on_held(self, work: work_pb2.TrainingWork, *, waiting: bool) -> None:
-        self.told.append(("held", work.sequence, waiting))
-
-    def on_refused(self, work: work_pb2.TrainingWork, error: LemixError) -> list[Event]:
-        self.told.append(("refused", work.sequence, error.code))
-        return []
-
-    def on_outcome(self, outcome: work_pb2.WorkOutcome) -> list[Event]:
-        self.told.append(("outcome", outcome.training.sequence))
-        return [JobCancelled("j")] if outcome.training.HasField("error") else []
-
-    def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
-        self.told.append(("trained", outcome.training.sequence))
-
-    def on_node_away(self, node_id: str, wait_s: float) -> None:
-        self.told.append(("away", node_id, wait_s))
-
-
-class Rig:
-    """A driver and everything around it."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self.core, self.peers, self.clock, self.ledger = ScriptedCore(), Peers(), FakeClock(100.0), ledger
-        self.inbox = Inbox(64)
-        self.driver = Driver(
-            core=self.core,
-            inbox=self.inbox,
-            guard=LedgerGuard(ledger),
-            nodes=self.peers,  # type: ignore[arg-type]
-            gateways=self.peers,  # type: ignore[arg-type]
-            jobs=self.peers,
-            clock=self.clock,
-            node_return_s=30.0,
-        )
-
-    async def lead(self) -> "Rig":
-        self.driver.lead(await self.ledger.acquire_leadership())
-        return self
-
-    async def handle(self, *messages: Message) -> None:
-        """Let the driver take these and fall idle."""
-        done = asyncio.Event()
-
-        class _Last(Exception):
-            pass
-
-        for message in messages:
-            await self.inbox.put(message)
-        await self.inbox.put(Told(Tick()))
-        self.core.answers.setdefault(Tick, lambda event: done.set() or [])
-        running = asyncio.create_task(self.driver.run())
-        finished = asyncio.create_task(done.wait())
-        await asyncio.wait({running, finished}, return_when=asyncio.FIRST_COMPLETED, timeout=5.0)
-        self.core.answers.pop(Tick)
-        finished.cancel()
-        if running.done():
-            await running
-        running.cancel()
-        await asyncio.gather(running, finished, return_exceptions=True)
-
-    async def accept(self, task_id: str, **fields: Any) -> Delivered:
-        """Submit a request and read it."""
-        work = work_pb2.InferenceWork(prompt_token_ids=[1], **fields)
-        await self.ledger.submit(work_pb2.WorkItem(task_id=task_id, inference=work))
-        (delivery,) = await self.ledger.read_global(count=9, block_s=0)
-        return Delivered(delivery)
-
-    def events(self, kind: type) -> list[Any]:
-        return [event for event in self.core.seen if isinstance(event, kind)]
-
-
-@pytest.fixture
-async def rig() -> Rig:
-    return await Rig(await open_ledger(f"memory://{uuid.uuid4().hex}")).lead()
-
-
-def microbatch(sequence: int = 0) -> work_pb2.WorkItem:
-    work = work_pb2.TrainingWork(job_id="j", sequence=sequence, examples=[work_pb2.TrainingExample(token_ids=[1, 2])])
-    return work_pb2.WorkItem(task_id=f"j/{sequence}", training=work)
-
-
-def served(task_id: str, node_id: str = "n0") -> work_pb2.WorkOutcome:
-    inference = work_pb2.InferenceOutcome(finish_reason=types_pb2.FINISH_REASON_STOP, token_ids=[4])
-    return work_pb2.WorkOutcome(task_id=task_id, node_id=node_id, inference=inference)
-
-
-def assign_to(node_id: str) -> Callable[[TaskArrived], list[Command]]:
-    return lambda event: [Assign(event.task.task_id, node_id)]
-
-
-async def cancelled_and_submitted_anew(rig: Rig) -> work_pb2.WorkOutcome:
-    """A request that n0 cancelled, which is not reported, and the same one submitted again. Returns the report."""
-    rig.core.answers[TaskArrived] = assign_to("n0")
-    await rig.handle(await rig.accept("r"))
-    (first,) = await rig.ledger.read_node("n0", count=9, block_s=0)
-    inference = work_pb2.InferenceOutcome(finish_reason=types_pb2.FINISH_REASON_CANCELLED)
-    cancelled = work_pb2.WorkOutcome(task_id="r", node_id="n0", inference=inference)
-    assert await rig.ledger.finish("n0", first.entry_id, cancelled)
-    rig.core.answers[TaskArrived] = assign_to("n1")
-    await rig.handle(await rig.accept("r"))
-    assert len(rig.events(TaskArrived)) == 1, "the core has the first attempt still"
-    return cancelled
-
-
-async def test_a_request_submitted_anew_before_its_cancellation_is_reported_runs(rig: Rig) -> None:
-    cancelled = await cancelled_and_submitted_anew(rig)
-    await rig.handle(Ended(cancelled))
-    assert rig.events(TaskEnded) == [TaskEnded("r", "n0", ok=False)]
-    assert len(rig.events(TaskArrived)) == 2
-    (again,) = await rig.ledger.read_node("n1", count=9, block_s=0)
-    assert again.item.task_id == "r"
-
-
-async def test_a_request_submitted_anew_runs_when_its_node_comes_back_without_the_first_attempt(rig: Rig) -> None:
-    await cancelled_and_submitted_anew(rig)
-    await rig.handle(NodeArrived(SPEC))
-    assert rig.events(TaskEnded) == [TaskEnded("r", "n0", ok=False)]
-    assert [item.task_id for item in await rig.ledger.unfinished("n1")] == ["r"]
-
-
-async def test_a_request_submitted_anew_runs_when_its_first_attempt_is_lost_with_the_node(rig: Rig) -> None:
-    await cancelled_and_submitted_anew(rig)
-    rig.core.answers[NodeLost] = lambda event: [Drop("r")]
-    await rig.handle(NodeGone("n0", "test"))
-    assert [item.task_id for item in await rig.ledger.unfinished("n1")] == ["r"]
-    assert rig.peers.told[-1] == ("assigned", "r", "n1")
-
-
-async def test_a_request_submitted_anew_can_be_cancelled_before_it_runs(rig: Rig) -> None:
-    await cancelled_and_submitted_anew(rig)
-    rig.core.answers[NodeLost] = lambda event: [Drop("r")]
-    await rig.handle(CancelRequested("r"), NodeGone("n0", "test"))
-    assert rig.peers.told[-1] == ("finished", "r", errors_pb2.ERROR_CODE_CANCELLED)
-    assert await rig.ledger.unfinished("n1") == []
-    assert len(rig.events(TaskArrived)) == 1
-
-
-async def test_what_is_read_again_after_it_was_assigned_does_not_run_again(rig: Rig) -> None:
-    rig.core.answers[TaskArrived] = assign_to("n0")
-    delivered = await rig.accept("r")
-    await rig.handle(delivered, delivered, Ended(served("r")))
-    assert len(rig.events(TaskArrived)) == 1
-    assert rig.peers.told == [("assigned", "r", "n0"), ("finished", "r", 0)]
-
-
-async def test_what_was_taken_back_and_assigned_again_before_it_was_read_does_not_run_again(rig: Rig) -> None:
-    rig.core.answers[TaskArrived] = assign_to("n0")
-    rig.core.answers[NodeLost] = lambda event: [Assign("r", "n1")]
-    await rig.handle(await rig.accept("r"))
-    (item,) = await rig.ledger.unfinished("n0")
-    late = Delivered(Delivery(entry_id="999", item=item))
-    await rig.handle(NodeGone("n0", "test"), late)
-    (held,) = await rig.ledger.read_node("n1", count=9, block_s=0)
-    assert await rig.ledger.finish("n1", held.entry_id, served("r", "n1"))
-    await rig.handle(Ended(served("r", "n1")))
-    assert len(rig.events(TaskArrived)) == 1
+from tests.unit.scheduler_service.driver_rig import Rig, assign_to, microbatch, served, trained
 
 
 async def test_an_assignment_is_in_the_ledger_before_the_gateway_hears(rig: Rig) -> None:
@@ -279,12 +46,6 @@ async def test_an_assignment_is_in_the_ledger_before_the_gateway_hears(rig: Rig)
     (item,) = await rig.ledger.unfinished("n0")
     assert (item.task_id, item.fencing_token) == ("r", 1)
     assert rig.peers.told == [("assigned", "r", "n0")]
-
-
-async def test_a_repeated_delivery_is_one_task(rig: Rig) -> None:
-    delivered = await rig.accept("r")
-    await rig.handle(delivered, delivered)
-    assert len(rig.events(TaskArrived)) == 1
 
 
 async def test_the_end_reaches_core_and_gateway_once(rig: Rig) -> None:
@@ -303,45 +64,6 @@ async def test_a_task_that_ended_meanwhile_comes_back_as_an_event(rig: Rig) -> N
     assert rig.events(TaskEnded) == [TaskEnded("r", "n1", ok=True, output_tokens=1)]
     assert rig.peers.told == [("finished", "r", 0)]
     assert await rig.ledger.unfinished("n1") == []
-
-
-async def test_work_of_a_lost_node_is_taken_back_before_it_is_assigned_again(rig: Rig) -> None:
-    rig.core.answers[TaskArrived] = assign_to("n0")
-    rig.core.answers[NodeLost] = lambda event: [Assign("r", "n1")]
-    await rig.handle(await rig.accept("r"), NodeGone("n0", "test"))
-    assert await rig.ledger.unfinished("n0") == []
-    assert [item.task_id for item in await rig.ledger.unfinished("n1")] == ["r"]
-    assert await rig.ledger.read_global(count=1, block_s=0) == []
-
-
-async def test_a_node_brings_back_what_the_ledger_says_it_holds(rig: Rig) -> None:
-    item = work_pb2.WorkItem(task_id="r", inference=work_pb2.InferenceWork(prompt_token_ids=[1]))
-    await rig.ledger.submit(item)
-    for held in (item, microbatch()):
-        await rig.ledger.assign(held, "n0", entry_id=None, token=1)
-    await rig.handle(NodeArrived(SPEC))
-    kinds = [type(event) for event in rig.core.seen[:3]]
-    assert kinds == [NodeJoined, TaskRecovered, TaskRecovered]
-    assert rig.peers.told == [("assigned", "r", "n0"), ("held", 0, False)]
-
-
-async def test_an_assignment_that_the_store_lost_is_made_again(rig: Rig) -> None:
-    rig.core.answers[TaskArrived] = assign_to("n0")
-    await rig.handle(await rig.accept("r"))
-    await rig.ledger.take_back("n0", token=1)  # the store is back in the state before the assignment
-    await rig.handle(NodeArrived(SPEC))
-    assert rig.events(TaskEnded) == [TaskEnded("r", "n0", ok=False)]
-    assert rig.driver.num_tasks == 0
-    (delivery,) = await rig.ledger.read_global(count=9, block_s=0)
-    await rig.handle(Delivered(delivery))
-    assert [item.task_id for item in await rig.ledger.unfinished("n0")] == ["r"]
-
-
-async def test_what_nobody_wants_any_more_is_cancelled_on_the_node_that_brings_it_back(rig: Rig) -> None:
-    rig.peers.wanted.clear()
-    await rig.ledger.assign(microbatch(), "n0", entry_id=None, token=1)
-    await rig.handle(NodeArrived(SPEC))
-    assert rig.events(TaskCancelled) == [TaskCancelled("j/0")]
 
 
 async def test_a_cancel_before_the_delivery_counts(rig: Rig) -> None:
@@ -392,11 +114,6 @@ async def test_a_microbatch_is_written_for_its_node_when_it_is_assigned(rig: Rig
     assert rig.peers.told == [("held", 3, True), ("held", 3, False)]
 
 
-def trained(sequence: int, node_id: str = "n0") -> work_pb2.WorkOutcome:
-    training = work_pb2.TrainingOutcome(job_id="j", sequence=sequence, weight_step=sequence + 1)
-    return work_pb2.WorkOutcome(task_id=f"j/{sequence}", node_id=node_id, training=training)
-
-
 async def test_a_trained_microbatch_leaves_the_core_and_stays_in_the_ledger(rig: Rig) -> None:
     rig.core.answers[TaskArrived] = assign_to("n0")
     await rig.handle(Offered(microbatch(0)), Trained(trained(0)))
@@ -411,55 +128,6 @@ async def test_a_node_that_trained_what_another_one_has_now_is_not_believed(rig:
     await rig.handle(Offered(microbatch(0)), Trained(trained(0, "n0")))
     assert rig.events(TaskEnded) == []
     assert ("trained", 0) not in rig.peers.told
-
-
-async def test_what_a_lost_node_trained_and_was_to_train_waits_for_it_but_not_for_ever(rig: Rig) -> None:
-    rig.core.answers[TaskArrived] = assign_to("n0")
-    await rig.handle(Offered(microbatch(0)), Trained(trained(0)), Offered(microbatch(1)), await rig.accept("r"))
-    await rig.handle(NodeGone("n0", "test", may_return=True))
-    assert rig.events(NodeLost) == [NodeLost("n0", "test", keeps_training=True)]
-    assert [item.task_id for item in await rig.ledger.unfinished("n0")] == ["j/0", "j/1"]
-    assert (await rig.ledger.record("r")).state is TaskState.WAITING
-    assert rig.peers.told[-1] == ("away", "n0", 30.0)
-    rig.clock.advance(29.0)
-    await rig.handle()
-    assert len(await rig.ledger.unfinished("n0")) == 2
-    rig.clock.advance(2.0)
-    await rig.handle()
-    assert await rig.ledger.unfinished("n0") == []
-    assert rig.peers.told[-1] == ("away", "n0", 0.0)
-
-
-async def test_a_node_that_is_back_in_time_and_still_measured_keeps_what_it_was_to_train(rig: Rig) -> None:
-    rig.core.answers[TaskArrived] = assign_to("n0")
-    await rig.handle(Offered(microbatch(0)), NodeGone("n0", "test", may_return=True))
-    rig.peers.joining = ["n0"]
-    rig.clock.advance(60.0)
-    await rig.handle()
-    assert len(await rig.ledger.unfinished("n0")) == 1
-    rig.peers.joining = []
-    rig.clock.advance(2.0)
-    await rig.handle()
-    assert await rig.ledger.unfinished("n0") == [], "it was not to be measured"
-
-
-async def test_the_ledger_knows_whether_a_node_may_come_back_from_a_checkpoint(rig: Rig) -> None:
-    rig.peers.keepers = {"n0"}
-    rig.core.answers[TaskArrived] = lambda event: [Assign(event.task.task_id, "n" + event.task.task_id[-1])]
-    await rig.handle(Offered(microbatch(0)), Offered(microbatch(1)))
-    held = [item.node_keeps_checkpoints for node_id in ("n0", "n1") for item in await rig.ledger.unfinished(node_id)]
-    assert held == [True, False]
-
-
-async def test_a_node_that_is_back_in_time_has_what_it_was_to_train(rig: Rig) -> None:
-    rig.core.answers[TaskArrived] = assign_to("n0")
-    await rig.handle(Offered(microbatch(0)), Trained(trained(0)), Offered(microbatch(1)))
-    await rig.handle(NodeGone("n0", "test", may_return=True), NodeArrived(SPEC))
-    assert [event.task.task_id for event in rig.events(TaskRecovered)] == ["j/0", "j/1"]
-    rig.clock.advance(60.0)
-    await rig.handle()
-    assert len(await rig.ledger.unfinished("n0")) == 2
-    assert ("away", "n0", 0.0) not in rig.peers.told
 
 
 async def test_what_jobs_answer_reaches_the_core(rig: Rig) -> None:

@@ -19,7 +19,7 @@ from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Signature, Signatures
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Ended, Told
-from tests.unit.scheduler_service.test_scheduler_driver import Rig
+from tests.unit.scheduler_service.driver_rig import Rig
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Adapters of this node: which there are, who may use them, and when one that nobody wants any more can go."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from lemix.errors import ErrorCode, LemixError
 from services.node_agent.engine.training_ops import AdapterSpec
@@ -19,10 +19,10 @@ class NodeAdapters:
         #: From the first micro-batch taken; on all stages.
         self._expected: dict[str, AdapterSpec] = {}
         self._held: dict[str, AdapterSpec] = {}
-        #: Unix time of the newest step of each, seconds.
+        #: Unix time of the newest step of each, seconds; of the weights below them all under no name.
         self._trained_unix_s: dict[str, float] = {}
         self._unwanted: OrderedDict[str, None] = OrderedDict()
-        #: Unwanted ones that are still to be freed.
+        #: Those that are still to be freed: unwanted, or never made.
         self._leaving: set[str] = set()
         self.on_change: Callable[[], None] = lambda: None
         #: Whether the weights below are no longer those of the model directory.
@@ -32,6 +32,11 @@ class NodeAdapters:
     def held(self) -> Mapping[str, AdapterSpec]:
         """Adapters that every stage has, by id."""
         return self._held
+
+    @property
+    def trained_unix_s(self) -> Mapping[str, float]:
+        """When the newest step of each was made, unix time in seconds; of the weights below them under no name."""
+        return self._trained_unix_s
 
     # ------------------------------------------------------------- work
 
@@ -49,8 +54,7 @@ class NodeAdapters:
 
     def expect(self, spec: AdapterSpec) -> None:
         """The stages will make it if it is new. Raises LemixError as `admit`."""
-        if spec.adapter_id in self._unwanted:
-            raise LemixError(ErrorCode.CANCELLED, "the model of its job was deleted")
+        self.check(spec.adapter_id)
         known = self._expected.get(spec.adapter_id)
         if known is None and len(self._expected) >= self._max_adapters:
             message = f"this node holds {len(self._expected)} adapters, its max_adapters; delete a model"
@@ -58,28 +62,55 @@ class NodeAdapters:
         if known is not None and known != spec:
             raise LemixError(ErrorCode.CONFLICT, f"adapter {spec.adapter_id} is another one on this node")
         self._expected[spec.adapter_id] = spec
+        self._leaving.discard(spec.adapter_id)
+
+    def is_unwanted(self, adapter_id: str) -> bool:
+        """Whether nobody may use it any more."""
+        return adapter_id in self._unwanted
+
+    def check(self, adapter_id: str) -> None:
+        """Raises LemixError CANCELLED when nobody may use this adapter any more."""
+        if adapter_id in self._unwanted:
+            raise LemixError(ErrorCode.CANCELLED, "the model of its job was deleted")
 
     def made(self, spec: AdapterSpec) -> None:
         """Every stage has it."""
         if spec.adapter_id not in self._held and spec.adapter_id not in self._unwanted:
-            self._held[spec.adapter_id] = spec
+            self._held[spec.adapter_id] = self._expected[spec.adapter_id] = spec
+            self._leaving.discard(spec.adapter_id)
             self.on_change()
 
     def loaded(self, spec: AdapterSpec | None, trained_unix_s: float | None) -> None:
         """Every stage has taken over weights (None), or this adapter, with a newest step of that time."""
         if spec is None:
             self.weights_changed = True
-            return
-        if trained_unix_s is not None:
-            self._trained_unix_s[spec.adapter_id] = trained_unix_s
-        self.made(spec)
+        else:
+            self.made(spec)
+        adapter_id = "" if spec is None else spec.adapter_id
+        if trained_unix_s is not None and (not adapter_id or adapter_id in self._held):
+            self._trained_unix_s[adapter_id] = trained_unix_s
 
-    def adopt(self, specs: Iterable[AdapterSpec], *, weights_changed: bool) -> None:
-        """The stages have restored these and no others, on top of such weights."""
+    def adopt(
+        self,
+        specs: Iterable[AdapterSpec],
+        tasks: Iterable[Task],
+        *,
+        weights_changed: bool,
+        trained_unix_s: Mapping[str, float],
+    ) -> list[str]:
+        """The stages have restored these and no others, on top of such weights; returns the requests that one which
+        is gone served. Micro-batches make theirs anew."""
         self.weights_changed = weights_changed
+        self._trained_unix_s = {**trained_unix_s}
         self._held = {spec.adapter_id: spec for spec in specs}
-        self._expected = {**self._held}
+        tasks = list(tasks)
+        trained = [task.adapter for task in tasks if isinstance(task, MicrobatchTask) and task.adapter is not None]
+        self._expected = {spec.adapter_id: spec for spec in trained} | self._held
+        # One that was deleted after the checkpoint goes once more.
+        self._leaving = {adapter_id for adapter_id in self._expected if adapter_id in self._unwanted}
         self.on_change()
+        served = [task for task in tasks if isinstance(task, RequestTask) and task.adapter_id]
+        return [task.task_id for task in served if task.adapter_id not in self._held]
 
     # ------------------------------------------------------------- steps
 
@@ -89,10 +120,16 @@ class NodeAdapters:
             self._trained_unix_s[job_id] = unix_s
         else:
             self.weights_changed = True
+            self._trained_unix_s[""] = unix_s
 
     def newest_step(self, adapter_id: str, in_model: float | None) -> float | None:
-        """Unix time of the newest step in an adapter and the model below it (`in_model`); None: neither has any."""
-        times = [in_model, self._trained_unix_s.get(adapter_id)]
+        """Unix time of the newest step in what serves a request, None: there was none; `in_model`: in the served model.
+
+        Below an isolated adapter lie the weights alone: other adapters make it no newer.
+        """
+        if not adapter_id:
+            return in_model
+        times = [self._trained_unix_s.get(name) for name in ("", adapter_id)]
         return max((time for time in times if time is not None), default=None)
 
     def is_isolated(self, job_id: str) -> bool:
@@ -110,11 +147,22 @@ class NodeAdapters:
             self._unwanted.popitem(last=False)
         return [task.task_id for task in tasks if adapter_of(task) == adapter_id]
 
-    def take_unused(self, tasks: Iterable[Task], is_trained: Callable[[str], bool]) -> list[str]:
-        """Unwanted adapters that no task and no pending step uses; the caller frees them now."""
+    def not_made(self, adapter_id: str, tasks: Iterable[Task]) -> None:
+        """What was to make it failed or was cancelled: unless another task will, it goes from the stages that have it,
+        and makes room."""
+        if adapter_id not in self._expected or adapter_id in self._held:
+            return
+        if all(adapter_of(task) != adapter_id for task in tasks):
+            self._leaving.add(adapter_id)
+
+    def take_unused(
+        self, tasks: Iterable[Task], in_use: Collection[str], is_trained: Callable[[str], bool]
+    ) -> list[str]:
+        """Leaving adapters that no task, no weight operation (`in_use`) and no pending step uses; the caller frees them
+        now."""
         if not self._leaving:
             return []
-        used = {adapter_of(task) for task in tasks}
+        used = {adapter_of(task) for task in tasks}.union(in_use)
         free = [adapter_id for adapter_id in sorted(self._leaving) if adapter_id not in used]
         free = [adapter_id for adapter_id in free if not is_trained(adapter_id)]
         for adapter_id in free:

@@ -68,6 +68,8 @@ class Manifest:
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: Adapters it holds, as AdapterSpec.
     adapters: list[dict[str, Any]] = field(default_factory=list)
+    #: When the newest step of each was made, unix time in seconds; of the weights below them under no name.
+    steps_unix_s: dict[str, float] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property

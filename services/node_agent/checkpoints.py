@@ -257,6 +257,7 @@ class Checkpointer:
             def payload(op: Op) -> SaveCheckpoint:
                 if not weight_op.results:  # for stage 0: every stage has the adapters of the steps so far
                     adapters[:] = self._loop.adapters.held.values()
+                    weight_op.adapter_ids = tuple(spec.adapter_id for spec in adapters)
                 return SaveCheckpoint(op.op_id, op.version, str(partial), tuple(adapters))
 
             weight_op = WeightOp(False, payload)
@@ -293,6 +294,7 @@ class Checkpointer:
             outcomes={outcome.task_id: outcome.SerializeToString().hex() for outcome in unfinished},
             jobs={job_id: asdict(spec) for job_id, spec in self._loop.optimizers.items()},
             adapters=[asdict(spec) for spec in adapters],
+            steps_unix_s=dict(self._loop.adapters.trained_unix_s),
         )
 
     def _take_over(self, manifest: Manifest) -> None:
@@ -387,7 +389,8 @@ class Checkpointer:
         }
         self._loop.adopt_optimizers(specs)
         adapters = [AdapterSpec.from_stored(stored) for stored in manifest.adapters]
-        self._loop.adapters.adopt(adapters, weights_changed=manifest.holds_weights)
+        changed = manifest.holds_weights
+        self._loop.adopt_adapters(adapters, weights_changed=changed, trained_unix_s=manifest.steps_unix_s)
         metrics.CHECKPOINTS.labels("restored").inc()
         _log.info("checkpoint restored", checkpoint=manifest.checkpoint_id, version=weight_op.version + 1)
 

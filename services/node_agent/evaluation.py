@@ -53,9 +53,9 @@ async def _one(loop: AgentLoop, task_id: str, example: Example, adapter: Adapter
 
     def payload(op: Op) -> StageOp:
         hidden = weight_op.results[-1].output if weight_op.results else None
-        return TrainForward(op.op_id, op.version, task_id, (example,), hidden=hidden, adapter=adapter)
+        return TrainForward(op.op_id, op.version, task_id, (example,), hidden=hidden, adapter=adapter, measures=True)
 
-    weight_op = WeightOp(False, payload)
+    weight_op = WeightOp(False, payload, adapter_ids=() if adapter is None else (adapter.adapter_id,))
     try:
         await loop.run_weight_op(task_id, weight_op)
     finally:

@@ -5,7 +5,7 @@ Everything here runs on one asyncio loop and `_step` never awaits, so events rea
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 import structlog
 
@@ -36,7 +36,7 @@ from services.node_agent.core.types import (
 )
 from services.node_agent.engine.base import StageResult, StageWorker
 from services.node_agent.engine.ops import Offload, Reload
-from services.node_agent.engine.training_ops import OptimizerSpec
+from services.node_agent.engine.training_ops import AdapterSpec, OptimizerSpec
 from services.node_agent.loop_ports import Listener, NodeBroken
 from services.node_agent.op_results import OpResults, count, unusable
 from services.node_agent.payloads import PayloadBuilder
@@ -183,8 +183,24 @@ class AgentLoop:
             self.cancel(task_id)
         self._free_adapters()
 
+    def give_up_adapter(self, adapter_id: str) -> None:
+        """What was to make an adapter has failed."""
+        self.adapters.not_made(adapter_id, self._tasks.values())
+        self._free_adapters()
+
+    def adopt_adapters(
+        self, specs: Iterable[AdapterSpec], *, weights_changed: bool, trained_unix_s: Mapping[str, float]
+    ) -> None:
+        """The stages have restored these adapters and no others; see NodeAdapters."""
+        tasks = self._tasks.values()
+        served = self.adapters.adopt(specs, tasks, weights_changed=weights_changed, trained_unix_s=trained_unix_s)
+        for task_id in served:
+            self.cancel(task_id)
+        self._free_adapters()
+
     def _free_adapters(self) -> None:
-        for adapter_id in self.adapters.take_unused(self._tasks.values(), self._payloads.is_trained):
+        in_use = self._weight_ops.adapter_ids
+        for adapter_id in self.adapters.take_unused(self._tasks.values(), in_use, self._payloads.is_trained):
             _log.info("adapter freed", adapter=adapter_id)
             self._payloads.forget_job(adapter_id)
             for runner in self._runners:
@@ -193,8 +209,10 @@ class AgentLoop:
     async def run_weight_op(self, subject: str, weight_op: WeightOp) -> WeightOp:
         """Run a weight operation between ops, at a version boundary; returns it with every stage's result.
 
-        Raises LemixError CONFLICT when one of that name is under way.
+        Raises LemixError CONFLICT when one of that name is under way, CANCELLED when an adapter of it was deleted.
         """
+        for adapter_id in weight_op.adapter_ids:
+            self.adapters.check(adapter_id)
         ended = self._weight_ops.begin(subject, weight_op)
         self._feed(SyncRequested(subject, weight_op.changes_weights, weight_op.settles))
         return await ended
@@ -286,6 +304,8 @@ class AgentLoop:
         if op.changes_weights and result.version != op.version + 1:
             raise NodeBroken(f"stage {stage} is at version {result.version} after an op that leads to {op.version + 1}")
         error = result.error or unusable(op, result)
+        # Its end may free the adapter.
+        isolated = self.adapters.is_isolated(op.subject)
         stopped: tuple[str, ...] = ()
         if error:
             self._results.note_failure(stage, op, error)
@@ -293,25 +313,25 @@ class AgentLoop:
             stopped = self._results.take(op, result)
         if op.kind is OpKind.WEIGHT_SYNC:
             self._weight_ops.ended(stage, op, result)
+            self._free_adapters()
         elif op.kind not in MOVES:
             self._payloads.ended(op, stage, result)
             if op.kind is OpKind.OPTIMIZER_STEP:
                 self._weight_ops.step_ended(stage, op, error)
             if is_last and op.changes_weights:
-                self._stepped(op, bool(error))
+                self._stepped(op, failed=bool(error), isolated=isolated)
         self._step(OpDone(stage, op.op_id, stopped, bool(error)))
         # The next ops are on their way by now: nobody waits for what follows.
         count(stage, op, result, failed=bool(error))
-        isolated = self.adapters.is_isolated(op.subject)
         self._listener.on_trace(trace_to_proto(op, stage, result, is_last=is_last, isolated=isolated))
 
-    def _stepped(self, op: Op, failed: bool) -> None:
+    def _stepped(self, op: Op, *, failed: bool, isolated: bool) -> None:
         """An optimizer step left the last stage. That of an isolated adapter makes the served model no newer."""
         now_unix_s = self._clock.unix_s()
         if not failed:
             self.adapters.stepped(op.subject, now_unix_s)
         self._free_adapters()
-        if failed or self.adapters.is_isolated(op.subject):
+        if failed or isolated:
             self.ages.record(op.version + 1, self.ages.at(op.version))
         else:
             self.ages.record(op.version + 1, now_unix_s, op.subject)
@@ -331,4 +351,6 @@ class AgentLoop:
                 _log.info("optimizer state dropped", job=job_id, complete=job_id == task.job_id and task.last)
                 for runner in self._runners:
                     runner.forget(job_id)
+            if task.adapter is not None:
+                self.adapters.not_made(task.adapter.adapter_id, self._tasks.values())
         self._free_adapters()

@@ -20,13 +20,14 @@ class WeightOp:
     """A weight operation on every stage. `payload` makes a stage's op.
 
     trained: unix time of the newest optimizer step contained, as a function of the time before (applied weights only).
-    settles: see SyncRequested.
+    settles: see SyncRequested. adapter_ids: adapters that it reads or writes, which are not freed before its end.
     """
 
     changes_weights: bool
     payload: Callable[[Op], StageOp]
     trained: Callable[[float | None], float | None] = lambda before: before
     settles: bool = False
+    adapter_ids: tuple[str, ...] = ()
     results: list[StageResult] = field(default_factory=list)
     version: int = 0
 
@@ -45,6 +46,11 @@ class WeightOps:
     def is_idle(self) -> bool:
         """Whether no weight operation is asked for or runs."""
         return not self._under_way
+
+    @property
+    def adapter_ids(self) -> list[str]:
+        """Adapters that what is asked for or runs reads or writes."""
+        return [adapter_id for weight_op, _ in self._under_way.values() for adapter_id in weight_op.adapter_ids]
 
     def begin(self, subject: str, weight_op: WeightOp) -> "asyncio.Future[WeightOp]":
         """Ends with every stage's result. Raises LemixError CONFLICT when one of that name is under way."""

@@ -155,7 +155,7 @@ class WeightSync:
         for held in command.adapters:
             spec = self._loop.adapters.held.get(held.adapter_id)
             if spec is not None:
-                await self._take(_part_of(command.sync_id, spec), spec)
+                await self._unless_deleted(spec.adapter_id, self._take(_part_of(command.sync_id, spec), spec))
 
     async def _apply_all(self, command: scheduler_pb2.ApplyWeights) -> None:
         sync_id = command.sync_id
@@ -163,15 +163,31 @@ class WeightSync:
             await self._apply(sync_id, command.mode, command.source_addresses, None)
         for item in command.adapters:
             spec = adapter_from_proto(item.adapter.adapter_id, item.adapter.lora, isolated=item.adapter.isolated)
-            self._loop.adapters.expect(spec)
-            await self._apply(_part_of(sync_id, spec), item.mode, item.source_addresses, spec)
+            await self._unless_deleted(spec.adapter_id, self._apply_adapter(_part_of(sync_id, spec), item, spec))
         if self._checkpoints is not None and sync_id.startswith(CHECKPOINT_PREFIX):
             # Or a crash would bring the older weights back. They are in place, whether that succeeds or not.
             await self._checkpoints.save_or_owe("publish")
 
+    async def _apply_adapter(self, name: str, item: scheduler_pb2.ApplyAdapter, spec: AdapterSpec) -> None:
+        try:
+            self._loop.adapters.expect(spec)
+            await self._apply(name, item.mode, item.source_addresses, spec)
+        finally:
+            self._loop.give_up_adapter(spec.adapter_id)
+
+    async def _unless_deleted(self, adapter_id: str, part: Coroutine[None, None, None]) -> None:
+        """An adapter's part of a phase. One that was deleted meanwhile does not fail the round of the others."""
+        try:
+            await part
+        except LemixError as error:
+            if not self._loop.adapters.is_unwanted(adapter_id):
+                raise
+            _log.info("adapter left out of a synchronisation", adapter=adapter_id, reason=error.message)
+
     async def _take(self, sync_id: str, adapter: AdapterSpec | None) -> None:
         """Copy the weights, or an adapter's."""
-        weight_op = WeightOp(False, lambda op: Snapshot(op.op_id, op.version, sync_id, adapter))
+        used = () if adapter is None else (adapter.adapter_id,)
+        weight_op = WeightOp(False, lambda op: Snapshot(op.op_id, op.version, sync_id, adapter), adapter_ids=used)
         await self._loop.run_weight_op(f"{sync_id}/snapshot", weight_op)
         _check(weight_op, "the snapshot failed")
         files: list[TensorFile] = []
@@ -212,6 +228,7 @@ class WeightSync:
                     True,
                     lambda op: LoadWeights(op.op_id, op.version, sync_id, str(path), name, op.oldest_version, adapter),
                     lambda before: _trained(before, trained_unix_s, adapter, replace=replace),
+                    adapter_ids=() if adapter is None else (adapter.adapter_id,),
                 )
                 await self._loop.run_weight_op(f"{sync_id}/apply", weight_op)
                 _check(weight_op, "the weights were not changed")

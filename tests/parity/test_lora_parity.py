@@ -20,7 +20,7 @@ from services.node_agent.engine.ops import Forget
 from services.node_agent.engine.torch.adapters import Use
 from services.node_agent.engine.torch.lora_config import adapter_shapes, lora_arguments
 from services.node_agent.engine.training_ops import AdapterSpec, Example, TrainForward
-from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint, SaveCheckpoint
+from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint, SaveCheckpoint, Snapshot
 from tests.parity.pipeline import Pipeline, assert_close
 from tests.parity.reference import PlainLoop, example_losses, full_logits, load_reference
 from tests.parity.test_training_parity import OPTIMIZER, batch
@@ -252,6 +252,40 @@ async def test_dropout_is_the_same_when_a_forward_is_made_again(models: dict[str
     assert any(not torch.equal(a, gradients[0][n]) for n, a in pipeline.adapter_gradients("job-1", 1).items())
 
 
+async def test_a_measured_loss_is_without_dropout(models: dict[str, Path]) -> None:
+    """And measuring makes no adapter: one that is gone must not come back."""
+    spec = replace(SPEC, dropout=0.5)
+    pipeline = Pipeline.load(models["llama"], 1)
+    measure = TrainForward(0, 0, "e", tuple(batch(1)), adapter=spec, measures=True)
+    assert (await pipeline.engine.workers[0].run(measure)).error == "KeyError: no adapter job-1 on this stage"
+    make(pipeline, spec)
+    expected = float(example_losses(PeftLoop(models["llama"], SPEC, pipeline).model, batch(1)).detach())
+    assert (await pipeline.run(0, measure)).loss == pytest.approx(expected, rel=1e-9)
+    assert (await pipeline.forward("m", batch(1), adapter=spec)).loss != pytest.approx(expected, rel=1e-3)
+
+
+async def test_a_session_leaves_no_trace_of_its_turns(models: dict[str, Path]) -> None:
+    """Which adapter served a turn is forgotten with the turn, also when the next one takes its cache over."""
+    pipeline = Pipeline.load(models["llama"], 1)
+    make(pipeline, SPEC)
+    (executor,) = pipeline.executors
+    history = (1, 2, 3, 4)
+    await pipeline.prefill(PrefillSequence("turn-0", history, Sampling(), 2, adapter_id="job-1"))
+    for turn in range(1, 4):
+        cached, history = len(history), (*history, 5, 6)
+        continued = PrefillSequence(
+            f"turn-{turn}",
+            history,
+            Sampling(),
+            2,
+            cached_tokens=cached,
+            continues=f"turn-{turn - 1}",
+            adapter_id="job-1",
+        )
+        await pipeline.prefill(continued)
+    assert set(executor.inference._adapter_ids) == {"turn-3"}
+
+
 async def test_dropout_keeps_the_mean(models: dict[str, Path]) -> None:
     """Over many micro-batches of one example the mean output is that without dropout."""
     pipeline = Pipeline.load(models["llama"], 1)
@@ -276,11 +310,15 @@ async def test_dropout_keeps_the_mean(models: dict[str, Path]) -> None:
 
 
 async def test_replicas_are_averaged_adapter_by_adapter(models: dict[str, Path], tmp_path: Path) -> None:
-    """As whole models are, and without touching them. A node that lacks the adapter makes it."""
+    """As whole models are, and without touching them."""
     pipelines = [Pipeline.load(models["llama"], stages) for stages in (1, 2)]
     make(pipelines[0], SPEC, seed=None)
     for step in range(2):
         await train(pipelines[0], SPEC, step)
+    missing = await pipelines[1].engine.workers[0].run(Snapshot(0, 0, "s", SPEC))
+    assert missing.error == "KeyError: no adapter job-1 on this stage"
+    for executor in pipelines[1].executors:
+        executor.training.adapter(SPEC)
     files = [await pipeline.snapshot("s", SPEC) for pipeline in pipelines]
     stored = [{name: value for file in parts for name, value in load_file(file).items()} for parts in files]
     assert set(stored[0]) == set(stored[1]) == set(adapter_shapes(SPEC, pipelines[0].executors[0].stage.spec))

@@ -58,7 +58,8 @@ class TrainForward:
     Pieces run in order and each repeats the examples. The first takes `hidden`, the last returns the output, and on the
     last stage the loss of the whole micro-batch. `loss_scale` multiplies the loss before backward (1 / accumulation).
     optimizer: of the job; memory for its state is taken now, so that its step cannot lack it. None: at the step.
-    adapter: what the job trains, named by the job's id; None: all weights.
+    adapter: what the job trains, named by the job's id; None: all weights. measures: only the loss is wanted, without
+    dropout, of an adapter that is there.
     """
 
     op_id: int
@@ -72,6 +73,7 @@ class TrainForward:
     job_id: str = ""
     optimizer: OptimizerSpec | None = None
     adapter: AdapterSpec | None = None
+    measures: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ def round_of(sync_id: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Copy this stage's weights of `version`, or of an adapter alone, aside under a name; peers read them through
-    `StageResult.weights_path`. An adapter that is not there is made."""
+    `StageResult.weights_path`."""
 
     op_id: int
     version: int

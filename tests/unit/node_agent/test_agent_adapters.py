@@ -61,10 +61,11 @@ def test_an_unwanted_one_goes_when_nothing_uses_it() -> None:
     assert adapters.unwanted("job-1", live) == ["r"]
     assert code_of(adapters, request("job-1")) is ErrorCode.MODEL_NOT_FOUND
     assert code_of(adapters, microbatch(ISOLATED)) is ErrorCode.CANCELLED
-    assert adapters.take_unused(live, never) == []
-    assert adapters.take_unused(live[1:], lambda job_id: job_id == "job-1") == []
-    assert adapters.take_unused(live[1:], never) == ["job-1"]
-    assert adapters.take_unused([], never) == []
+    assert adapters.take_unused(live, (), never) == []
+    assert adapters.take_unused(live[1:], ["job-1"], never) == []
+    assert adapters.take_unused(live[1:], (), lambda job_id: job_id == "job-1") == []
+    assert adapters.take_unused(live[1:], (), never) == ["job-1"]
+    assert adapters.take_unused([], (), never) == []
     adapters.admit(microbatch(ONLINE))  # there is room again
     # Work that is still on its way here does not bring it back.
     assert code_of(adapters, microbatch(ISOLATED)) is ErrorCode.CANCELLED
@@ -83,5 +84,50 @@ def test_steps_are_told_apart() -> None:
     assert adapters.weights_changed
     assert adapters.newest_step("", None) is None
     assert adapters.newest_step("", 3.0) == 3.0
-    assert adapters.newest_step("job-1", None) == 5.0
-    assert adapters.newest_step("job-1", 7.0) == 7.0
+    # Below an isolated adapter are the weights; what other adapters add to the served model is not.
+    assert adapters.newest_step("job-1", 9.0) == 6.0
+    adapters.stepped("job-1", 7.0)
+    assert adapters.newest_step("job-1", 9.0) == 7.0
+
+
+def restore(adapters: NodeAdapters, specs: list[AdapterSpec], tasks: list[RequestTask | MicrobatchTask]) -> list[str]:
+    return adapters.adopt(specs, tasks, weights_changed=False, trained_unix_s={"job-2": 2.0})
+
+
+def test_a_checkpoint_brings_back_when_its_adapters_were_trained() -> None:
+    adapters = NodeAdapters(2)
+    adapters.expect(ISOLATED)
+    adapters.stepped("job-1", 5.0)
+    assert restore(adapters, [ONLINE], []) == []
+    assert dict(adapters.trained_unix_s) == {"job-2": 2.0}
+    adapters.expect(AdapterSpec("job-3"))  # what was restored away leaves its place
+    assert code_of(adapters, microbatch(ISOLATED)) is ErrorCode.RESOURCE_EXHAUSTED
+
+
+def test_what_waits_for_an_adapter_that_is_restored_away() -> None:
+    """Its micro-batches make it anew, its requests end, and a deletion under way is not forgotten."""
+    adapters = NodeAdapters(2)
+    for spec in (ISOLATED, ONLINE):
+        adapters.expect(spec)
+        adapters.made(spec)
+    assert restore(adapters, [ONLINE], [microbatch(ISOLATED), request("job-1"), request("")]) == ["r"]
+    assert adapters.is_isolated("job-1")
+    assert adapters.unwanted("job-1", []) == []
+    assert restore(adapters, [ONLINE], []) == []
+    assert adapters.take_unused([], (), never) == []
+    assert restore(adapters, [ISOLATED, ONLINE], []) == []
+    assert adapters.take_unused([], (), never) == ["job-1"]
+
+
+def test_only_one_that_nobody_will_make_leaves_its_place() -> None:
+    adapters = NodeAdapters(1)
+    adapters.expect(ISOLATED)
+    adapters.not_made("job-1", [microbatch(ISOLATED)])
+    assert adapters.take_unused([], (), never) == []
+    adapters.not_made("job-1", [])
+    adapters.expect(ISOLATED)  # its next micro-batch is here before it was freed
+    assert adapters.take_unused([], (), never) == []
+    adapters.made(ISOLATED)
+    adapters.not_made("job-1", [])
+    assert adapters.take_unused([], (), never) == []
+    assert dict(adapters.held) == {"job-1": ISOLATED}

@@ -65,7 +65,8 @@ def make(path: Path, *, keep: int = 3) -> tuple[Checkpointer, CheckpointStore, l
         num_stages=1,
         optimizers={},
         adopt_optimizers=lambda specs: None,
-        adapters=SimpleNamespace(held={}, adopt=lambda specs, weights_changed: None),
+        adopt_adapters=lambda specs, weights_changed, trained_unix_s: None,
+        adapters=SimpleNamespace(held={}, trained_unix_s={}),
     )
     reports: list[scheduler_pb2.CheckpointReport] = []
     checkpoints = Checkpointer(

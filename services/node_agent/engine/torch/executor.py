@@ -173,7 +173,8 @@ class StageExecutor:
 
     def _snapshot(self, op: Snapshot) -> StageResult:
         with self._weights_of(op.version):
-            weights = self.stage.weights if op.adapter is None else self.training.adapter(op.adapter).weights
+            adapter_id = "" if op.adapter is None else op.adapter.adapter_id
+            weights = self.stage.adapters.get(adapter_id).weights if adapter_id else self.stage.weights
             return _result(op, weights_path=str(self._snapshots.take(op.sync_id, weights)))
 
     def _load_weights(self, op: LoadWeights) -> StageResult:

@@ -128,6 +128,7 @@ class Inference:
         if sequence.continues:
             entry = self.cache.take_over(sequence.request_id, sequence.continues)
             self._sampler.forget(sequence.continues)
+            self._adapter_ids.pop(sequence.continues, None)
             # Its client may have sent another history: what differs is computed.
             start = _common_length(entry.token_ids, sequence.token_ids[:start])
         elif start:

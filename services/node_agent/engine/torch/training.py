@@ -122,8 +122,8 @@ class Training:
                 hidden,
                 options=self._options,
                 parts=op.parts,
-                adapter=None if op.adapter is None else self.adapter(op.adapter),
-                dropout_key=op.task_id,
+                adapter=self._adapter_of(op),
+                dropout_key="" if op.measures else op.task_id,
             )
         else:
             microbatch = self._in_flight(op.task_id)
@@ -170,6 +170,11 @@ class Training:
     def holds(self, task_id: str) -> bool:
         """Whether a micro-batch is between forward and backward."""
         return task_id in self._saved
+
+    def _adapter_of(self, op: TrainForward) -> Adapter | None:
+        if op.adapter is None:
+            return None
+        return self._stage.adapters.get(op.adapter.adapter_id) if op.measures else self.adapter(op.adapter)
 
     def _in_flight(self, task_id: str) -> Microbatch:
         microbatch = self._saved.get(task_id)

@@ -19,6 +19,8 @@ from services.scheduler.core.types import (
     Event,
     InferenceTask,
     JobCancelled,
+    JobPaused,
+    JobResumed,
     NodeJoined,
     NodeLost,
     OpFinished,
@@ -26,6 +28,7 @@ from services.scheduler.core.types import (
     SloTarget,
     SnapshotReady,
     SyncEnded,
+    TakeBack,
     TakeSnapshot,
     Task,
     TaskArrived,
@@ -53,6 +56,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.waiting: dict[str, Task] = {}
         self.held: dict[str, tuple[Task, str]] = {}
         self.cancelled: set[str] = set()
+        self.paused: set[str] = set()
         self.backward_done: set[str] = set()
         self.syncs: list[tuple[str, str, str]] = []
         self.log: list[tuple[float, Event, list[Command]]] = []
@@ -131,7 +135,17 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(job_id=st.sampled_from(["j", "k"]))
     def cancel_job(self, job_id: str) -> None:
+        self.paused -= {job_id}
         self.tell(JobCancelled(job_id))
+
+    @rule(job_id=st.sampled_from(["j", "k"]), pause=st.booleans())
+    def pause_job(self, job_id: str, pause: bool) -> None:
+        self.paused = self.paused | {job_id} if pause else self.paused - {job_id}
+        self.tell(JobPaused(job_id) if pause else JobResumed(job_id))
+
+    @invariant()
+    def nothing_of_a_paused_job_waits(self) -> None:
+        assert not any(isinstance(task, TrainingTask) and task.job_id in self.paused for task in self.waiting.values())
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), node_id=st.sampled_from(NODE_IDS))
@@ -228,9 +242,11 @@ class CoreMachine(RuleBasedStateMachine):
                 case Assign(task_id, node_id):
                     assert node_id in self.nodes
                     assert task_id not in self.cancelled
+                    task = self.waiting[task_id]
+                    assert not isinstance(task, TrainingTask) or task.job_id not in self.paused
                     # Exactly one live assignment: it waited until now.
                     self.held[task_id] = (self.waiting.pop(task_id), node_id)
-                case Reject(task_id) | Drop(task_id):
+                case Reject(task_id) | Drop(task_id) | TakeBack(task_id):
                     # Exactly one end: it waited until now and is gone.
                     del self.waiting[task_id]
                 case CancelOnNode(task_id, node_id):

@@ -26,6 +26,8 @@ from services.scheduler.core.types import (
     Event,
     InferenceTask,
     JobCancelled,
+    JobPaused,
+    JobResumed,
     NodeDraining,
     NodeJoined,
     NodeLost,
@@ -38,6 +40,7 @@ from services.scheduler.core.types import (
     SyncChoice,
     SyncEnded,
     SyncIntervalSet,
+    TakeBack,
     Task,
     TaskArrived,
     TaskCancelled,
@@ -76,6 +79,7 @@ class SchedulerCore:
         self._num_accepted = 0
         self._hold_back_retry_s = math.inf
         self._commands: list[Command] = []
+        self._paused_jobs: set[str] = set()
         #: Requests that began to wait in this step: the driver is told why if they still wait at its end.
         self._new_waiting: list[LiveInference] = []
 
@@ -135,6 +139,10 @@ class SchedulerCore:
                 self._cancel(task_id)
             case JobCancelled(job_id):
                 self._cancel_job(job_id)
+            case JobPaused(job_id):
+                self._pause_job(job_id)
+            case JobResumed(job_id):
+                self._paused_jobs.discard(job_id)
             case NodeJoined(spec):
                 self._node_joined(now_s, spec)
             case NodeLost(node_id):
@@ -157,6 +165,9 @@ class SchedulerCore:
     def _task_arrived(self, now_s: float, task: Task) -> None:
         if task.task_id in self._cluster.tasks:
             return  # delivered again
+        if isinstance(task, TrainingTask) and task.job_id in self._paused_jobs:
+            self._commands.append(TakeBack(task.task_id))
+            return
         refusal = self._refusal(now_s, task)
         if refusal is not None:
             self._commands.append(refusal)
@@ -257,13 +268,23 @@ class SchedulerCore:
             self._drop(live)
 
     def _cancel_job(self, job_id: str) -> None:
-        of_job = [
-            task_id
-            for task_id, live in self._cluster.tasks.items()
-            if isinstance(live, LiveTraining) and live.task.job_id == job_id
-        ]
-        for task_id in of_job:
-            self._cancel(task_id)
+        self._paused_jobs.discard(job_id)
+        for live in self._of_job(job_id):
+            self._cancel(live.task.task_id)
+
+    def _pause_job(self, job_id: str) -> None:
+        self._paused_jobs.add(job_id)
+        for live in self._of_job(job_id):
+            if live.node is None:
+                self._take_back(live)
+
+    def _of_job(self, job_id: str) -> list[LiveTraining]:
+        tasks = self._cluster.tasks.values()
+        return [live for live in tasks if isinstance(live, LiveTraining) and live.task.job_id == job_id]
+
+    def _take_back(self, live: LiveTraining) -> None:
+        self._forget(live)
+        self._commands.append(TakeBack(live.task.task_id))
 
     def _drop(self, live: LiveTask) -> None:
         self._forget(live)
@@ -322,6 +343,8 @@ class SchedulerCore:
         for live in orphans:
             if live.cancelled:
                 self._drop(live)
+            elif isinstance(live, LiveTraining) and live.task.job_id in self._paused_jobs:
+                self._take_back(live)
         self._look_again()
 
     def _adapters_told(self, node_id: str, adapter_ids: tuple[str, ...]) -> None:

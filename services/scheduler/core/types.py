@@ -173,6 +173,20 @@ class JobCancelled:
     job_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class JobPaused:
+    """Micro-batches of this job that no node holds leave, and no others are taken, until it is resumed or cancelled."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobResumed:
+    """Micro-batches of this paused job are taken again."""
+
+    job_id: str
+
+
 class OpFinished(NamedTuple):
     """A real trace: one operation ended on a stage. Corrects the forecast."""
 
@@ -269,6 +283,8 @@ Event = (
     | TaskRecovered
     | TaskCancelled
     | JobCancelled
+    | JobPaused
+    | JobResumed
     | OpFinished
     | TaskEnded
     | SnapshotReady
@@ -346,6 +362,13 @@ class Drop:
     task_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class TakeBack:
+    """A micro-batch of a paused job that no node holds is to be forgotten; it is offered again when the job goes on."""
+
+    task_id: str
+
+
 class SyncMode(StrEnum):
     """How a synchronisation changes weights."""
 
@@ -389,7 +412,7 @@ class WarnBehind:
     num_failed: int
 
 
-Command = Assign | Defer | Reject | CancelOnNode | Drop | TakeSnapshot | ApplyWeights | WarnBehind
+Command = Assign | Defer | Reject | CancelOnNode | Drop | TakeBack | TakeSnapshot | ApplyWeights | WarnBehind
 
 # --------------------------------------------------------------------------- configuration
 

@@ -21,6 +21,7 @@ from services.scheduler.core.types import (
     NodeSpec,
     OpFinished,
     Reject,
+    TakeBack,
     Task,
     TaskArrived,
     TaskEnded,
@@ -204,6 +205,8 @@ class LiveTasks:
             case CancelOnNode(task_id):
                 self._cancelled(self._lives.get(task_id))
             case Drop(task_id):
+                self._cancelled(self._lives.pop(task_id, None))
+            case TakeBack(task_id):
                 self._cancelled(self._lives.pop(task_id, None))
             case _:
                 pass

@@ -11,9 +11,13 @@ from services.scheduler.core.types import (
     Defer,
     Drop,
     JobCancelled,
+    JobPaused,
+    JobResumed,
+    NodeJoined,
     NodeLost,
     Reject,
     SloTarget,
+    TakeBack,
     TaskArrived,
     TaskEnded,
     Tick,
@@ -110,6 +114,24 @@ def test_cancelled_job_drops_what_waits_and_cancels_what_runs() -> None:
     commands = core.step(1.0, JobCancelled("one"))
     assert commands == [CancelOnNode("one-0", "a"), Drop("one-1"), Defer("two-0", "inflight_limit")]
     assert assigned(core.step(2.0, TaskEnded("one-0", "a", ok=False))) == [("two-0", "a")]
+
+
+def test_a_paused_job_gives_back_what_waits_and_finishes_what_runs() -> None:
+    core = core_with(node("a"), policy="round_robin", max_inflight_training=1)
+    offer(core, 3, job_id="one")
+    assert core.step(1.0, JobPaused("one")) == [TakeBack("one-1"), TakeBack("one-2")]
+    assert core.step(2.0, TaskArrived(microbatch("one-1", job_id="one"))) == [TakeBack("one-1")]
+    assert core.step(3.0, NodeLost("a")) == [TakeBack("one-0")]
+    core.step(4.0, NodeJoined(node("a")))
+    core.step(5.0, JobResumed("one"))
+    assert assigned(core.step(6.0, TaskArrived(microbatch("one-0", job_id="one")))) == [("one-0", "a")]
+
+
+def test_a_cancelled_job_is_not_paused_any_more() -> None:
+    core = core_with(node("a"), policy="round_robin")
+    core.step(0.0, JobPaused("one"))
+    core.step(1.0, JobCancelled("one"))
+    assert assigned(offer(core, 1, job_id="one")) == [("one-0", "a")]
 
 
 def test_training_of_a_lost_node_moves_before_what_waits() -> None:

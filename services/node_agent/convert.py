@@ -241,6 +241,7 @@ def _training_outcome(task: MicrobatchTask, reason: str) -> work_pb2.TrainingOut
         return outcome
     outcome.label_tokens = task.label_tokens
     outcome.weight_step = task.weight_step
+    outcome.fresh_optimizer = task.fresh_optimizer
     if task.loss is not None:
         outcome.loss = task.loss
     return outcome

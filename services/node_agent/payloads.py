@@ -158,6 +158,7 @@ class PayloadBuilder:
         elif op.kind is OpKind.TRAIN_FORWARD:
             # Remembered for the step: its group may consist of cancelled micro-batches by then.
             task = self._microbatch(op.task_ids[0])
+            task.fresh_optimizer |= task.job_id not in self._optimizers
             self._optimizers.setdefault(task.job_id, task.optimizer)
             self._optimizers.move_to_end(task.job_id)
         elif op.kind is OpKind.OPTIMIZER_STEP:

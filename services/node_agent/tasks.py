@@ -59,6 +59,8 @@ class MicrobatchTask:
     last: bool = False
     loss: float | None = None
     label_tokens: int = 0
+    #: The node had no optimizer state of its job when it was started.
+    fresh_optimizer: bool = False
     #: Weights step after its optimizer step; 0 until that step was started.
     weight_step: int = 0
     error: LemixError | None = None

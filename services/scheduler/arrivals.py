@@ -49,7 +49,7 @@ class Arrivals:
 
     async def offered(self, item: work_pb2.WorkItem) -> None:
         """A job offers a micro-batch."""
-        if item.task_id not in self._state.tasks and self._state.jobs.is_wanted(item.training.job_id):
+        if item.task_id not in self._state.tasks and self._state.jobs.is_wanted(item):
             await self._arrive(Held(item))
 
     async def cancel(self, task_id: str) -> None:

@@ -90,6 +90,8 @@ class SchedulerSettings(ServiceSettings):
     max_queued_messages: int = Field(8192, ge=16)
     #: Jobs that run at once. A node keeps the optimizer state of 8; more would push each other's out.
     max_running_jobs: int = Field(8, ge=1)
+    #: Jobs that are paused at once.
+    max_paused_jobs: int = Field(32, ge=1)
     #: Feedback examples not trained yet.
     max_feedback_backlog: int = Field(10_000, ge=1)
     #: Learning rate at which feedback is trained.

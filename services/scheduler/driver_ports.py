@@ -27,8 +27,8 @@ class Core(Protocol):
 class TrainingJobs(Protocol):
     """Told what becomes of micro-batches. Must not block."""
 
-    def is_wanted(self, job_id: str) -> bool:
-        """Whether the job still runs."""
+    def is_wanted(self, item: work_pb2.WorkItem) -> bool:
+        """Whether this micro-batch is to be trained: its job has not ended since."""
         ...
 
     def on_held(self, work: work_pb2.TrainingWork, *, waiting: bool) -> None:
@@ -37,6 +37,10 @@ class TrainingJobs(Protocol):
 
     def on_refused(self, work: work_pb2.TrainingWork, error: LemixError) -> list[Event]:
         """The core refused it. Returns what the core must hear."""
+        ...
+
+    def on_taken_back(self, item: work_pb2.WorkItem) -> None:
+        """The core gave it back because its job is paused."""
         ...
 
     def on_outcome(self, outcome: work_pb2.WorkOutcome) -> list[Event]:

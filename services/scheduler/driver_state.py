@@ -80,7 +80,7 @@ class DriverState:
         """Why accepted work need not run any more."""
         if self.take_early_cancel(item.task_id):
             return LemixError(ErrorCode.CANCELLED, "the request was cancelled")
-        if item.HasField("training") and not self.jobs.is_wanted(item.training.job_id):
+        if item.HasField("training") and not self.jobs.is_wanted(item):
             return LemixError(ErrorCode.CANCELLED, "its job has ended")
         return self.overdue(item)
 

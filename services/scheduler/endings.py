@@ -75,6 +75,12 @@ class Endings:
         await self._close(held, failed_outcome(held.item, error), forget=error.retry_after_s is not None)
         self._state.gateways.rejected(held.item.task_id, error)
 
+    async def take_back(self, held: Held) -> None:
+        """Leave nothing of a micro-batch in the ledger: it is offered again when its job goes on."""
+        outcome = failed_outcome(held.item, LemixError(ErrorCode.CANCELLED, "its job is paused"))
+        await self._close(held, outcome, forget=True)
+        self._state.jobs.on_taken_back(held.item)
+
     async def _close(self, held: Held, outcome: work_pb2.WorkOutcome, *, forget: bool = False) -> None:
         ledger = self._state.ledger
         await self._state.guard.until_done(lambda: ledger.close_task(outcome, entry_id=held.entry_id, forget=forget))

@@ -68,7 +68,9 @@ class Feeder:
                 num_examples += len(cuts[-1].positions)
         examples = await self._read(cuts)
         for cut in cuts:
-            if not cut.state.ended:
+            if cut.state.paused:
+                cut.state.release(cut.sequence)
+            elif not cut.state.ended:
                 await self._offer(cut, examples[cut.state.job_id])
         return took
 
@@ -116,11 +118,11 @@ class Feeder:
             lora=state.lora,
             isolated=state.is_isolated,
         )
-        await self._inbox.put(Offered(work_pb2.WorkItem(task_id=_task_id(state, cut.sequence), training=work)))
+        await self._inbox.put(Offered(work_pb2.WorkItem(task_id=state.task_id(cut.sequence), training=work)))
 
     async def _is_known(self, state: JobState, sequence: int) -> bool:
         """After a restart: whether the ledger holds it already, as waiting, on a node or done."""
-        record = await self._guard.until_done(lambda: self._ledger.record(_task_id(state, sequence)))
+        record = await self._guard.until_done(lambda: self._ledger.record(state.task_id(sequence)))
         if record is None:
             return False
         if record.outcome is not None:
@@ -154,10 +156,6 @@ def shuffled(job_id: str, epoch: int, count: int) -> list[int]:
     # A string seeds through SHA-512: the same on every machine and in every process.
     random.Random(f"{job_id}/{epoch}").shuffle(order)
     return order
-
-
-def _task_id(state: JobState, sequence: int) -> str:
-    return f"{state.job_id}/{sequence}"
 
 
 def _total_steps(state: JobState) -> int:

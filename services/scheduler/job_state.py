@@ -2,7 +2,6 @@
 
 import asyncio
 import heapq
-import math
 from collections import deque
 from collections.abc import Iterable
 from itertools import takewhile
@@ -12,10 +11,9 @@ from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.ledger.types import MAX_JOB_EVENTS
 from services.runtime.clock import Clock
+from services.scheduler.heldout import HeldOutLosses
 
 _ENDED = frozenset({types_pb2.JOB_STATUS_SUCCEEDED, types_pb2.JOB_STATUS_FAILED, types_pb2.JOB_STATUS_CANCELLED})
-#: Held-out losses remembered.
-_MAX_LOSSES = 100
 #: Micro-batches between the first untrained one and the newest offered: bounds memory, and the search after a restart.
 WINDOW = 1024
 
@@ -29,12 +27,18 @@ class JobState:
         #: As stored: progress up to `next_sequence`, the first micro-batch not trained.
         self._record = work_pb2.JobRecord()
         self._record.CopyFrom(record)
+        #: What was measured on its held-out examples.
+        self.heldout = HeldOutLosses(self._record)
         #: Outcomes beyond that.
         self._ahead: dict[int, work_pb2.WorkOutcome] = {}
+        #: Done beyond that before the job ended and went on: the record counts them.
+        self._counted = set(record.done_ahead)
         #: Trained, and in no checkpoint of their node yet: they may come back to be trained again.
         self._uncovered: dict[int, work_pb2.WorkOutcome] = {}
         #: The first of them for which its node was asked to save because the window is full.
         self._asked_for: int | None = None
+        #: Paused, and the nodes have not been asked to save what they trained.
+        self._owes_save = False
         #: Micro-batches in the core: without a node, and on one.
         self.waiting: set[int] = set()
         self._placed: set[int] = set()
@@ -67,6 +71,11 @@ class JobState:
     def ended(self) -> bool:
         """Whether nothing more will run."""
         return self.status in _ENDED
+
+    @property
+    def paused(self) -> bool:
+        """Whether its owner holds it."""
+        return self.status == types_pb2.JOB_STATUS_PAUSED
 
     @property
     def endless(self) -> bool:
@@ -154,7 +163,8 @@ class JobState:
         Told once for each such micro-batch; None: none, or it was told.
         """
         first = self._record.next_sequence
-        num_known = len(self._ahead) + len(self._uncovered) + len(self.waiting) + len(self._placed)
+        known = (self._ahead, self._counted, self._uncovered, self.waiting, self._placed)
+        num_known = sum(map(len, known))
         if num_known < WINDOW or first not in self._uncovered or first == self._asked_for:
             return None
         self._asked_for = first
@@ -194,15 +204,19 @@ class JobState:
         """What to store; an ended job keeps all its progress."""
         record = work_pb2.JobRecord()
         record.CopyFrom(self._record)
+        done_ahead = set(self._counted)
         if self.ended:
             record.job.CopyFrom(self.view())
+            done_ahead.update(self._ahead, self._uncovered)
+        record.ClearField("done_ahead")
+        record.done_ahead.extend(sorted(done_ahead))
         return record
 
     # ------------------------------------------------------------- offering
 
     def take_offer(self) -> int | None:
         """The next micro-batch to give to the core; None: none now."""
-        if self.ended:
+        if self.ended or self.paused:
             return None
         while self._released:
             sequence = heapq.heappop(self._released)
@@ -246,10 +260,15 @@ class JobState:
         return (
             sequence < self._record.next_sequence
             or sequence in self._ahead
+            or sequence in self._counted
             or sequence in self._uncovered
             or sequence in self.waiting
             or sequence in self._placed
         )
+
+    def _is_done(self, sequence: int) -> bool:
+        """Whether it is trained for good, or skipped."""
+        return sequence < self._record.next_sequence or sequence in self._ahead or sequence in self._counted
 
     def _forget(self, sequence: int) -> None:
         self.waiting.discard(sequence)
@@ -261,9 +280,10 @@ class JobState:
         """A micro-batch was trained, and no checkpoint of its node contains it yet. False when that was known."""
         sequence = outcome.training.sequence
         self._forget(sequence)
-        if sequence < self._record.next_sequence or sequence in self._ahead or sequence in self._uncovered:
+        if self._is_done(sequence) or sequence in self._uncovered:
             return False
         self._begin()
+        self._note_fresh(outcome)
         self._uncovered[sequence] = outcome
         self._note_trained(outcome)
         return True
@@ -272,11 +292,13 @@ class JobState:
         """A micro-batch was trained, for good. False when that was known."""
         sequence = outcome.training.sequence
         self._forget(sequence)
-        if sequence < self._record.next_sequence or sequence in self._ahead:
+        if self._is_done(sequence):
             return False
         self._begin()
-        self._count_step(outcome)
         was_noted = self._uncovered.pop(sequence, None) is not None
+        if not was_noted:
+            self._note_fresh(outcome)
+        self._count_step(outcome)
         self._advance(sequence, outcome)
         if was_noted:
             self.dirty = True
@@ -289,7 +311,7 @@ class JobState:
         """A micro-batch's loss or gradient was not finite: it counts as done. False when that was known."""
         sequence = outcome.training.sequence
         self._forget(sequence)
-        if sequence < self._record.next_sequence or sequence in self._ahead:
+        if self._is_done(sequence):
             return False
         self._begin()
         self._record.skipped_in_row += 1
@@ -300,13 +322,22 @@ class JobState:
 
     def _advance(self, sequence: int, outcome: work_pb2.WorkOutcome) -> None:
         self._ahead[sequence] = outcome
-        while (done := self._ahead.pop(self._record.next_sequence, None)) is not None:
-            _add_progress(self._record.job, done)
+        while (first := self._record.next_sequence) in self._ahead or first in self._counted:
+            if first in self._ahead:
+                _add_progress(self._record.job, self._ahead.pop(first))
+            self._counted.discard(first)
             self._record.next_sequence += 1
 
     def _begin(self) -> None:
         if self.status == types_pb2.JOB_STATUS_QUEUED:
             self._record.job.status = types_pb2.JOB_STATUS_RUNNING
+
+    def _note_fresh(self, outcome: work_pb2.WorkOutcome) -> None:
+        """Say so when a node that trained this job before had to begin with a new optimizer state."""
+        node_id = outcome.node_id
+        if outcome.training.fresh_optimizer and node_id in {*self._record.job.steps_per_node, *self.unsaved_nodes}:
+            lost = f"{node_id} no longer had the optimizer state of this job"
+            self.add_event("warn", f"{lost}: it goes on with a fresh one, and its learning rate schedule begins anew")
 
     def _note_trained(self, outcome: work_pb2.WorkOutcome) -> None:
         self._record.skipped_in_row = 0
@@ -335,55 +366,6 @@ class JobState:
             self._last_steps[outcome.node_id] = step
             self._record.job.steps_per_node[outcome.node_id] += 1
 
-    # ------------------------------------------------------------- held-out loss
-
-    def judge(self, node_id: str, checkpoint_id: str, loss: float) -> str:
-        """Take over the loss of a node's checkpoint on the held-out examples, nats per token: "best" of all nodes so
-        far, "good" or "bad".
-        """
-        losses, job = self._record.heldout_losses, self._record.job
-        best = self._best_loss()
-        while len(losses) >= _MAX_LOSSES:
-            del losses[max(losses, key=lambda name: losses[name])]
-        losses[checkpoint_id] = loss if math.isfinite(loss) else math.inf
-        job.heldout_loss = loss
-        if self.is_bad(checkpoint_id):
-            self._record.bad_evaluations[node_id] += 1
-            return "bad"
-        self._record.bad_evaluations.pop(node_id, None)
-        if loss >= best:
-            return "good"
-        job.best_heldout_loss, job.best_checkpoint_id = loss, checkpoint_id
-        return "best"
-
-    def is_bad(self, checkpoint_id: str) -> bool:
-        """Whether this checkpoint must not be published."""
-        loss = self.heldout_loss_of(checkpoint_id)
-        if loss is None:
-            return False
-        return not math.isfinite(loss) or loss > self._best_loss() + self.quality_gate.tolerance
-
-    def _best_loss(self) -> float:
-        return min(self._record.heldout_losses.values(), default=math.inf)
-
-    def heldout_loss_of(self, checkpoint_id: str) -> float | None:
-        """What was measured for a checkpoint."""
-        return self._record.heldout_losses.get(checkpoint_id)
-
-    def is_to_go_back(self, node_id: str) -> bool:
-        """Whether enough evaluations of this node in a row were bad."""
-        return 0 < self.quality_gate.max_bad_evaluations <= self._record.bad_evaluations.get(node_id, 0)
-
-    def best_of(self, checkpoint_ids: Iterable[str]) -> str | None:
-        """The one with the smallest finite loss; None when none of them has one."""
-        losses = self._record.heldout_losses
-        known = [name for name in checkpoint_ids if math.isfinite(losses.get(name, math.inf))]
-        return min(known, key=lambda name: losses[name], default=None)
-
-    def went_back(self, node_id: str) -> None:
-        """This node trains on from an earlier checkpoint."""
-        self._record.bad_evaluations.pop(node_id, None)
-
     def unserve(self) -> bool:
         """Its model is not served any more. False when it was not."""
         if not self._record.job.served_model:
@@ -391,6 +373,63 @@ class JobState:
         self._record.job.served_model = ""
         self.dirty = True
         return True
+
+    # ------------------------------------------------------------- paused, and going on
+
+    def task_id(self, sequence: int) -> str:
+        """Id of a micro-batch. The ledger remembers ended ones: what goes on after the job's end has others."""
+        attempt = self._record.attempt
+        return f"{self.job_id}/{sequence}/{attempt}" if attempt else f"{self.job_id}/{sequence}"
+
+    def is_wanted(self, task_id: str, sequence: int) -> bool:
+        """Whether to train this micro-batch. One from before the job's end only if it counts as trained and comes back
+        with a lost node: the weights of others lack it."""
+        return task_id == self.task_id(sequence) or self._is_done(sequence)
+
+    def pause(self) -> None:
+        """Offer nothing until `go_on`."""
+        self._record.job.status = types_pb2.JOB_STATUS_PAUSED
+        self._owes_save = True
+        self.add_event("info", "the job was paused")
+
+    def nodes_to_save_paused(self) -> set[str]:
+        """Nodes that hold what no checkpoint contains, told once when a paused job has nothing under way any more."""
+        if not (self.paused and self._owes_save) or self.waiting or self._placed:
+            return set()
+        self._owes_save = False
+        return self.unsaved_nodes
+
+    def go_on(self) -> None:
+        """Offer again, after a pause or after an end other than success."""
+        before = types_pb2.JobStatus.Name(self.status).removeprefix("JOB_STATUS_").lower()
+        if self.ended:
+            self._reopen()
+        has_begun = self._num_done or self._placed
+        self._record.job.status = types_pb2.JOB_STATUS_RUNNING if has_begun else types_pb2.JOB_STATUS_QUEUED
+        self.add_event("info", f"the job was {before}; it goes on with micro-batch {self._first_missing()}")
+
+    def _reopen(self) -> None:
+        self._record.CopyFrom(self.durable_record())
+        self._record.attempt += 1
+        self._record.skipped_in_row = 0
+        self._record.job.ClearField("error")
+        self._record.job.ClearField("finished_unix_s")
+        self._counted = set(self._record.done_ahead)
+        self._ahead.clear()
+        self._uncovered.clear()
+        self._released.clear()
+        self._next_offer = self._known_until = self._record.next_sequence
+        self._asked_for = None
+
+    def _first_missing(self) -> int:
+        sequence = self._record.next_sequence
+        while self._is_known(sequence):
+            sequence += 1
+        return sequence
+
+    def serve_again(self, model: str) -> None:
+        """Its isolated adapter, which was freed, is made anew."""
+        self._record.job.served_model = model
 
     def set_error(self, error: LemixError) -> None:
         """Why it fails."""

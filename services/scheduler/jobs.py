@@ -16,12 +16,13 @@ from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
 from services.runtime.clock import Clock
 from services.scheduler import metrics
-from services.scheduler.adapters import AdapterDesk, model_of
+from services.scheduler.adapters import AdapterDesk
 from services.scheduler.checkpoints import CheckpointDesk
-from services.scheduler.core.types import Event, JobCancelled, SyncIntervalSet
+from services.scheduler.core.types import Event, JobCancelled, JobPaused, JobResumed, SyncIntervalSet
 from services.scheduler.guard import LedgerGuard
-from services.scheduler.hyperparameters import resolve, resolve_checkpoints, resolve_gate, resolve_method
+from services.scheduler.hyperparameters import resolve
 from services.scheduler.inbox import Inbox, Told
+from services.scheduler.job_request import new_job
 from services.scheduler.job_state import JobState
 
 _log = structlog.get_logger()
@@ -60,6 +61,7 @@ class JobRegistry:
         self.adapters = adapters or AdapterDesk()
         self.adapters.find_job = self.find
         self._checkpoints.announce = self.announce
+        #: Those that are paused included.
         self._running: dict[str, JobState] = {}
         #: Ended, and not stored as such yet.
         self._ending: dict[str, JobState] = {}
@@ -81,19 +83,25 @@ class JobRegistry:
             state = JobState(record, self._clock, resumed=True)
             if state.ended or state.job_id in self._running:
                 continue
-            await self._restore(state)
-            self._running[state.job_id] = newest = state
-        if newest is not None:
+            await self._read_history(state)
+            goes_on = "it stays paused" if state.paused else "the job goes on"
+            state.add_event("info", f"the scheduler has restarted; {goes_on}")
+            self._running[state.job_id] = state
+            if state.paused:
+                await self._inbox.put(Told(JobPaused(state.job_id)))
+            else:
+                newest = state
+        if self._running:
             _log.info("jobs resumed", jobs=len(self._running))
+        if newest is not None:
             await self._set_sync_interval(newest)
         self._changed()
 
-    async def _restore(self, state: JobState) -> None:
+    async def _read_history(self, state: JobState) -> None:
         state.restore_events(await self._guard.until_done(lambda: self._ledger.read_job_events(state.job_id)))
         if state.endless:
             file = await self._guard.until_done(lambda: self._ledger.get_file(state.file_id))
             state.grow(0 if file is None else file.num_examples)
-        state.add_event("info", "the scheduler has restarted; the job goes on")
 
     async def run_saver(self) -> None:
         """Store progress at a bounded rate until cancelled."""
@@ -134,42 +142,21 @@ class JobRegistry:
 
     async def create(self, request: training_service_pb2.CreateJobRequest, models: set[str]) -> types_pb2.TrainingJob:
         """Make a durable job. Raises INVALID_REQUEST, NOT_FOUND, MODEL_NOT_FOUND, OVERLOADED, UNAVAILABLE."""
-        hyperparameters = resolve(request.hyperparameters)
-        policy = resolve_checkpoints(request.checkpoint)
-        gate = resolve_gate(request.quality_gate)
-        method, mode, lora = resolve_method(request)
         if models and request.model and request.model not in models:
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"no node serves model {request.model!r}", param="model")
         file = await self.get_file(request.training_file)
+        job = new_job(request, file, created_unix_s=self._clock.unix_s())
         if request.validation_file:
             await self._check_validation(request.validation_file)
-        if not file.num_examples:
-            raise LemixError(ErrorCode.INVALID_REQUEST, "the file has no examples", param="training_file")
-        if len(self._running) >= self._max_running:
-            message = f"{self._max_running} jobs are running already"
-            raise LemixError(ErrorCode.OVERLOADED, message, retry_after_s=_RETRY_AFTER_S)
-        batches_per_epoch = -(-file.num_examples // hyperparameters.batch_size)
-        job_id = f"job-{uuid.uuid4().hex[:16]}"
-        is_isolated = mode == types_pb2.TRAINING_MODE_ISOLATED
-        job = types_pb2.TrainingJob(
-            job_id=job_id,
-            model=request.model,
-            training_file=file.file_id,
-            status=types_pb2.JOB_STATUS_QUEUED,
-            created_unix_s=self._clock.unix_s(),
-            hyperparameters=hyperparameters,
-            total_microbatches=batches_per_epoch * hyperparameters.num_epochs,
-            num_examples=file.num_examples,
-            checkpoint=policy,
-            validation_file=request.validation_file,
-            quality_gate=gate,
-            method=method,
-            mode=mode,
-            lora=lora,
-            served_model=model_of(request.model, job_id) if is_isolated else "",
-        )
+        self.check_room()
         state = await self._start(work_pb2.JobRecord(job=job, request_id=request.request_id))
         return state.view()
+
+    def check_room(self) -> None:
+        """Raises OVERLOADED when no further job may run."""
+        if len(self._running) - self.num_paused() >= self._max_running:
+            message = f"{self._max_running} jobs are running already"
+            raise LemixError(ErrorCode.OVERLOADED, message, retry_after_s=_RETRY_AFTER_S)
 
     async def _start(self, record: work_pb2.JobRecord) -> JobState:
         stored = await self._guard.once(lambda: self._ledger.put_job(record))
@@ -196,19 +183,18 @@ class JobRegistry:
 
     async def get(self, job_id: str) -> types_pb2.TrainingJob:
         """One job. Raises NOT_FOUND, UNAVAILABLE."""
-        return (await self._find(job_id)).view()
+        return (await self.state_of(job_id)).view()
 
     async def newest(self, limit: int) -> list[types_pb2.TrainingJob]:
         """The newest jobs first, at most `limit` (1 to 100). Raises UNAVAILABLE."""
         records = await self._guard.once(lambda: self._ledger.newest_jobs(min(max(1, limit), _MAX_LISTED)))
-        return [(self._known(record.job.job_id) or JobState(record, self._clock)).view() for record in records]
+        return [(self.known(record.job.job_id) or JobState(record, self._clock)).view() for record in records]
 
     async def cancel(self, job_id: str) -> types_pb2.TrainingJob:
         """Stop a job. Raises NOT_FOUND, CONFLICT when it has ended otherwise, UNAVAILABLE."""
-        state = await self._find(job_id)
+        state = await self.state_of(job_id)
         if not state.ended:
-            if not self._guard.available:
-                await self._guard.once(self._ledger.ping)
+            await self.check_ledger()
             self._end(state, types_pb2.JOB_STATUS_CANCELLED, "info", "the job was cancelled")
             await self._inbox.put(Told(JobCancelled(job_id)))
             await self._guard.once(self.save)
@@ -216,11 +202,33 @@ class JobRegistry:
             raise LemixError(ErrorCode.CONFLICT, f"job {job_id} has ended already")
         return state.view()
 
+    async def check_ledger(self) -> None:
+        """Raises UNAVAILABLE when nothing can be stored now."""
+        if not self._guard.available:
+            await self._guard.once(self._ledger.ping)
+
+    async def pause(self, state: JobState) -> None:
+        """Offer no more of this running job; what no node holds comes back. Raises UNAVAILABLE."""
+        state.pause()
+        self._ask_to_save(state)
+        await self._inbox.put(Told(JobPaused(state.job_id)))
+        await self._guard.once(self.save)
+
+    async def go_on(self, state: JobState) -> None:
+        """Offer again of this job, which is paused or has ended and is stored. Raises UNAVAILABLE."""
+        state.go_on()
+        self._ending.pop(state.job_id, None)
+        self._running[state.job_id] = state
+        await self._inbox.put(Told(JobResumed(state.job_id)))
+        await self._set_sync_interval(state)
+        self._changed()
+        await self._guard.once(self.save)
+
     async def delete_model(self, model: str) -> None:
         """Serve the adapter of an isolated job no longer. Raises MODEL_NOT_FOUND, CONFLICT while the job runs,
         UNAVAILABLE."""
         job_id = model.rpartition(":")[2]
-        state = self._known(job_id) or await self._stored(job_id)
+        state = self.known(job_id) or await self._stored(job_id)
         job = None if state is None else state.view()
         if state is None or job is None or job.mode != types_pb2.TRAINING_MODE_ISOLATED:
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"there is no model {model[:200]!r}", param="model")
@@ -234,7 +242,7 @@ class JobRegistry:
 
     async def find(self, job_id: str) -> types_pb2.TrainingJob | None:
         """One job; None: there is none. Raises UNAVAILABLE."""
-        state = self._known(job_id) or await self._stored(job_id)
+        state = self.known(job_id) or await self._stored(job_id)
         return None if state is None else state.view()
 
     async def watch(
@@ -244,7 +252,7 @@ class JobRegistry:
 
         Raises NOT_FOUND, UNAVAILABLE (also when the scheduler stops).
         """
-        state = await self._find(job_id)
+        state = await self.state_of(job_id)
         while True:
             changed = state.changed
             for event in state.events_after(after_sequence):
@@ -303,6 +311,10 @@ class JobRegistry:
         """Jobs that may have micro-batches to offer, oldest first."""
         return list(self._running.values())
 
+    def num_paused(self) -> int:
+        """Jobs that wait for their owner."""
+        return sum(state.paused for state in self._running.values())
+
     def num_waiting(self) -> int:
         """Micro-batches offered that no node has."""
         return sum(len(state.waiting) for state in self._running.values())
@@ -315,9 +327,10 @@ class JobRegistry:
 
     # ------------------------------------------------------------- told by the driver
 
-    def is_wanted(self, job_id: str) -> bool:
-        """Whether the job still runs."""
-        return job_id in self._running
+    def is_wanted(self, item: work_pb2.WorkItem) -> bool:
+        """Whether this micro-batch is to be trained: its job has not ended since."""
+        state = self._running.get(item.training.job_id)
+        return state is not None and state.is_wanted(item.task_id, item.training.sequence)
 
     def on_held(self, work: work_pb2.TrainingWork, *, waiting: bool) -> None:
         """The core holds this micro-batch."""
@@ -335,12 +348,22 @@ class JobRegistry:
         # Too many wait: it is offered again after the next change, not in a loop.
         return [] if error.code is ErrorCode.OVERLOADED else self._fail_now(state, error)
 
+    def on_taken_back(self, item: work_pb2.WorkItem) -> None:
+        """The core gave it back because its job is paused; by now it may go on."""
+        state = self._running.get(item.training.job_id)
+        if state is not None:
+            state.release(item.training.sequence)
+            self._ask_to_save(state)
+            self._changed()
+
     def on_outcome(self, outcome: work_pb2.WorkOutcome) -> list[Event]:
         """A micro-batch ended. May come twice."""
         training = outcome.training
         state = self._running.get(training.job_id)
         if state is None:
             return []
+        if training.HasField("error") and outcome.task_id != state.task_id(training.sequence):
+            return []  # it was cancelled with the job, which goes on since
         if training.skipped:
             return self._skipped(state, outcome)
         if training.HasField("error"):
@@ -350,7 +373,7 @@ class JobRegistry:
             metrics.TRAINED.inc()
             if state.complete:
                 self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
-            elif not is_saved_now:  # else the rest of its checkpoint follows
+            elif not is_saved_now or state.paused:  # else the rest of its checkpoint follows
                 self._ask_to_save(state)
             self._changed()
         return []
@@ -377,6 +400,8 @@ class JobRegistry:
                 self._checkpoints.tell(node_id, "job_end")
         elif (blocking_id := state.node_to_save()) is not None:
             self._checkpoints.tell(blocking_id, "interval")
+        for node_id in sorted(state.nodes_to_save_paused()):
+            self._checkpoints.tell(node_id, "pause")
 
     def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
         """A micro-batch was trained and is in no checkpoint yet. May come twice."""
@@ -404,11 +429,11 @@ class JobRegistry:
 
     def known(self, job_id: str) -> JobState | None:
         """The job if it runs, or has just ended."""
-        return self._known(job_id)
+        return self._running.get(job_id) or self._ending.get(job_id)
 
     async def gated(self, job_id: str) -> JobState | None:
         """A job with what was measured on its held-out examples, also an ended one. Raises UNAVAILABLE."""
-        known = self._known(job_id)
+        known = self.known(job_id)
         if known is not None:
             return known
         record = await self._guard.once(lambda: self._ledger.get_job(job_id))
@@ -416,6 +441,7 @@ class JobRegistry:
 
     def note(self, state: JobState, level: str, message: str) -> None:
         """Tell a job's owner something, also when the job has ended meanwhile."""
+        state = self.known(state.job_id) or state
         state.add_event(level, message)
         if state.ended:
             self._ending[state.job_id] = state
@@ -423,16 +449,14 @@ class JobRegistry:
 
     async def save_checkpoint(self, job_id: str) -> list[types_pb2.Checkpoint]:
         """Save on every node that trained the job. Raises NOT_FOUND, CONFLICT, and what a node answers."""
-        state = await self._find(job_id)
+        state = await self.state_of(job_id)
         return await self._checkpoints.save({*state.unsaved_nodes, *state.view().steps_per_node})
 
     # ------------------------------------------------------------- helpers
 
-    def _known(self, job_id: str) -> JobState | None:
-        return self._running.get(job_id) or self._ending.get(job_id)
-
-    async def _find(self, job_id: str) -> JobState:
-        known = self._known(job_id)
+    async def state_of(self, job_id: str) -> JobState:
+        """A job with its events, from the ledger when it has ended. Raises NOT_FOUND, UNAVAILABLE."""
+        known = self.known(job_id)
         if known is not None:
             return known
         stored = await self._stored(job_id)
@@ -446,7 +470,7 @@ class JobRegistry:
             return None
         state = JobState(record, self._clock)
         state.restore_events(await self._guard.once(lambda: self._ledger.read_job_events(job_id)))
-        return state
+        return self.known(job_id) or state  # another call may have taken it up meanwhile
 
     def _end(self, state: JobState, status: types_pb2.JobStatus, level: str, message: str) -> None:
         state.end(status, level, message)

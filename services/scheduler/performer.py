@@ -13,6 +13,7 @@ from services.scheduler.core.types import (
     Drop,
     Reject,
     SyncEnded,
+    TakeBack,
     TakeSnapshot,
     TaskEnded,
     WarnBehind,
@@ -41,6 +42,10 @@ class Performer:
                 await self._endings.refuse(held, error)
             case Drop(task_id):
                 await self._drop(task_id)
+            case TakeBack(task_id):
+                held = self._state.tasks[task_id]
+                self._state.forget(held)
+                await self._endings.take_back(held)
             case CancelOnNode(task_id, node_id):
                 message = pb.NodeSessionResponse(cancel=pb.CancelWork(task_id=task_id))
                 self._state.nodes.send(node_id, message)

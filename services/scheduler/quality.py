@@ -58,7 +58,7 @@ class QualityGate:
             checkpoint.CopyFrom(listed)
             for trained_id in checkpoint.trained_microbatches:
                 state = states.get(trained_id)
-                loss = None if state is None else state.heldout_loss_of(checkpoint.checkpoint_id)
+                loss = None if state is None else state.heldout.loss_of(checkpoint.checkpoint_id)
                 if loss is not None:
                     checkpoint.heldout_loss = loss
             found.append(checkpoint)
@@ -74,7 +74,7 @@ class QualityGate:
         if not request.force:
             held = self._desk.held_by(self._desk.owner_of(checkpoint_id))
             states = await self._states(stored for stored in held if stored.checkpoint_id == checkpoint_id)
-            bad = sorted(job_id for job_id, state in states.items() if state.is_bad(checkpoint_id))
+            bad = sorted(job_id for job_id, state in states.items() if state.heldout.is_bad(checkpoint_id))
             if bad:
                 message = f"the held-out loss of {bad[0]} is worse there than its best by more than the tolerance"
                 raise LemixError(ErrorCode.CONFLICT, message, param="checkpoint_id")
@@ -108,12 +108,12 @@ class QualityGate:
         except LemixError as error:
             self._jobs.note(state, "warn", f"no held-out loss of checkpoint {checkpoint_id}: {error.message}")
             return
-        verdict = state.judge(node_id, checkpoint_id, loss)
+        verdict = state.heldout.judge(node_id, checkpoint_id, loss)
         text = f"held-out loss of checkpoint {checkpoint_id} is {loss:.4f}"
         self._jobs.note(state, "warn" if verdict == "bad" else "info", f"{text}: {verdict}")
         if verdict == "best":
             await self._best(node_id, checkpoint_id, state)
-        elif verdict == "bad" and state.is_to_go_back(node_id):
+        elif verdict == "bad" and state.heldout.is_to_go_back(node_id):
             await self._go_back(node_id, state)
 
     async def _best(self, node_id: str, checkpoint_id: str, state: JobState) -> None:
@@ -127,7 +127,7 @@ class QualityGate:
 
     async def _go_back(self, node_id: str, state: JobState) -> None:
         held = {checkpoint.checkpoint_id for checkpoint in self._desk.held_by(node_id)}
-        target = state.best_of(held)
+        target = state.heldout.best_of(held)
         if target is None:
             self._jobs.note(state, "error", f"{node_id} holds no checkpoint to go back to")
             return
@@ -136,7 +136,7 @@ class QualityGate:
         except LemixError as error:
             self._jobs.note(state, "error", f"{node_id} could not go back to checkpoint {target}: {error.message}")
             return
-        state.went_back(node_id)
+        state.heldout.went_back(node_id)
         self._jobs.note(state, "warn", f"{node_id} went back to checkpoint {target} because of its held-out loss")
 
     async def _examples(self, file_id: str) -> list[work_pb2.TrainingExample]:

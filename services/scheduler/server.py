@@ -21,6 +21,7 @@ from services.scheduler.explain.convert import decision_to_proto, waits_to_proto
 from services.scheduler.explain.decisions import Decisions
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
+from services.scheduler.job_pausing import JobPausing
 from services.scheduler.jobs import JobRegistry
 from services.scheduler.nodes import NodeRegistry
 from services.scheduler.quality import QualityGate
@@ -46,6 +47,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         nodes: NodeRegistry,
         gateways: GatewayRegistry,
         jobs: JobRegistry,
+        pausing: JobPausing,
         checkpoints: CheckpointDesk,
         quality: QualityGate,
         guard: LedgerGuard,
@@ -57,6 +59,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self._nodes = nodes
         self._gateways = gateways
         self._jobs = jobs
+        self._pausing = pausing
         self._checkpoints = checkpoints
         self._quality = quality
         self._guard = guard
@@ -139,6 +142,14 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:  # noqa: N802
         """Stop a job."""
         return pb.CancelJobResponse(job=await self._jobs.cancel(request.job_id))
+
+    async def PauseJob(self, request: pb.PauseJobRequest, context: Context) -> pb.PauseJobResponse:  # noqa: N802
+        """Hold a job."""
+        return pb.PauseJobResponse(job=await self._pausing.pause(request.job_id))
+
+    async def ResumeJob(self, request: pb.ResumeJobRequest, context: Context) -> pb.ResumeJobResponse:  # noqa: N802
+        """Let a job go on."""
+        return pb.ResumeJobResponse(job=await self._pausing.resume(request.job_id))
 
     async def DeleteModel(self, request: pb.DeleteModelRequest, context: Context) -> pb.DeleteModelResponse:  # noqa: N802
         """The model of an isolated job is no longer served."""

@@ -31,6 +31,7 @@ from services.scheduler.feeder import Feeder
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Delivered, Inbox, NodeGone
+from services.scheduler.job_pausing import JobPausing
 from services.scheduler.jobs import JobRegistry
 from services.scheduler.nodes import NodeRegistry
 from services.scheduler.profiles import ProfilerClient, ProfileSource, StoredProfile
@@ -130,6 +131,7 @@ class SchedulerService:
             nodes=self.nodes,
             gateways=self.gateways,
             jobs=self.jobs,
+            pausing=JobPausing(self.jobs, max_paused=self._settings.max_paused_jobs),
             checkpoints=self.checkpoints,
             quality=self.quality,
             guard=self.guard,

@@ -60,6 +60,16 @@ class TrainingServiceStub:
                 request_serializer=lemix_dot_v1_dot_training__service__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=lemix_dot_v1_dot_training__service__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.PauseJob = channel.unary_unary(
+                '/lemix.v1.TrainingService/PauseJob',
+                request_serializer=lemix_dot_v1_dot_training__service__pb2.PauseJobRequest.SerializeToString,
+                response_deserializer=lemix_dot_v1_dot_training__service__pb2.PauseJobResponse.FromString,
+                _registered_method=True)
+        self.ResumeJob = channel.unary_unary(
+                '/lemix.v1.TrainingService/ResumeJob',
+                request_serializer=lemix_dot_v1_dot_training__service__pb2.ResumeJobRequest.SerializeToString,
+                response_deserializer=lemix_dot_v1_dot_training__service__pb2.ResumeJobResponse.FromString,
+                _registered_method=True)
         self.DeleteModel = channel.unary_unary(
                 '/lemix.v1.TrainingService/DeleteModel',
                 request_serializer=lemix_dot_v1_dot_training__service__pb2.DeleteModelRequest.SerializeToString,
@@ -141,6 +151,23 @@ class TrainingServiceServicer:
         """Stops a job; micro-batches in flight finish or are dropped at once. The model of an ISOLATED job is deleted with it.
         Idempotent while the job is cancelled.
         Errors: NOT_FOUND, CONFLICT (it has ended otherwise).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseJob(self, request, context):
+        """Stops offering micro-batches of a job; those on nodes finish. Optimizer state and the model of an ISOLATED job stay.
+        Idempotent while the job is paused. Errors: NOT_FOUND, CONFLICT (it has ended), OVERLOADED (too many are paused).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeJob(self, request, context):
+        """Lets a job that was paused, cancelled or failed go on with the first micro-batch that was not trained. Idempotent
+        while the job runs. Errors: NOT_FOUND (also of its file), CONFLICT (it has succeeded, or the adapter of an ISOLATED
+        job was freed), OVERLOADED (too many are running).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -234,6 +261,16 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=lemix_dot_v1_dot_training__service__pb2.CancelJobRequest.FromString,
                     response_serializer=lemix_dot_v1_dot_training__service__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'PauseJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseJob,
+                    request_deserializer=lemix_dot_v1_dot_training__service__pb2.PauseJobRequest.FromString,
+                    response_serializer=lemix_dot_v1_dot_training__service__pb2.PauseJobResponse.SerializeToString,
+            ),
+            'ResumeJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeJob,
+                    request_deserializer=lemix_dot_v1_dot_training__service__pb2.ResumeJobRequest.FromString,
+                    response_serializer=lemix_dot_v1_dot_training__service__pb2.ResumeJobResponse.SerializeToString,
             ),
             'DeleteModel': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteModel,
@@ -412,6 +449,60 @@ class TrainingService:
             '/lemix.v1.TrainingService/CancelJob',
             lemix_dot_v1_dot_training__service__pb2.CancelJobRequest.SerializeToString,
             lemix_dot_v1_dot_training__service__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.v1.TrainingService/PauseJob',
+            lemix_dot_v1_dot_training__service__pb2.PauseJobRequest.SerializeToString,
+            lemix_dot_v1_dot_training__service__pb2.PauseJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.v1.TrainingService/ResumeJob',
+            lemix_dot_v1_dot_training__service__pb2.ResumeJobRequest.SerializeToString,
+            lemix_dot_v1_dot_training__service__pb2.ResumeJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,15 @@ class TrainingServiceStub:
     Idempotent while the job is cancelled.
     Errors: NOT_FOUND, CONFLICT (it has ended otherwise).
     """
+    PauseJob: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.PauseJobRequest, _training_service_pb2.PauseJobResponse]
+    """Stops offering micro-batches of a job; those on nodes finish. Optimizer state and the model of an ISOLATED job stay.
+    Idempotent while the job is paused. Errors: NOT_FOUND, CONFLICT (it has ended), OVERLOADED (too many are paused).
+    """
+    ResumeJob: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ResumeJobRequest, _training_service_pb2.ResumeJobResponse]
+    """Lets a job that was paused, cancelled or failed go on with the first micro-batch that was not trained. Idempotent
+    while the job runs. Errors: NOT_FOUND (also of its file), CONFLICT (it has succeeded, or the adapter of an ISOLATED
+    job was freed), OVERLOADED (too many are running).
+    """
     DeleteModel: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.DeleteModelRequest, _training_service_pb2.DeleteModelResponse]
     """Deletes the model of an ISOLATED job that has succeeded: requests that it serves end, and its nodes free it.
     Idempotent. Errors: MODEL_NOT_FOUND, CONFLICT (the job still runs; the served model itself).
@@ -100,6 +109,15 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """Stops a job; micro-batches in flight finish or are dropped at once. The model of an ISOLATED job is deleted with it.
     Idempotent while the job is cancelled.
     Errors: NOT_FOUND, CONFLICT (it has ended otherwise).
+    """
+    PauseJob: _aio.UnaryUnaryMultiCallable[_training_service_pb2.PauseJobRequest, _training_service_pb2.PauseJobResponse]  # type: ignore[assignment]
+    """Stops offering micro-batches of a job; those on nodes finish. Optimizer state and the model of an ISOLATED job stay.
+    Idempotent while the job is paused. Errors: NOT_FOUND, CONFLICT (it has ended), OVERLOADED (too many are paused).
+    """
+    ResumeJob: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ResumeJobRequest, _training_service_pb2.ResumeJobResponse]  # type: ignore[assignment]
+    """Lets a job that was paused, cancelled or failed go on with the first micro-batch that was not trained. Idempotent
+    while the job runs. Errors: NOT_FOUND (also of its file), CONFLICT (it has succeeded, or the adapter of an ISOLATED
+    job was freed), OVERLOADED (too many are running).
     """
     DeleteModel: _aio.UnaryUnaryMultiCallable[_training_service_pb2.DeleteModelRequest, _training_service_pb2.DeleteModelResponse]  # type: ignore[assignment]
     """Deletes the model of an ISOLATED job that has succeeded: requests that it serves end, and its nodes free it.
@@ -177,6 +195,27 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Stops a job; micro-batches in flight finish or are dropped at once. The model of an ISOLATED job is deleted with it.
         Idempotent while the job is cancelled.
         Errors: NOT_FOUND, CONFLICT (it has ended otherwise).
+        """
+
+    @_abc_1.abstractmethod
+    def PauseJob(
+        self,
+        request: _training_service_pb2.PauseJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.PauseJobResponse, _abc.Awaitable[_training_service_pb2.PauseJobResponse]]:
+        """Stops offering micro-batches of a job; those on nodes finish. Optimizer state and the model of an ISOLATED job stay.
+        Idempotent while the job is paused. Errors: NOT_FOUND, CONFLICT (it has ended), OVERLOADED (too many are paused).
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeJob(
+        self,
+        request: _training_service_pb2.ResumeJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.ResumeJobResponse, _abc.Awaitable[_training_service_pb2.ResumeJobResponse]]:
+        """Lets a job that was paused, cancelled or failed go on with the first micro-batch that was not trained. Idempotent
+        while the job runs. Errors: NOT_FOUND (also of its file), CONFLICT (it has succeeded, or the adapter of an ISOLATED
+        job was freed), OVERLOADED (too many are running).
         """
 
     @_abc_1.abstractmethod

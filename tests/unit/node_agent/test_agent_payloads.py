@@ -184,6 +184,19 @@ def test_optimizer_states_are_bounded_without_touching_live_jobs() -> None:
         assert builder.jobs_to_forget(task) == forgotten
 
 
+def test_a_micro_batch_knows_whether_its_job_began_with_a_new_optimizer() -> None:
+    first, second = _microbatch("a/0", "a"), _microbatch("a/1", "a")
+    builder = _builder(first, second)
+    for op_id, task in enumerate((first, second)):
+        builder.build(Op(op_id, OpKind.TRAIN_FORWARD, (task.task_id,), 0), 0)
+    assert (first.fresh_optimizer, second.fresh_optimizer) == (True, False)
+    restored, optimizers = _microbatch("a/0", "a"), builder.optimizers
+    builder = _builder(restored)
+    builder.adopt(optimizers)
+    builder.build(Op(0, OpKind.TRAIN_FORWARD, (restored.task_id,), 0), 0)
+    assert not restored.fresh_optimizer
+
+
 def test_a_complete_job_s_optimizer_goes_at_once() -> None:
     first, last = _microbatch("a/0", "a"), _microbatch("a/1", "a")
     last.last = True

@@ -90,8 +90,11 @@ class Peers:
     def finished(self, request_id: str, outcome: work_pb2.InferenceOutcome) -> None:
         self.told.append(("finished", request_id, outcome.error.code if outcome.HasField("error") else 0))
 
-    def is_wanted(self, job_id: str) -> bool:
-        return job_id in self.wanted
+    def is_wanted(self, item: work_pb2.WorkItem) -> bool:
+        return item.training.job_id in self.wanted
+
+    def on_taken_back(self, item: work_pb2.WorkItem) -> None:
+        self.told.append(("taken back", item.training.sequence))
 
     def on_held(self, work: work_pb2.TrainingWork, *, waiting: bool) -> None:
         self.told.append(("held", work.sequence, waiting))

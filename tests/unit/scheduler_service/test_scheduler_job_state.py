@@ -306,67 +306,158 @@ def gated(tolerance: float = 0.1, max_bad: int = 2) -> JobState:
 
 def test_the_gate_lets_small_losses_pass_and_remembers_the_best() -> None:
     job = gated()
-    verdicts = [job.judge("n", f"c{number}", loss) for number, loss in enumerate([3.0, 2.0, 2.05, 2.2, math.inf, 1.9])]
+    verdicts = [
+        job.heldout.judge("n", f"c{number}", loss) for number, loss in enumerate([3.0, 2.0, 2.05, 2.2, math.inf, 1.9])
+    ]
     assert verdicts == ["best", "best", "good", "bad", "bad", "best"]
     view = job.view()
     assert (view.heldout_loss, view.best_heldout_loss, view.best_checkpoint_id) == (1.9, 1.9, "c5")
-    assert [name for name in ("c0", "c1", "c2", "c3", "c4", "c5", "unknown") if job.is_bad(name)] == [
+    assert [name for name in ("c0", "c1", "c2", "c3", "c4", "c5", "unknown") if job.heldout.is_bad(name)] == [
         "c0",
         "c2",
         "c3",
         "c4",
     ]
-    assert job.best_of(["c0", "c1", "unknown"]) == "c1"
-    assert job.best_of(["unknown"]) is None
+    assert job.heldout.best_of(["c0", "c1", "unknown"]) == "c1"
+    assert job.heldout.best_of(["unknown"]) is None
     assert job.durable_record().heldout_losses["c1"] == 2.0
 
 
 def test_only_several_bad_losses_in_a_row_bring_a_node_back() -> None:
     job = gated()
     for name, loss, expected in (("a", 1.0, False), ("b", 2.0, False), ("c", 1.0, False), ("d", 2.0, False)):
-        job.judge("n", name, loss)
-        assert job.is_to_go_back("n") is expected
-    job.judge("n", "e", 2.0)
-    assert job.is_to_go_back("n")
-    job.went_back("n")
-    assert not job.is_to_go_back("n")
+        job.heldout.judge("n", name, loss)
+        assert job.heldout.is_to_go_back("n") is expected
+    job.heldout.judge("n", "e", 2.0)
+    assert job.heldout.is_to_go_back("n")
+    job.heldout.went_back("n")
+    assert not job.heldout.is_to_go_back("n")
     never = gated(max_bad=0)
     for number in range(5):
-        never.judge("n", str(number), float(number))
-    assert not never.is_to_go_back("n")
+        never.heldout.judge("n", str(number), float(number))
+    assert not never.heldout.is_to_go_back("n")
 
 
 def test_bad_losses_are_counted_for_each_node() -> None:
     job = gated()
-    job.judge("a", "a1", 1.0)
+    job.heldout.judge("a", "a1", 1.0)
     for node_id in ("a", "b", "c"):
-        job.judge(node_id, f"{node_id}2", 2.0)
-        assert not job.is_to_go_back(node_id), "its first bad one"
-    job.judge("a", "a3", 1.0)
-    job.judge("b", "b3", 2.0)
-    job.judge("c", "c3", 2.0)
+        job.heldout.judge(node_id, f"{node_id}2", 2.0)
+        assert not job.heldout.is_to_go_back(node_id), "its first bad one"
+    job.heldout.judge("a", "a3", 1.0)
+    job.heldout.judge("b", "b3", 2.0)
+    job.heldout.judge("c", "c3", 2.0)
     again = JobState(job.durable_record(), FakeClock(), resumed=True)
-    assert [node_id for node_id in "abc" if again.is_to_go_back(node_id)] == ["b", "c"]
-    again.went_back("b")
-    assert [node_id for node_id in "abc" if again.is_to_go_back(node_id)] == ["c"]
+    assert [node_id for node_id in "abc" if again.heldout.is_to_go_back(node_id)] == ["b", "c"]
+    again.heldout.went_back("b")
+    assert [node_id for node_id in "abc" if again.heldout.is_to_go_back(node_id)] == ["c"]
 
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
 def test_a_loss_that_is_not_finite_is_bad_even_when_there_is_no_better_one(loss: float) -> None:
     job = gated()
-    assert job.judge("n", "c0", loss) == "bad"
-    assert job.is_bad("c0")
-    assert job.best_of(["c0"]) is None
-    assert job.judge("n", "c1", 3.0) == "best"
-    assert job.best_of(["c0", "c1"]) == "c1"
+    assert job.heldout.judge("n", "c0", loss) == "bad"
+    assert job.heldout.is_bad("c0")
+    assert job.heldout.best_of(["c0"]) is None
+    assert job.heldout.judge("n", "c1", 3.0) == "best"
+    assert job.heldout.best_of(["c0", "c1"]) == "c1"
 
 
 @given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=300))
 def test_the_losses_remembered_are_bounded_and_keep_the_best(losses: list[float]) -> None:
     job = gated()
     for number, loss in enumerate(losses):
-        job.judge("n", str(number), loss)
+        job.heldout.judge("n", str(number), loss)
     kept = job.durable_record().heldout_losses
     assert len(kept) <= 100
     assert min(kept.values()) == min(losses)
     assert job.view().best_heldout_loss == min(losses)
+
+
+def test_a_paused_job_offers_nothing_and_goes_on_with_what_was_taken_back() -> None:
+    job = state(4)
+    assert offers(job) == [0, 1, 2, 3]
+    job.held(0, waiting=False)
+    job.pause()
+    for sequence in (1, 2, 3):
+        job.release(sequence)
+    assert offers(job) == []
+    job.trained(outcome(0))
+    assert (job.paused, job.ended, job.view().trained_microbatches) == (True, False, 1)
+    again = JobState(job.durable_record(), FakeClock(), resumed=True)
+    assert again.paused
+    for either in (job, again):
+        either.go_on()
+        assert either.status == types_pb2.JOB_STATUS_RUNNING
+        assert either.task_id(1) == "j/1", "nothing of it is remembered as ended"
+        assert offers(either) == [1, 2, 3]
+    assert job.events_after(0)[-1].message == "the job was paused; it goes on with micro-batch 1"
+
+
+def test_the_nodes_of_a_paused_job_save_once_when_nothing_is_under_way() -> None:
+    job = state(4)
+    for sequence in range(2):
+        job.held(sequence, waiting=False)
+    job.trained_unsaved(outcome(0))
+    job.pause()
+    assert job.nodes_to_save_paused() == set()
+    job.trained_unsaved(outcome(1, node="m"))
+    assert job.nodes_to_save_paused() == {"m", "n"}
+    assert job.nodes_to_save_paused() == set()
+
+
+@pytest.mark.parametrize("from_ledger", [False, True])
+def test_a_job_goes_on_after_its_end_and_counts_nothing_twice(from_ledger: bool) -> None:
+    job = state(5)
+    assert offers(job) == [0, 1, 2, 3, 4]
+    for sequence in range(5):
+        job.held(sequence, waiting=False)
+    job.trained(outcome(0))
+    job.trained(outcome(2))
+    job.trained_unsaved(outcome(3))
+    job.skipped(skip(4))
+    job.set_error(LemixError(ErrorCode.INTERNAL, "no"))
+    job.end(types_pb2.JOB_STATUS_FAILED, "error", "the job failed: no")
+    if from_ledger:
+        job = JobState(job.durable_record(), FakeClock())
+    job.go_on()
+    view = job.view()
+    assert (view.status, view.trained_microbatches, view.skipped_microbatches) == (types_pb2.JOB_STATUS_RUNNING, 3, 1)
+    assert not view.HasField("error")
+    assert not view.HasField("finished_unix_s")
+    assert job.durable_record().skipped_in_row == 0
+    assert offers(job) == [1]
+    assert job.task_id(1) == "j/1/1"
+    assert not job.trained(outcome(3)), "its checkpoint follows"
+    assert job.is_wanted("j/3", 3), "if it comes back with a lost node, other weights lack it"
+    assert not job.is_wanted("j/1", 1)
+    assert job.is_wanted("j/1/1", 1)
+    restarted = JobState(job.durable_record(), FakeClock(), resumed=True)
+    for either in (job, restarted):
+        assert not either.complete
+        assert either.trained(outcome(1))
+        assert (either.complete, either.num_trained, either.num_skipped) == (True, 4, 1)
+        assert either.durable_record().next_sequence == 5
+        assert not either.durable_record().done_ahead
+
+
+def test_the_owner_hears_of_a_node_that_no_longer_had_the_optimizer_state() -> None:
+    job = state(9)
+
+    def fresh(sequence: int, node: str) -> work_pb2.WorkOutcome:
+        made = outcome(sequence, node=node)
+        made.training.fresh_optimizer = True
+        return made
+
+    def warnings() -> list[str]:
+        return [event.message.partition(" ")[0] for event in job.events_after(0) if event.level == "warn"]
+
+    job.trained(fresh(0, "n"))
+    job.trained_unsaved(fresh(1, "m"))
+    job.trained(fresh(1, "m"))
+    assert warnings() == [], "it never had one"
+    job.trained(outcome(2, node="n"))
+    job.trained_unsaved(fresh(3, "n"))
+    job.trained(fresh(3, "n"))
+    job.trained(fresh(4, "m"))
+    assert warnings() == ["n", "m"]

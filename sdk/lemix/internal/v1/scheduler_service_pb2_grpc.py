@@ -75,6 +75,16 @@ class SchedulerServiceStub:
                 request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.PauseJob = channel.unary_unary(
+                '/lemix.internal.v1.SchedulerService/PauseJob',
+                request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PauseJobRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PauseJobResponse.FromString,
+                _registered_method=True)
+        self.ResumeJob = channel.unary_unary(
+                '/lemix.internal.v1.SchedulerService/ResumeJob',
+                request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ResumeJobRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ResumeJobResponse.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/lemix.internal.v1.SchedulerService/WatchJob',
                 request_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.WatchJobRequest.SerializeToString,
@@ -190,6 +200,20 @@ class SchedulerServiceServicer:
 
     def CancelJob(self, request, context):
         """Stops a job. Errors: NOT_FOUND, CONFLICT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseJob(self, request, context):
+        """As the public call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeJob(self, request, context):
+        """As the public call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -315,6 +339,16 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.CancelJobRequest.FromString,
                     response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'PauseJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseJob,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PauseJobRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PauseJobResponse.SerializeToString,
+            ),
+            'ResumeJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeJob,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ResumeJobRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ResumeJobResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
@@ -589,6 +623,60 @@ class SchedulerService:
             '/lemix.internal.v1.SchedulerService/CancelJob',
             lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.CancelJobRequest.SerializeToString,
             lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.SchedulerService/PauseJob',
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PauseJobRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.PauseJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.SchedulerService/ResumeJob',
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ResumeJobRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_scheduler__service__pb2.ResumeJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

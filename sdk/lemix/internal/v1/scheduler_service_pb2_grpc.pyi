@@ -55,6 +55,10 @@ class SchedulerServiceStub:
     """Returns the newest jobs first."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelJobRequest, _scheduler_service_pb2.CancelJobResponse]
     """Stops a job. Errors: NOT_FOUND, CONFLICT."""
+    PauseJob: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.PauseJobRequest, _scheduler_service_pb2.PauseJobResponse]
+    """As the public call."""
+    ResumeJob: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ResumeJobRequest, _scheduler_service_pb2.ResumeJobResponse]
+    """As the public call."""
     WatchJob: _grpc.UnaryStreamMultiCallable[_scheduler_service_pb2.WatchJobRequest, _scheduler_service_pb2.WatchJobResponse]
     """Follows a job's events until it ends or the deadline; with existing_only, sends those there are. Errors: NOT_FOUND."""
     SubmitFeedback: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.SubmitFeedbackRequest, _scheduler_service_pb2.SubmitFeedbackResponse]
@@ -107,6 +111,10 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Returns the newest jobs first."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelJobRequest, _scheduler_service_pb2.CancelJobResponse]  # type: ignore[assignment]
     """Stops a job. Errors: NOT_FOUND, CONFLICT."""
+    PauseJob: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.PauseJobRequest, _scheduler_service_pb2.PauseJobResponse]  # type: ignore[assignment]
+    """As the public call."""
+    ResumeJob: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ResumeJobRequest, _scheduler_service_pb2.ResumeJobResponse]  # type: ignore[assignment]
+    """As the public call."""
     WatchJob: _aio.UnaryStreamMultiCallable[_scheduler_service_pb2.WatchJobRequest, _scheduler_service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Follows a job's events until it ends or the deadline; with existing_only, sends those there are. Errors: NOT_FOUND."""
     SubmitFeedback: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.SubmitFeedbackRequest, _scheduler_service_pb2.SubmitFeedbackResponse]  # type: ignore[assignment]
@@ -204,6 +212,22 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.CancelJobResponse, _abc.Awaitable[_scheduler_service_pb2.CancelJobResponse]]:
         """Stops a job. Errors: NOT_FOUND, CONFLICT."""
+
+    @_abc_1.abstractmethod
+    def PauseJob(
+        self,
+        request: _scheduler_service_pb2.PauseJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.PauseJobResponse, _abc.Awaitable[_scheduler_service_pb2.PauseJobResponse]]:
+        """As the public call."""
+
+    @_abc_1.abstractmethod
+    def ResumeJob(
+        self,
+        request: _scheduler_service_pb2.ResumeJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.ResumeJobResponse, _abc.Awaitable[_scheduler_service_pb2.ResumeJobResponse]]:
+        """As the public call."""
 
     @_abc_1.abstractmethod
     def WatchJob(

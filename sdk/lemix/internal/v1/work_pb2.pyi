@@ -146,7 +146,7 @@ class InferenceOutcome(_message.Message):
     def __init__(self, finish_reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., report: _Optional[_Union[_types_pb2.ServingReport, _Mapping]] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., node_ttft_s: _Optional[float] = ..., node_response_s: _Optional[float] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class TrainingOutcome(_message.Message):
-    __slots__ = ("job_id", "sequence", "loss", "label_tokens", "weight_step", "error", "skipped")
+    __slots__ = ("job_id", "sequence", "loss", "label_tokens", "weight_step", "error", "skipped", "fresh_optimizer")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,7 @@ class TrainingOutcome(_message.Message):
     WEIGHT_STEP_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    FRESH_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     sequence: int
     loss: float
@@ -161,7 +162,8 @@ class TrainingOutcome(_message.Message):
     weight_step: int
     error: _errors_pb2.ErrorDetail
     skipped: bool
-    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., loss: _Optional[float] = ..., label_tokens: _Optional[int] = ..., weight_step: _Optional[int] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., skipped: _Optional[bool] = ...) -> None: ...
+    fresh_optimizer: bool
+    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., loss: _Optional[float] = ..., label_tokens: _Optional[int] = ..., weight_step: _Optional[int] = ..., error: _Optional[_Union[_errors_pb2.ErrorDetail, _Mapping]] = ..., skipped: _Optional[bool] = ..., fresh_optimizer: _Optional[bool] = ...) -> None: ...
 
 class WorkOutcome(_message.Message):
     __slots__ = ("task_id", "node_id", "inference", "training")
@@ -196,7 +198,7 @@ class FileRecord(_message.Message):
     def __init__(self, file_id: _Optional[str] = ..., filename: _Optional[str] = ..., size_bytes: _Optional[int] = ..., num_examples: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., max_tokens: _Optional[int] = ..., num_skipped: _Optional[int] = ..., num_truncated: _Optional[int] = ...) -> None: ...
 
 class JobRecord(_message.Message):
-    __slots__ = ("job", "next_sequence", "request_id", "heldout_losses", "bad_evaluations", "skipped_in_row")
+    __slots__ = ("job", "next_sequence", "request_id", "heldout_losses", "bad_evaluations", "skipped_in_row", "attempt", "done_ahead")
     class HeldoutLossesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -217,10 +219,14 @@ class JobRecord(_message.Message):
     HELDOUT_LOSSES_FIELD_NUMBER: _ClassVar[int]
     BAD_EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_IN_ROW_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    DONE_AHEAD_FIELD_NUMBER: _ClassVar[int]
     job: _types_pb2.TrainingJob
     next_sequence: int
     request_id: str
     heldout_losses: _containers.ScalarMap[str, float]
     bad_evaluations: _containers.ScalarMap[str, int]
     skipped_in_row: int
-    def __init__(self, job: _Optional[_Union[_types_pb2.TrainingJob, _Mapping]] = ..., next_sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., heldout_losses: _Optional[_Mapping[str, float]] = ..., bad_evaluations: _Optional[_Mapping[str, int]] = ..., skipped_in_row: _Optional[int] = ...) -> None: ...
+    attempt: int
+    done_ahead: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, job: _Optional[_Union[_types_pb2.TrainingJob, _Mapping]] = ..., next_sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., heldout_losses: _Optional[_Mapping[str, float]] = ..., bad_evaluations: _Optional[_Mapping[str, int]] = ..., skipped_in_row: _Optional[int] = ..., attempt: _Optional[int] = ..., done_ahead: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -166,6 +166,26 @@ def cancel_job(job_id: str) -> Call[types.TrainingJob]:
     )
 
 
+def pause_job(job_id: str) -> Call[types.TrainingJob]:
+    """TrainingService.PauseJob."""
+    return Call(
+        method=_TRAINING + "PauseJob",
+        request=training_pb.PauseJobRequest(job_id=job_id),
+        response=training_pb.PauseJobResponse,
+        read=lambda message: _convert.job(message.job),
+    )
+
+
+def resume_job(job_id: str) -> Call[types.TrainingJob]:
+    """TrainingService.ResumeJob."""
+    return Call(
+        method=_TRAINING + "ResumeJob",
+        request=training_pb.ResumeJobRequest(job_id=job_id),
+        response=training_pb.ResumeJobResponse,
+        read=lambda message: _convert.job(message.job),
+    )
+
+
 def delete_model(model: str) -> Call[None]:
     """TrainingService.DeleteModel."""
     return Call(

@@ -176,6 +176,15 @@ class Client:
         """Stop a job. Raises LemixError NOT_FOUND, CONFLICT (it has ended otherwise)."""
         return self._unary(_calls.cancel_job(job_id), timeout_s)
 
+    def pause_job(self, job_id: str, *, timeout_s: float | None = None) -> types.TrainingJob:
+        """Hold a job until it is resumed. Raises LemixError NOT_FOUND, CONFLICT (it has ended), OVERLOADED."""
+        return self._unary(_calls.pause_job(job_id), timeout_s)
+
+    def resume_job(self, job_id: str, *, timeout_s: float | None = None) -> types.TrainingJob:
+        """Let a job go on that was paused, cancelled or failed. Raises LemixError NOT_FOUND, OVERLOADED, CONFLICT (it
+        has succeeded, or its adapter was freed)."""
+        return self._unary(_calls.resume_job(job_id), timeout_s)
+
     def watch(
         self, job_id: str, *, after_sequence: int = 0, timeout_s: float | None = None
     ) -> Generator[types.JobEvent]:

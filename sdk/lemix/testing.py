@@ -167,6 +167,14 @@ class FakeLemix:
         self._job(request.job_id)
         raise LemixError(ErrorCode.CONFLICT, "the job has ended")
 
+    def _PauseJob(self, request: training_pb.PauseJobRequest) -> list[Any]:  # noqa: N802
+        self._job(request.job_id)
+        raise LemixError(ErrorCode.CONFLICT, "the job has ended")
+
+    def _ResumeJob(self, request: training_pb.ResumeJobRequest) -> list[Any]:  # noqa: N802
+        self._job(request.job_id)
+        raise LemixError(ErrorCode.CONFLICT, "the job has succeeded")
+
     def _DeleteModel(self, request: training_pb.DeleteModelRequest) -> list[Any]:  # noqa: N802
         job = next((job for job in self._jobs.values() if job.served_model == request.model != ""), None)
         if job is None:

@@ -56,11 +56,12 @@ class JobStatus(Enum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    PAUSED = "paused"
 
     @property
     def ended(self) -> bool:
-        """Whether the state is final."""
-        return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
+        """Whether nothing more will run unless the job is resumed by hand."""
+        return self not in (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.PAUSED)
 
 
 class TrainingMethod(Enum):

@@ -70,6 +70,12 @@ class _TrainingRoutes:
     async def cancel_job(self, request: Request) -> JSONResponse:
         return JSONResponse(translate.job_object(await self._training.cancel_job(request.path_params["job_id"])))
 
+    async def pause_job(self, request: Request) -> JSONResponse:
+        return JSONResponse(translate.job_object(await self._training.pause_job(request.path_params["job_id"])))
+
+    async def resume_job(self, request: Request) -> JSONResponse:
+        return JSONResponse(translate.job_object(await self._training.resume_job(request.path_params["job_id"])))
+
     async def delete_model(self, request: Request) -> JSONResponse:
         model_id = request.path_params["model_id"]
         await self._training.delete_model(model_id)
@@ -133,6 +139,8 @@ def training_routes(training: TrainingService) -> list[Route]:
         Route(jobs, handlers.list_jobs, methods=["GET"]),
         Route(jobs + "/{job_id}", handlers.get_job, methods=["GET"]),
         Route(jobs + "/{job_id}/cancel", handlers.cancel_job, methods=["POST"]),
+        Route(jobs + "/{job_id}/pause", handlers.pause_job, methods=["POST"]),
+        Route(jobs + "/{job_id}/resume", handlers.resume_job, methods=["POST"]),
         Route(jobs + "/{job_id}/events", handlers.events, methods=["GET"]),
         Route(jobs + "/{job_id}/checkpoints", handlers.save_checkpoint, methods=["POST"]),
         Route(jobs + "/{job_id}/checkpoints", handlers.list_checkpoints, methods=["GET"]),

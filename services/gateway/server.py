@@ -110,6 +110,18 @@ class TrainingHandlers(training_grpc.TrainingServiceServicer):
         """Stop a job."""
         return training_pb.CancelJobResponse(job=await self._training.cancel_job(request.job_id))
 
+    async def PauseJob(  # noqa: N802
+        self, request: training_pb.PauseJobRequest, context: Context
+    ) -> training_pb.PauseJobResponse:
+        """Hold a job."""
+        return training_pb.PauseJobResponse(job=await self._training.pause_job(request.job_id))
+
+    async def ResumeJob(  # noqa: N802
+        self, request: training_pb.ResumeJobRequest, context: Context
+    ) -> training_pb.ResumeJobResponse:
+        """Let a job go on."""
+        return training_pb.ResumeJobResponse(job=await self._training.resume_job(request.job_id))
+
     async def DeleteModel(  # noqa: N802
         self, request: training_pb.DeleteModelRequest, context: Context
     ) -> training_pb.DeleteModelResponse:

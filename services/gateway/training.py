@@ -137,6 +137,16 @@ class TrainingService:
         check_required_id(job_id, "job_id")
         return (await call(self._stub.CancelJob, pb.CancelJobRequest(job_id=job_id), self._timeout_s)).job
 
+    async def pause_job(self, job_id: str) -> types_pb2.TrainingJob:
+        """Raises NOT_FOUND, CONFLICT, OVERLOADED."""
+        check_required_id(job_id, "job_id")
+        return (await call(self._stub.PauseJob, pb.PauseJobRequest(job_id=job_id), self._timeout_s)).job
+
+    async def resume_job(self, job_id: str) -> types_pb2.TrainingJob:
+        """Raises NOT_FOUND, CONFLICT, OVERLOADED."""
+        check_required_id(job_id, "job_id")
+        return (await call(self._stub.ResumeJob, pb.ResumeJobRequest(job_id=job_id), self._timeout_s)).job
+
     async def delete_model(self, model: str) -> None:
         """Raises MODEL_NOT_FOUND, CONFLICT (it still trains, or is the served model itself)."""
         if model in ("", self._prompts.model):

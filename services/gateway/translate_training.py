@@ -28,6 +28,7 @@ _JOB_STATUS = {
     types_pb2.JOB_STATUS_SUCCEEDED: "succeeded",
     types_pb2.JOB_STATUS_FAILED: "failed",
     types_pb2.JOB_STATUS_CANCELLED: "cancelled",
+    types_pb2.JOB_STATUS_PAUSED: "paused",
 }
 
 

@@ -188,6 +188,20 @@ def cancel(job: Annotated[str, typer.Argument(help="Id of the job.")]) -> None:
 
 
 @app.command()
+def pause(job: Annotated[str, typer.Argument(help="Id of the job.")]) -> None:
+    """Hold a job until it is resumed; what nodes are training of it finishes."""
+    with _state.client() as client:
+        _state.out.print(f"{job}: {client.pause_job(job).status.value}")
+
+
+@app.command()
+def resume(job: Annotated[str, typer.Argument(help="Id of the job.")]) -> None:
+    """Let a job go on that was paused, cancelled or failed."""
+    with _state.client() as client:
+        _state.out.print(f"{job}: {client.resume_job(job).status.value}")
+
+
+@app.command()
 def checkpoints(
     job: Annotated[str, typer.Option(help="Only those with micro-batches of this job.")] = "",
     save: Annotated[bool, typer.Option("--save", help="Save one first, on every node that trained --job.")] = False,

@@ -335,6 +335,16 @@ class FakeScheduler(pb_grpc.SchedulerServiceServicer):
         job.finished_unix_s = 1_700_000_100
         return pb.CancelJobResponse(job=job)
 
+    async def PauseJob(self, request: pb.PauseJobRequest, context: Any) -> pb.PauseJobResponse:  # noqa: N802
+        job = self._job(request.job_id)
+        job.status = types_pb2.JOB_STATUS_PAUSED
+        return pb.PauseJobResponse(job=job)
+
+    async def ResumeJob(self, request: pb.ResumeJobRequest, context: Any) -> pb.ResumeJobResponse:  # noqa: N802
+        job = self._job(request.job_id)
+        job.status = types_pb2.JOB_STATUS_RUNNING
+        return pb.ResumeJobResponse(job=job)
+
     async def WatchJob(  # noqa: N802
         self, request: pb.WatchJobRequest, context: Any
     ) -> AsyncIterator[pb.WatchJobResponse]:

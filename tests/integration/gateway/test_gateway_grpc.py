@@ -114,6 +114,9 @@ def _blocking_training(address: str, file: Path) -> list[str]:
         messages = [event.message for event in client.watch(job.job_id)]
         assert client.get_job(job.job_id) == job
         assert client.list_jobs() == [job]
+        paused = client.pause_job(job.job_id).status
+        assert (paused, paused.ended) == (lemix.JobStatus.PAUSED, False)
+        assert client.resume_job(job.job_id).status is lemix.JobStatus.RUNNING
         assert client.cancel_job(job.job_id).status is lemix.JobStatus.CANCELLED
         assert client.feedback(prompt="q", completion="a").sequence == 1
         assert [model.model_id for model in client.models()] == [MODEL]

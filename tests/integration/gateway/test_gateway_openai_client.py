@@ -63,6 +63,8 @@ async def test_fine_tuning(client: openai.AsyncOpenAI) -> None:
     assert [listed.id async for listed in client.fine_tuning.jobs.list()] == [job.id]
     events = [event async for event in client.fine_tuning.jobs.list_events(job.id, limit=2)]
     assert [event.message for event in events] == ["micro-batch 3", "micro-batch 2", "micro-batch 1"]
+    assert (await client.fine_tuning.jobs.pause(job.id)).status == "paused"
+    assert (await client.fine_tuning.jobs.resume(job.id)).status == "running"
     assert (await client.fine_tuning.jobs.cancel(job.id)).status == "cancelled"
 
 

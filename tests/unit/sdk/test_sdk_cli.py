@@ -115,6 +115,8 @@ def test_train_watch_jobs_and_cancel(lemix_command: Run, tmp_path: Path) -> None
     code, out, _ = lemix_command("watch", "job-1")
     assert (code, "done" in out) == (0, True)
     assert lemix_command("cancel", "job-1") == (1, "", "lemix: [conflict] the job has ended\n")
+    assert lemix_command("pause", "job-1") == (1, "", "lemix: [conflict] the job has ended\n")
+    assert lemix_command("resume", "job-1") == (1, "", "lemix: [conflict] the job has succeeded\n")
 
 
 def test_checkpoints(lemix_command: Run, tmp_path: Path, fake: FakeLemix) -> None:

@@ -10,6 +10,7 @@ import math
 from services.latency import OpKind
 from services.scheduler.core import policies, traces
 from services.scheduler.core.admission import deadline_s, refuse, refuse_overloaded, refuse_stale
+from services.scheduler.core.assignment import Assigner
 from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.forecast import NodeForecast
 from services.scheduler.core.state import Cluster, HeldTime, LiveInference, LiveTask, LiveTraining, NodeState
@@ -17,11 +18,9 @@ from services.scheduler.core.status import CoreSnapshot, take_snapshot
 from services.scheduler.core.synchronisation import Synchroniser, sync_mode
 from services.scheduler.core.types import (
     AdaptersTold,
-    Assign,
     CancelOnNode,
     Command,
     CoreConfig,
-    Defer,
     Drop,
     Event,
     InferenceTask,
@@ -51,14 +50,6 @@ from services.scheduler.core.types import (
     WeightsTold,
 )
 
-#: Reasons of a Defer.
-NO_NODE = "no_node"
-INFLIGHT_LIMIT = "inflight_limit"
-HELD_BACK = "held_back"
-
-#: Shortest time to the next retry of held-back training, so that a policy cannot make the driver spin.
-_MIN_RETRY_S = 0.01
-
 
 class SchedulerCore:
     """Decides about work. `step` must see every event, in order.
@@ -77,11 +68,9 @@ class SchedulerCore:
         self._seen_sync_changes = 0
         self._now_s = -math.inf
         self._num_accepted = 0
-        self._hold_back_retry_s = math.inf
         self._commands: list[Command] = []
         self._paused_jobs: set[str] = set()
-        #: Requests that began to wait in this step: the driver is told why if they still wait at its end.
-        self._new_waiting: list[LiveInference] = []
+        self._assigner = Assigner(config, self._policy, self._cluster)
 
     # ----------------------------------------------------------------- what callers use
 
@@ -95,7 +84,7 @@ class SchedulerCore:
         # A clock that falls (two sources merged by the driver) must not make times negative.
         self._now_s = now_s = max(now_s, self._now_s)
         commands: list[Command] = []
-        self._commands = commands
+        self._commands = self._assigner.commands = commands
         commands += self._sync.expire(now_s)
         self._handle(now_s, event)
         if self._observer is not None and self._observer.observe(now_s, event, self._cluster):
@@ -106,14 +95,12 @@ class SchedulerCore:
             self._set_roles()
             self._look_again()
         commands += self._sync.catch_up(now_s)
-        if self._cluster.waiting_inference:
-            self._place_inference(now_s)
-        self._release_training(now_s)
+        self._assigner.assign(now_s)
         return commands
 
     def next_wakeup_s(self) -> float | None:
         """When a Tick is needed if nothing else happens; None: never."""
-        wakeup_s = self._hold_back_retry_s
+        wakeup_s = self._assigner.retry_s
         sync_s = self._sync.wakeup_s
         if sync_s is not None:
             wakeup_s = min(wakeup_s, sync_s)
@@ -195,7 +182,7 @@ class SchedulerCore:
             cluster.num_live_inference += 1
             live = LiveInference(task, self._num_accepted, deadline_s(task, self._config))
             cluster.waiting_inference[task.task_id] = live
-            self._new_waiting.append(live)
+            self._assigner.new_waiting.append(live)
         else:
             live = LiveTraining(task, self._num_accepted)
             cluster.waiting_training[task.task_id] = live
@@ -209,7 +196,7 @@ class SchedulerCore:
         live = self._accept(task)
         node = self._cluster.nodes.get(node_id)
         if node is not None:
-            self._give(now_s, live, node)
+            self._assigner.give(now_s, live, node)
 
     def _task_ended(self, now_s: float, event: TaskEnded) -> None:
         live = self._cluster.tasks.get(event.task_id)
@@ -228,7 +215,7 @@ class SchedulerCore:
         if node.mirror is not None:
             node.mirror.ended(now_s, event.task_id, is_request=isinstance(live, LiveInference), ok=event.ok)
         node.held.ended(now_s, idle=not node.inference and not node.training)
-        self._forget(live)
+        self._cluster.forget(live)
 
     def _op_finished(self, now_s: float, event: OpFinished) -> None:
         node = self._cluster.nodes.get(event.node_id)
@@ -283,24 +270,12 @@ class SchedulerCore:
         return [live for live in tasks if isinstance(live, LiveTraining) and live.task.job_id == job_id]
 
     def _take_back(self, live: LiveTraining) -> None:
-        self._forget(live)
+        self._cluster.forget(live)
         self._commands.append(TakeBack(live.task.task_id))
 
     def _drop(self, live: LiveTask) -> None:
-        self._forget(live)
+        self._cluster.forget(live)
         self._commands.append(Drop(live.task.task_id))
-
-    def _forget(self, live: LiveTask) -> None:
-        """The task reached its one end."""
-        cluster = self._cluster
-        task_id = live.task.task_id
-        del cluster.tasks[task_id]
-        if isinstance(live, LiveInference):
-            cluster.num_live_inference -= 1
-            cluster.waiting_inference.pop(task_id, None)
-        else:
-            cluster.waiting_training.pop(task_id, None)
-            cluster.trained(live)
 
     # ----------------------------------------------------------------- nodes
 
@@ -337,7 +312,7 @@ class SchedulerCore:
         self._set_roles()
         for kept in list(node.training.values()) if keeps_training else ():
             node.remove_training(kept)
-            self._forget(kept)
+            self._cluster.forget(kept)
         orphans: list[LiveTask] = [*node.inference.values(), *node.training.values()]
         self._cluster.wait_again(live for live in orphans if not live.cancelled)
         for live in orphans:
@@ -376,124 +351,11 @@ class SchedulerCore:
     def _look_again(self) -> None:
         """Nodes came or went: who waits may wait for another reason now, or may never fit again."""
         waiting = list(self._cluster.waiting_inference.values())
-        self._new_waiting = []
+        self._assigner.new_waiting.clear()
         for live in waiting:
             refusal = refuse(live.task, self._cluster.may_serve)
             if refusal is None:
-                self._new_waiting.append(live)
+                self._assigner.new_waiting.append(live)
             else:
-                self._forget(live)
+                self._cluster.forget(live)
                 self._commands.append(refusal)
-
-    # ----------------------------------------------------------------- placement
-
-    def _place_inference(self, now_s: float) -> None:
-        cluster = self._cluster
-        free = [node for node in cluster.serving if node.has_room]
-        for live in list(cluster.waiting_inference.values()) if free else ():
-            task = live.task
-            candidates = [node for node in free if node.can_run(task)]
-            if task.max_staleness_s is not None:
-                refusal = refuse_stale(now_s, task, cluster.serving)
-                if refusal is not None:
-                    self._forget(live)
-                    self._commands.append(refusal)
-                    continue
-                candidates = [node for node in candidates if node.is_fresh(now_s, task.max_staleness_s)]
-            if not candidates:
-                continue
-            placement = self._policy.place_inference(now_s, live, candidates, cluster)
-            node = placement.node
-            live.queue_ttft_s = queue_ttft_s = placement.queue_ttft_s
-            live.is_demoted = placement.is_demoted
-            live.deadline_s = deadline_s(task, self._config, queue_ttft_s)
-            self._give(now_s, live, node, placement.cached_tokens)
-            command = Assign(task.task_id, node.spec.node_id, placement.terms, queue_ttft_s=queue_ttft_s)
-            self._commands.append(command)
-            if not node.has_room:
-                free.remove(node)
-                if not free:
-                    break
-        for live in self._new_waiting:
-            if live.task.task_id in cluster.waiting_inference:
-                self._defer(live, INFLIGHT_LIMIT if cluster.serving else NO_NODE)
-        self._new_waiting.clear()
-
-    def _release_training(self, now_s: float) -> None:
-        """The next micro-batch of a node's stream leaves when the node takes it (`NodeState.takes_training`)."""
-        cluster = self._cluster
-        self._hold_back_retry_s = math.inf
-        bound = self._config.max_inflight_training
-        while cluster.waiting_training:
-            live = next(iter(cluster.waiting_training.values()))
-            candidates = [node for node in cluster.training if node.takes_training(live.task, bound)]
-            if not candidates:
-                self._defer(live, INFLIGHT_LIMIT if cluster.training else NO_NODE)
-                return
-            if not self._release_one(now_s, live, candidates):
-                self._defer(live, HELD_BACK)
-                return
-        for node in cluster.training:
-            node.held_back_since_s = None
-
-    def _release_one(self, now_s: float, live: LiveTraining, candidates: list[NodeState]) -> bool:
-        """Give the next micro-batch away, unless it is held back on every candidate."""
-        max_hold_s = self._config.max_hold_back_s
-        overdue = [
-            node
-            for node in candidates
-            if node.held_back_since_s is not None and now_s >= node.held_back_since_s + max_hold_s
-        ]
-        placement = self._policy.place_training(
-            now_s, live, overdue or candidates, self._cluster, may_hold=not overdue and max_hold_s > 0.0
-        )
-        held = placement.held_back or self._starved(placement, candidates)
-        for node in () if overdue else candidates:
-            if node not in held:
-                node.held_back_since_s = None
-        for node in held:
-            if node.held_back_since_s is None:
-                node.held_back_since_s = now_s
-            expiry_s = node.held_back_since_s + max_hold_s
-            retry_s = min(max(placement.retry_s, now_s + _MIN_RETRY_S), expiry_s)
-            self._hold_back_retry_s = min(self._hold_back_retry_s, retry_s)
-        chosen = placement.node
-        if chosen is None and overdue:
-            chosen = overdue[0]  # the starvation bound holds whatever the policy says
-        if chosen is None:
-            return False
-        chosen.held_back_since_s = None
-        live.parts = placement.parts
-        self._give(now_s, live, chosen)
-        self._commands.append(Assign(live.task.task_id, chosen.spec.node_id, placement.terms, placement.parts))
-        return True
-
-    def _starved(self, placement: policies.TrainingPlacement, candidates: list[NodeState]) -> list[NodeState]:
-        """Nodes for which the clock runs although the policy held back on none by name: all of them when no training
-        is under way anywhere. While some is, the policy may wait for its end."""
-        is_idle = placement.node is None and not any(node.training for node in self._cluster.training)
-        return candidates if is_idle else []
-
-    def _give(self, now_s: float, live: LiveTask, node: NodeState, cached_tokens: int = 0) -> None:
-        """Book a task on a node."""
-        cluster = self._cluster
-        if node.forecast is not None:
-            traces.commit(now_s, live.task, node, node.forecast, cluster)
-        if isinstance(live, LiveInference):
-            del cluster.waiting_inference[live.task.task_id]
-            node.add_inference(now_s, live, cached_tokens)
-            cluster.sessions.assigned(live, node)
-            node.lengths.observe(live.task.prompt_tokens)
-        else:
-            del cluster.waiting_training[live.task.task_id]
-            node.add_training(live)
-            node.lengths.observe(live.task.length)
-        live.defer_reason = ""
-        node.held.assigned(now_s)
-        if node.mirror is not None:
-            node.mirror.given(now_s, live)
-
-    def _defer(self, live: LiveTask, reason: str) -> None:
-        if live.defer_reason != reason:
-            live.defer_reason = reason
-            self._commands.append(Defer(live.task.task_id, reason))

@@ -362,6 +362,17 @@ class Cluster:
             # Exactly zero when nothing is left, whatever rounding the sum has gathered.
             self.backlog_s = max(0.0, self.backlog_s - live.work_s) if self._num_untrained else 0.0
 
+    def forget(self, live: LiveTask) -> None:
+        """The task reached its one end."""
+        task_id = live.task.task_id
+        del self.tasks[task_id]
+        if isinstance(live, LiveInference):
+            self.num_live_inference -= 1
+            self.waiting_inference.pop(task_id, None)
+        else:
+            self.waiting_training.pop(task_id, None)
+            self.trained(live)
+
     def _recount_backlog(self) -> None:
         """Other nodes, other costs."""
         self.backlog_s, self._num_untrained = 0.0, 0

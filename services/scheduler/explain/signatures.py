@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Final
 
 from services.latency import MOVES, OpKind
-from services.scheduler.core.scheduler import HELD_BACK
+from services.scheduler.core.assignment import HELD_BACK
 from services.scheduler.core.types import Assign, InferenceTask, OpFinished, Reject, SloTarget, TaskEnded
 from services.scheduler.explain.live import Live, LiveTasks
 from services.scheduler.explain.types import Promise

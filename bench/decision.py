@@ -18,19 +18,13 @@ from typing import Any, NamedTuple
 from bench import decision_page
 from bench.report.summary import run_facts, write_summary
 from services.latency import LatencyModel, NodeLatency, OpKind
+from services.scheduler.core.commands import Assign
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined, TaskArrived, TaskEnded
+from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.policies import POLICIES
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    Assign,
-    CoreConfig,
-    InferenceTask,
-    NodeJoined,
-    NodeSpec,
-    SloTarget,
-    TaskArrived,
-    TaskEnded,
-    TrainingTask,
-)
+from services.scheduler.core.tasks import InferenceTask, SloTarget, TrainingTask
 
 NUM_STAGES = 2
 #: LeMix with an option that is not its default; the targets are for the defaults.

@@ -10,16 +10,9 @@ from pathlib import Path
 
 from bench.demo.records import OpRecord, TaskSpan
 from services.scheduler.core import codec
-from services.scheduler.core.types import (
-    Assign,
-    Command,
-    Event,
-    NodeLost,
-    OpFinished,
-    TaskArrived,
-    TaskEnded,
-    TrainingTask,
-)
+from services.scheduler.core.commands import Assign, Command
+from services.scheduler.core.events import Event, NodeLost, OpFinished, TaskArrived, TaskEnded
+from services.scheduler.core.tasks import TrainingTask
 
 
 @dataclass(frozen=True, slots=True)

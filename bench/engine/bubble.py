@@ -3,7 +3,7 @@
 from bench.engine.figures import Figure
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import ASYNC, SCHEDULES, NodeCoreConfig
-from services.scheduler.core.types import CoreConfig
+from services.scheduler.core.config import CoreConfig
 from services.simulator.cluster import Simulation
 from services.simulator.types import Microbatch, SimulationConfig, VirtualNode
 

@@ -27,7 +27,8 @@ from typing import Any
 from bench.paper.traffic import LENGTHS, Lengths, tasks
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import NodeCoreConfig
-from services.scheduler.core.types import CoreConfig, SloTarget
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.cluster import Simulation
 from services.simulator.lengths import LogNormal
 from services.simulator.types import Microbatch, SimulationConfig, SimulationResult, VirtualNode, Work

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
-from services.scheduler.core.types import SloTarget
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.arrivals import daily
 from services.simulator.lengths import LogNormal, ordered
 from services.simulator.types import Microbatch, Request, Work

@@ -6,7 +6,7 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import work_pb2
 from services.ledger import Delivery, TaskState
 from services.scheduler.convert import task_from_item
-from services.scheduler.core.types import TaskArrived, TaskCancelled
+from services.scheduler.core.events import TaskArrived, TaskCancelled
 from services.scheduler.driver_state import DriverState, Held, Step
 from services.scheduler.endings import Endings
 

@@ -3,7 +3,8 @@
 from pydantic import Field
 
 from services.runtime.config import ConfigError, ServiceSettings, Settings
-from services.scheduler.core.types import CoreConfig, SloTarget, SyncChoice
+from services.scheduler.core.config import CoreConfig, SyncChoice
+from services.scheduler.core.tasks import SloTarget
 
 
 class SloSettings(Settings):

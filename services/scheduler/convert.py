@@ -7,17 +7,11 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import profile_pb2, scheduler_service_pb2, work_pb2
 from lemix.v1 import cluster_service_pb2, types_pb2
 from services.latency import LatencyModel, NodeLatency, OpKind
+from services.scheduler.core.commands import SyncMode
+from services.scheduler.core.events import OpFinished, TaskEnded
+from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.status import CoreSnapshot
-from services.scheduler.core.types import (
-    InferenceTask,
-    NodeSpec,
-    OpFinished,
-    SloTarget,
-    SyncMode,
-    Task,
-    TaskEnded,
-    TrainingTask,
-)
+from services.scheduler.core.tasks import InferenceTask, SloTarget, Task, TrainingTask
 
 _OPS = {
     profile_pb2.OP_KIND_PREFILL: OpKind.PREFILL,

@@ -14,7 +14,7 @@ from lemix.v1 import errors_pb2
 from services.runtime.clock import Clock
 from services.scheduler import metrics
 from services.scheduler.arrivals import Arrivals
-from services.scheduler.core.types import Event, Tick
+from services.scheduler.core.events import Event, Tick
 from services.scheduler.driver_ports import Core, TrainingJobs
 from services.scheduler.driver_state import DriverState
 from services.scheduler.endings import Endings

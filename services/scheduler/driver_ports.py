@@ -4,8 +4,9 @@ from typing import Protocol
 
 from lemix.errors import LemixError
 from lemix.internal.v1 import work_pb2
+from services.scheduler.core.commands import Command
+from services.scheduler.core.events import Event
 from services.scheduler.core.status import CoreSnapshot
-from services.scheduler.core.types import Command, Event
 
 
 class Core(Protocol):

@@ -8,7 +8,7 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import work_pb2
 from services.ledger import Delivery, Ledger
 from services.runtime.clock import Clock
-from services.scheduler.core.types import Event
+from services.scheduler.core.events import Event
 from services.scheduler.driver_ports import TrainingJobs
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard

@@ -6,7 +6,7 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import work_pb2
 from services.ledger import TaskState
 from services.scheduler.convert import ended_from_outcome, failed_outcome
-from services.scheduler.core.types import TaskEnded
+from services.scheduler.core.events import TaskEnded
 from services.scheduler.driver_state import DriverState, Held, Step
 
 _log = structlog.get_logger()

@@ -11,7 +11,9 @@ import structlog
 
 from services.scheduler import metrics
 from services.scheduler.core.codec import command_to_json, config_to_json, event_to_json
-from services.scheduler.core.types import Command, CoreConfig, Event
+from services.scheduler.core.commands import Command
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import Event
 
 _log = structlog.get_logger()
 

@@ -13,7 +13,7 @@ from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.ledger import TaskRecord, TaskState
-from services.scheduler.core.types import SloTarget
+from services.scheduler.core.tasks import SloTarget
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import CancelRequested, Inbox
 from services.scheduler.nodes import NodeRegistry

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from lemix.internal.v1 import work_pb2
 from services.ledger import Delivery
 from services.scheduler import metrics
-from services.scheduler.core.types import Event, NodeSpec, OpFinished
+from services.scheduler.core.events import Event, OpFinished
+from services.scheduler.core.node_spec import NodeSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from services.runtime.clock import Clock
 from services.scheduler import metrics
 from services.scheduler.adapters import AdapterDesk
 from services.scheduler.checkpoints import CheckpointDesk
-from services.scheduler.core.types import Event, JobCancelled, JobPaused, JobResumed, SyncIntervalSet
+from services.scheduler.core.events import Event, JobCancelled, JobPaused, JobResumed, SyncIntervalSet
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.hyperparameters import resolve
 from services.scheduler.inbox import Inbox, Told

@@ -6,7 +6,8 @@ import structlog
 
 from lemix.internal.v1 import work_pb2
 from services.scheduler.convert import task_from_item
-from services.scheduler.core.types import NodeJoined, NodeLost, NodeSpec, TaskCancelled, TaskRecovered
+from services.scheduler.core.events import NodeJoined, NodeLost, TaskCancelled, TaskRecovered
+from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.driver_state import DriverState, Held, Step
 from services.scheduler.endings import Endings
 from services.scheduler.inbox import NodeGone

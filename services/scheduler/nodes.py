@@ -13,15 +13,8 @@ from services.runtime.clock import Clock
 from services.scheduler.adapters import AdapterDesk
 from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.convert import ops_from_traces, spec_from_hello
-from services.scheduler.core.types import (
-    AdaptersTold,
-    NodeDraining,
-    NodeSpec,
-    QueueOrder,
-    SnapshotReady,
-    SyncEnded,
-    WeightsTold,
-)
+from services.scheduler.core.events import AdaptersTold, NodeDraining, SnapshotReady, SyncEnded, WeightsTold
+from services.scheduler.core.node_spec import NodeSpec, QueueOrder
 from services.scheduler.inbox import Ended, Inbox, NodeArrived, NodeGone, Told, Traced, Trained
 from services.scheduler.outbox import Outbox
 from services.scheduler.profiles import ProfileSource

@@ -5,19 +5,18 @@ import structlog
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from services.scheduler.convert import queue_by, sync_mode_to_proto
-from services.scheduler.core.types import (
+from services.scheduler.core.commands import (
     ApplyWeights,
     Assign,
     CancelOnNode,
     Command,
     Drop,
     Reject,
-    SyncEnded,
     TakeBack,
     TakeSnapshot,
-    TaskEnded,
     WarnBehind,
 )
+from services.scheduler.core.events import SyncEnded, TaskEnded
 from services.scheduler.driver_state import DriverState
 from services.scheduler.endings import Endings
 

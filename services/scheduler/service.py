@@ -19,9 +19,9 @@ from services.scheduler import metrics
 from services.scheduler.adapters import AdapterDesk
 from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.config import SchedulerSettings
+from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.policies import POLICIES
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import CoreConfig
 from services.scheduler.driver import Driver
 from services.scheduler.event_log import EventLog
 from services.scheduler.explain.decisions import Decisions

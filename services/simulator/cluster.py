@@ -25,24 +25,18 @@ from services.node_agent.core.types import (
 )
 from services.node_agent.core.types import Event as NodeEvent
 from services.node_agent.core.types import Tick as NodeTick
-from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    ApplyWeights,
-    Assign,
-    CancelOnNode,
-    Command,
-    Drop,
+from services.scheduler.core.commands import ApplyWeights, Assign, CancelOnNode, Command, Drop, Reject, TakeSnapshot
+from services.scheduler.core.events import (
     Event,
     NodeJoined,
     NodeLost,
-    Reject,
     SnapshotReady,
     SyncEnded,
-    TakeSnapshot,
     TaskArrived,
     TaskEnded,
     Tick,
 )
+from services.scheduler.core.scheduler import SchedulerCore
 from services.simulator import convert
 from services.simulator.dependents import Dependents
 from services.simulator.journal import Journal

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from services.scheduler.core.types import SloTarget
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.arrivals import poisson
 from services.simulator.lengths import SHAPES, LogNormal
 from services.simulator.types import Request

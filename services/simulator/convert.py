@@ -2,7 +2,9 @@
 
 from services.latency import MOVES, OpKind
 from services.node_agent.core.types import InferenceRequest, Op, TrainingMicrobatch
-from services.scheduler.core.types import InferenceTask, NodeSpec, OpFinished, TrainingTask
+from services.scheduler.core.events import OpFinished
+from services.scheduler.core.node_spec import NodeSpec
+from services.scheduler.core.tasks import InferenceTask, TrainingTask
 from services.simulator.types import Microbatch, Request, VirtualNode
 
 _OF_NO_TASK = MOVES | {OpKind.OPTIMIZER_STEP, OpKind.WEIGHT_SYNC}

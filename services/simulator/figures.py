@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from services.latency import OpKind
-from services.scheduler.core.types import SloTarget
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.metrics import measure, quantile
 from services.simulator.overload import Queue, queue_of
 from services.simulator.types import Microbatch, Request, SimulationResult, TaskRecord

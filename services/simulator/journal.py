@@ -4,7 +4,7 @@ import math
 from itertools import repeat
 
 from services.node_agent.core.types import MemoryCounters, Op
-from services.scheduler.core.types import Assign
+from services.scheduler.core.commands import Assign
 from services.simulator.types import (
     Decision,
     OpRecord,

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from services.latency import NodeLatency, OpKind
 from services.node_agent.core.types import NodeCoreConfig
+from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.policies import create
-from services.scheduler.core.types import CoreConfig, SloTarget
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.cluster import Simulation
 from services.simulator.figures import Figures, evaluate
 from services.simulator.trace_file import TraceRow

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from services.scheduler.core.types import SloTarget
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.cautions import of_input
 from services.simulator.lengths import Shape
 from services.simulator.profile_file import Profile, read_profile

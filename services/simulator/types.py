@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from services.latency import NodeLatency, OpKind
 from services.node_agent.core.types import MemoryCounters, NodeCoreConfig
-from services.scheduler.core.types import CoreConfig, NodeTerms, SloTarget
+from services.scheduler.core.commands import NodeTerms
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.tasks import SloTarget
 
 NO_PROMISE = SloTarget()
 

@@ -4,16 +4,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from services.latency import OpKind
-from services.scheduler.core.types import (
-    Event,
-    InferenceTask,
-    NodeSpec,
-    OpFinished,
-    QueueOrder,
-    Task,
-    TaskEnded,
-    TrainingTask,
-)
+from services.scheduler.core.events import Event, OpFinished, TaskEnded
+from services.scheduler.core.node_spec import NodeSpec, QueueOrder
+from services.scheduler.core.tasks import InferenceTask, Task, TrainingTask
 
 _INFERENCE = (OpKind.PREFILL, OpKind.DECODE)
 

@@ -8,30 +8,21 @@ from typing import Any
 
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.scheduler.core.codec import command_to_json, event_to_json
-from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    ApplyWeights,
-    Assign,
-    CancelOnNode,
-    Command,
-    CoreConfig,
-    Drop,
+from services.scheduler.core.commands import ApplyWeights, Assign, CancelOnNode, Command, Drop, Reject, TakeSnapshot
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import (
     Event,
-    InferenceTask,
     NodeJoined,
     NodeLost,
-    NodeSpec,
-    Reject,
-    SloTarget,
     SnapshotReady,
     SyncEnded,
-    TakeSnapshot,
-    Task,
     TaskArrived,
     TaskEnded,
     Tick,
-    TrainingTask,
 )
+from services.scheduler.core.node_spec import NodeSpec
+from services.scheduler.core.scheduler import SchedulerCore
+from services.scheduler.core.tasks import InferenceTask, SloTarget, Task, TrainingTask
 from tests.simulation.fake_node import FakeNode, Op
 
 #: How long a fake node takes for one phase of a synchronisation, seconds.

@@ -13,34 +13,34 @@ from random import Random
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core import types as node_core
 from services.node_agent.core.types import MicrobatchArrived, NodeCoreConfig, Op, OpDone, RunOp, SyncRequested, TaskDone
-from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
+from services.scheduler.core.commands import (
     ApplyWeights,
     Assign,
     CancelOnNode,
     Command,
-    CoreConfig,
     Defer,
     Drop,
+    Reject,
+    TakeSnapshot,
+)
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import (
     Event,
-    InferenceTask,
     JobCancelled,
     NodeJoined,
     NodeLost,
-    NodeRole,
-    NodeSpec,
     OpFinished,
-    Reject,
     SnapshotReady,
     SyncEnded,
-    TakeSnapshot,
-    Task,
     TaskArrived,
     TaskCancelled,
     TaskEnded,
     TaskRecovered,
     Tick,
 )
+from services.scheduler.core.node_spec import NodeRole, NodeSpec
+from services.scheduler.core.scheduler import SchedulerCore
+from services.scheduler.core.tasks import InferenceTask, Task
 from services.simulator import convert
 from services.simulator.node import SimNode
 from services.simulator.types import Microbatch, Request, SimulationConfig, VirtualNode

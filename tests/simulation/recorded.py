@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from services.scheduler.core.commands import Command
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import Event
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import Command, CoreConfig, Event
 from services.scheduler.event_log import EventLog
 from services.simulator import cluster
 from services.simulator.types import SimulationConfig, SimulationResult, VirtualNode, Work

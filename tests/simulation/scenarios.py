@@ -2,14 +2,9 @@
 
 from collections.abc import Callable
 
-from services.scheduler.core.types import (
-    CoreConfig,
-    JobCancelled,
-    NodeJoined,
-    NodeLost,
-    SloTarget,
-    TaskCancelled,
-)
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import JobCancelled, NodeJoined, NodeLost, TaskCancelled
+from services.scheduler.core.tasks import SloTarget
 from tests.simulation.harness import Simulation, microbatches, output_lengths, requests, spec
 
 SLO = SloTarget(ttft_s=0.2, tpot_s=0.03)

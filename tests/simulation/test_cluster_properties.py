@@ -19,11 +19,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from services.scheduler.core.config import CoreConfig, SyncChoice
+from services.scheduler.core.events import SnapshotReady, SyncIntervalSet, TaskEnded
 from services.scheduler.core.policies import POLICIES
 from services.scheduler.core.policies.base import TrainingPlacement
 from services.scheduler.core.policies.round_robin import RoundRobin
 from services.scheduler.core.state import Cluster, LiveTraining, NodeState
-from services.scheduler.core.types import CoreConfig, SloTarget, SnapshotReady, SyncChoice, SyncIntervalSet, TaskEnded
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.types import Microbatch, Request
 from tests.simulation.live_cluster import LiveCluster, virtual_node
 

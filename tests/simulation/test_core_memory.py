@@ -6,8 +6,10 @@ from types import FunctionType, MethodType, ModuleType
 
 import pytest
 
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined
 from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.types import CoreConfig, NodeJoined, SloTarget
+from services.scheduler.core.tasks import SloTarget
 from tests.simulation.harness import Simulation, microbatches, output_lengths, requests, spec
 
 _SHARED = (type, ModuleType, FunctionType, MethodType)

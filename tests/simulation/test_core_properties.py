@@ -7,36 +7,35 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from services.latency import OpKind
-from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
+from services.scheduler.core.commands import (
     ApplyWeights,
     Assign,
     CancelOnNode,
     Command,
-    CoreConfig,
     Drop,
+    Reject,
+    TakeBack,
+    TakeSnapshot,
+)
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import (
     Event,
-    InferenceTask,
     JobCancelled,
     JobPaused,
     JobResumed,
     NodeJoined,
     NodeLost,
     OpFinished,
-    Reject,
-    SloTarget,
     SnapshotReady,
     SyncEnded,
-    TakeBack,
-    TakeSnapshot,
-    Task,
     TaskArrived,
     TaskCancelled,
     TaskEnded,
     Tick,
-    TrainingTask,
 )
+from services.scheduler.core.policies import POLICIES
+from services.scheduler.core.scheduler import SchedulerCore
+from services.scheduler.core.tasks import InferenceTask, SloTarget, Task, TrainingTask
 from tests.simulation.harness import spec
 
 NODE_IDS = ("a", "b", "c")

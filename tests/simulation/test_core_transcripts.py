@@ -17,8 +17,8 @@ from services.scheduler.core.codec import (
     config_to_json,
     event_from_json,
 )
+from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import CoreConfig
 from tests.simulation.harness import LogEntry, Simulation
 from tests.simulation.scenarios import SCENARIOS
 

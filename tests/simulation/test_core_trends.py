@@ -2,7 +2,9 @@
 
 import pytest
 
-from services.scheduler.core.types import CoreConfig, NodeJoined, SloTarget
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined
+from services.scheduler.core.tasks import SloTarget
 from tests.simulation.harness import Simulation, microbatches, output_lengths, requests, spec
 
 SLO = SloTarget(ttft_s=0.2, tpot_s=0.03)

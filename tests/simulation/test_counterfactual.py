@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from services.node_agent.core.types import NodeCoreConfig
+from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.types import CoreConfig, SloTarget
+from services.scheduler.core.tasks import SloTarget
 from services.scheduler.event_log import EventLog
 from services.scheduler.explain.counterfactual import Comparison, compare
 from services.scheduler.explain.log_file import read_log

@@ -3,7 +3,9 @@ good health."""
 
 import pytest
 
-from services.scheduler.core.types import CoreConfig, InferenceTask, NodeJoined, SloTarget, Tick, TrainingTask
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined, Tick
+from services.scheduler.core.tasks import InferenceTask, SloTarget, TrainingTask
 from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Change, Signature, Signatures
 from tests.simulation.harness import Simulation, requests, spec

@@ -11,24 +11,12 @@ import pytest
 
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import NodeCoreConfig
+from services.scheduler.core.commands import Assign, Command, Defer, NodeTerms, Reject
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined, OpFinished, TaskArrived, TaskEnded, Tick
+from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    Assign,
-    Command,
-    CoreConfig,
-    Defer,
-    InferenceTask,
-    NodeJoined,
-    NodeSpec,
-    NodeTerms,
-    OpFinished,
-    Reject,
-    SloTarget,
-    TaskArrived,
-    TaskEnded,
-    Tick,
-    TrainingTask,
-)
+from services.scheduler.core.tasks import InferenceTask, SloTarget, TrainingTask
 from services.simulator.cluster import Simulation
 from services.simulator.metrics import measure
 from services.simulator.types import Microbatch, Request, SimulationConfig, SimulationResult, VirtualNode, Work

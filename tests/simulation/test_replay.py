@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.node_agent.core.types import NodeCoreConfig
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined, NodeLost, TaskCancelled
 from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.types import CoreConfig, NodeJoined, NodeLost, SloTarget, TaskCancelled
+from services.scheduler.core.tasks import SloTarget
 from services.scheduler.explain.log_file import LogError, read_log
 from services.scheduler.explain.replay import RunReplay, replay
 from services.simulator.types import Microbatch, Request, SimulationConfig, VirtualNode, Work

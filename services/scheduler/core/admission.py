@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 
+from services.scheduler.core.commands import Reject
+from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.state import NodeState
-from services.scheduler.core.types import CoreConfig, InferenceTask, Reject, Task
+from services.scheduler.core.tasks import InferenceTask, Task
 
 #: Told to a refused caller; the queue is long by then and needs about that to move.
 _RETRY_AFTER_S = 1.0

@@ -4,8 +4,9 @@ import math
 
 from services.scheduler.core import policies, traces
 from services.scheduler.core.admission import deadline_s, refuse_stale
+from services.scheduler.core.commands import Assign, Command, Defer
+from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.state import Cluster, LiveInference, LiveTask, LiveTraining, NodeState
-from services.scheduler.core.types import Assign, Command, CoreConfig, Defer
 
 #: Reasons of a Defer.
 NO_NODE = "no_node"

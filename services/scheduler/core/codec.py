@@ -12,7 +12,9 @@ from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from services.scheduler.core.types import Command, CoreConfig, Event
+from services.scheduler.core.commands import Command
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import Event
 
 _TYPE = "type"
 

@@ -28,9 +28,11 @@ from services.node_agent.core.types import (
     Tick,
     TrainingMicrobatch,
 )
-from services.scheduler.core import types
+from services.scheduler.core import node_spec
+from services.scheduler.core.events import OpFinished
+from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.state import LiveInference, LiveTask, NodeState
-from services.scheduler.core.types import NodeSpec, OpFinished, TrainingTask
+from services.scheduler.core.tasks import TrainingTask
 
 #: So many inputs are taken in although nobody asks: who asks is in a hurry. Not at once, for the ends of requests come
 #: after the traces of their last operations.
@@ -80,7 +82,7 @@ class NodeMirror:
         "num_restarts",
     )
 
-    def __init__(self, now_s: float, node: NodeState, order: types.QueueOrder) -> None:
+    def __init__(self, now_s: float, node: NodeState, order: node_spec.QueueOrder) -> None:
         self._node = node
         self._order = QueueOrder(order.value)
         self._top = node.spec.num_stages - 1

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from services.scheduler.core.types import NodeSpec
+from services.scheduler.core.node_spec import NodeSpec
 
 #: Lost nodes that are remembered, those lost last.
 _MAX_LOST = 64

@@ -11,44 +11,35 @@ from services.latency import OpKind
 from services.scheduler.core import policies, traces
 from services.scheduler.core.admission import deadline_s, refuse, refuse_overloaded, refuse_stale
 from services.scheduler.core.assignment import Assigner
+from services.scheduler.core.commands import CancelOnNode, Command, Drop, Reject, TakeBack
+from services.scheduler.core.config import CoreConfig, SyncChoice
 from services.scheduler.core.costs import NodeCosts
-from services.scheduler.core.forecast import NodeForecast
-from services.scheduler.core.state import Cluster, HeldTime, LiveInference, LiveTask, LiveTraining, NodeState
-from services.scheduler.core.status import CoreSnapshot, take_snapshot
-from services.scheduler.core.synchronisation import Synchroniser, sync_mode
-from services.scheduler.core.types import (
+from services.scheduler.core.events import (
     AdaptersTold,
-    CancelOnNode,
-    Command,
-    CoreConfig,
-    Drop,
     Event,
-    InferenceTask,
     JobCancelled,
     JobPaused,
     JobResumed,
     NodeDraining,
     NodeJoined,
     NodeLost,
-    NodeRole,
-    NodeSpec,
     OpFinished,
-    QueueOrder,
-    Reject,
     SnapshotReady,
-    SyncChoice,
     SyncEnded,
     SyncIntervalSet,
-    TakeBack,
-    Task,
     TaskArrived,
     TaskCancelled,
     TaskEnded,
     TaskRecovered,
     Tick,
-    TrainingTask,
     WeightsTold,
 )
+from services.scheduler.core.forecast import NodeForecast
+from services.scheduler.core.node_spec import NodeRole, NodeSpec, QueueOrder
+from services.scheduler.core.state import Cluster, HeldTime, LiveInference, LiveTask, LiveTraining, NodeState
+from services.scheduler.core.status import CoreSnapshot, take_snapshot
+from services.scheduler.core.synchronisation import Synchroniser, sync_mode
+from services.scheduler.core.tasks import InferenceTask, Task, TrainingTask
 
 
 class SchedulerCore:

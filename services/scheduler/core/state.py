@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from services.latency import OpKind
+from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.estimator import Arrivals, OutputLengths, RunningMoments
 from services.scheduler.core.forecast import NodeForecast
+from services.scheduler.core.node_spec import NodeRole, NodeSpec
 from services.scheduler.core.sessions import Sessions
-from services.scheduler.core.types import CoreConfig, InferenceTask, NodeRole, NodeSpec, TrainingTask
+from services.scheduler.core.tasks import InferenceTask, TrainingTask
 
 if TYPE_CHECKING:
     from services.scheduler.core.node_mirror import NodeMirror

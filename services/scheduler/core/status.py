@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from services.scheduler.core.node_spec import NodeRole
 from services.scheduler.core.state import Cluster
-from services.scheduler.core.types import NodeRole
 
 
 @dataclass(frozen=True, slots=True)

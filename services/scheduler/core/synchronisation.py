@@ -14,19 +14,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from services.scheduler.core.commands import ApplyWeights, Command, SyncMode, TakeSnapshot, WarnBehind
+from services.scheduler.core.config import SyncChoice
+from services.scheduler.core.events import SnapshotReady, SyncEnded
+from services.scheduler.core.node_spec import NodeRole, NodeSpec
 from services.scheduler.core.replicas import Replicas
-from services.scheduler.core.types import (
-    ApplyWeights,
-    Command,
-    NodeRole,
-    NodeSpec,
-    SnapshotReady,
-    SyncChoice,
-    SyncEnded,
-    SyncMode,
-    TakeSnapshot,
-    WarnBehind,
-)
 
 #: Rounds that may fail to bring a node up to date before it serves with what it has, and the pause after each.
 _MAX_FAILED = 3

@@ -1,9 +1,10 @@
 """What a finished operation tells: progress of requests, real durations, corrections of the paper's forecast."""
 
 from services.latency import OpKind
+from services.scheduler.core.events import OpFinished
 from services.scheduler.core.forecast import NodeForecast
 from services.scheduler.core.state import Cluster, LiveInference, NodeState
-from services.scheduler.core.types import InferenceTask, OpFinished, Task, TrainingTask
+from services.scheduler.core.tasks import InferenceTask, Task, TrainingTask
 
 _INFERENCE_OPS = (OpKind.PREFILL, OpKind.DECODE)
 _TRAINING_OPS = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD)

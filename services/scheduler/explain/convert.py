@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lemix.internal.v1 import scheduler_service_pb2 as pb
-from services.scheduler.core.types import InferenceTask
+from services.scheduler.core.tasks import InferenceTask
 from services.scheduler.explain.types import Decision, Fate, Meaning, Outcome
 
 _FATES = {

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from services.node_agent.core.types import NodeCoreConfig
-from services.scheduler.core.types import CoreConfig, InferenceTask, SloTarget, TrainingTask
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.tasks import InferenceTask, SloTarget, TrainingTask
 from services.scheduler.explain.recording import Recording
 from services.scheduler.explain.types import Decision, Fate
 from services.simulator.cluster import Simulation

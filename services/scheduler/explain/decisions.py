@@ -9,7 +9,8 @@ from itertools import islice
 from typing import Final
 
 from services.latency import OpKind
-from services.scheduler.core.types import Assign, OpFinished, Reject, TaskEnded
+from services.scheduler.core.commands import Assign, Reject
+from services.scheduler.core.events import OpFinished, TaskEnded
 from services.scheduler.explain.live import Live, LiveTasks
 from services.scheduler.explain.types import Decision, Fate, Outcome
 

@@ -8,26 +8,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from services.scheduler.core.types import (
-    Assign,
-    CancelOnNode,
-    Command,
-    Defer,
-    Drop,
+from services.scheduler.core.commands import Assign, CancelOnNode, Command, Defer, Drop, Reject, TakeBack
+from services.scheduler.core.events import (
     Event,
-    InferenceTask,
     NodeJoined,
     NodeLost,
-    NodeSpec,
     OpFinished,
-    Reject,
-    TakeBack,
-    Task,
     TaskArrived,
     TaskEnded,
     TaskRecovered,
-    TrainingTask,
 )
+from services.scheduler.core.node_spec import NodeSpec
+from services.scheduler.core.tasks import InferenceTask, Task, TrainingTask
 from services.scheduler.explain.types import Decision, Promise
 
 

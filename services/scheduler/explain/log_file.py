@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from services.scheduler.core.codec import command_from_json, config_from_json, event_from_json
-from services.scheduler.core.types import Command, CoreConfig, Event
+from services.scheduler.core.commands import Command
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import Event
 from services.scheduler.event_log import VERSION
 
 _T = TypeVar("_T")

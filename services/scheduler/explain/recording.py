@@ -6,20 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.latency import OpKind
-from services.scheduler.core.types import (
-    CancelOnNode,
-    CoreConfig,
-    Drop,
-    InferenceTask,
-    NodeJoined,
-    NodeLost,
-    NodeSpec,
-    OpFinished,
-    SyncIntervalSet,
-    Task,
-    TaskArrived,
-    TrainingTask,
-)
+from services.scheduler.core.commands import CancelOnNode, Drop
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined, NodeLost, OpFinished, SyncIntervalSet, TaskArrived
+from services.scheduler.core.node_spec import NodeSpec
+from services.scheduler.core.tasks import InferenceTask, Task, TrainingTask
 from services.scheduler.explain.decisions import Decisions
 from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.log_file import Entry, RunBegan, Step

@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.scheduler.core.commands import Command
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import Event
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import Command, CoreConfig, Event
 from services.scheduler.explain.log_file import Dropped, Entry, LogError, RunBegan, Step
 
 

@@ -13,7 +13,9 @@ from typing import Final
 
 from services.latency import MOVES, OpKind
 from services.scheduler.core.assignment import HELD_BACK
-from services.scheduler.core.types import Assign, InferenceTask, OpFinished, Reject, SloTarget, TaskEnded
+from services.scheduler.core.commands import Assign, Reject
+from services.scheduler.core.events import OpFinished, TaskEnded
+from services.scheduler.core.tasks import InferenceTask, SloTarget
 from services.scheduler.explain.live import Live, LiveTasks
 from services.scheduler.explain.types import Promise
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from services.scheduler.core.types import InferenceTask, NodeTerms, Task
+from services.scheduler.core.commands import NodeTerms
+from services.scheduler.core.tasks import InferenceTask, Task
 
 
 class Meaning(StrEnum):

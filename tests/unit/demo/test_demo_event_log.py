@@ -8,16 +8,9 @@ from bench.demo.event_log import read_event_log
 from bench.demo.records import OpRecord, TaskSpan
 from services.latency import OpKind
 from services.scheduler.core import codec
-from services.scheduler.core.types import (
-    Assign,
-    InferenceTask,
-    NodeLost,
-    OpFinished,
-    TaskArrived,
-    TaskEnded,
-    Tick,
-    TrainingTask,
-)
+from services.scheduler.core.commands import Assign
+from services.scheduler.core.events import NodeLost, OpFinished, TaskArrived, TaskEnded, Tick
+from services.scheduler.core.tasks import InferenceTask, TrainingTask
 
 
 @pytest.fixture

@@ -3,18 +3,12 @@
 from typing import Any
 
 from services.latency import LatencyModel, NodeLatency, OpKind
+from services.scheduler.core.commands import Assign, Command
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined, OpFinished
+from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    Assign,
-    Command,
-    CoreConfig,
-    InferenceTask,
-    NodeJoined,
-    NodeSpec,
-    OpFinished,
-    SloTarget,
-    TrainingTask,
-)
+from services.scheduler.core.tasks import InferenceTask, SloTarget, TrainingTask
 
 PREFILL_S, DECODE_S, FORWARD_S, BACKWARD_S, STEP_S = 0.1, 0.01, 0.2, 0.4, 0.05
 

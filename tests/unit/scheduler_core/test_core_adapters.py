@@ -2,16 +2,9 @@
 
 from dataclasses import replace
 
+from services.scheduler.core.commands import Command, Reject
+from services.scheduler.core.events import AdaptersTold, NodeJoined, NodeLost, TaskArrived, TaskEnded
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    AdaptersTold,
-    Command,
-    NodeJoined,
-    NodeLost,
-    Reject,
-    TaskArrived,
-    TaskEnded,
-)
 from tests.unit.scheduler_core.support import assigned, core_with, node
 from tests.unit.scheduler_core.support import request as plain_request
 

@@ -7,19 +7,11 @@ import pytest
 
 from services.latency import OpKind
 from services.scheduler.core import policies
+from services.scheduler.core.commands import TakeSnapshot
+from services.scheduler.core.events import NodeJoined, NodeLost, OpFinished, TaskArrived, TaskEnded, TaskRecovered, Tick
 from services.scheduler.core.policies.recent import Recent
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    InferenceTask,
-    NodeJoined,
-    NodeLost,
-    OpFinished,
-    TakeSnapshot,
-    TaskArrived,
-    TaskEnded,
-    TaskRecovered,
-    Tick,
-)
+from services.scheduler.core.tasks import InferenceTask
 from tests.unit.scheduler_core.support import (
     assigned,
     constant_latency,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.latency import FORMS, LatencyModel, NodeLatency, OpKind
-from services.scheduler.core import types
+from services.scheduler.core import commands, events, tasks
 from services.scheduler.core.codec import (
     command_from_json,
     command_to_json,
@@ -17,7 +17,9 @@ from services.scheduler.core.codec import (
     event_from_json,
     event_to_json,
 )
-from services.scheduler.core.types import Command, CoreConfig, Event
+from services.scheduler.core.commands import Command
+from services.scheduler.core.config import CoreConfig, SyncChoice
+from services.scheduler.core.events import Event
 
 number = st.floats(allow_nan=False, allow_infinity=False)
 models = st.sampled_from(sorted(FORMS)).flatmap(
@@ -36,34 +38,34 @@ for cls, strategy in ((NodeLatency, latencies), (float, number)):
     st.register_type_strategy(cls, strategy)
 
 EVENTS = [
-    types.NodeJoined,
-    types.NodeLost,
-    types.NodeDraining,
-    types.TaskArrived,
-    types.TaskRecovered,
-    types.TaskCancelled,
-    types.JobCancelled,
-    types.JobPaused,
-    types.JobResumed,
-    types.OpFinished,
-    types.TaskEnded,
-    types.SnapshotReady,
-    types.SyncEnded,
-    types.SyncIntervalSet,
-    types.WeightsTold,
-    types.AdaptersTold,
-    types.Tick,
+    events.NodeJoined,
+    events.NodeLost,
+    events.NodeDraining,
+    events.TaskArrived,
+    events.TaskRecovered,
+    events.TaskCancelled,
+    events.JobCancelled,
+    events.JobPaused,
+    events.JobResumed,
+    events.OpFinished,
+    events.TaskEnded,
+    events.SnapshotReady,
+    events.SyncEnded,
+    events.SyncIntervalSet,
+    events.WeightsTold,
+    events.AdaptersTold,
+    events.Tick,
 ]
 COMMANDS = [
-    types.Assign,
-    types.Defer,
-    types.Reject,
-    types.CancelOnNode,
-    types.Drop,
-    types.TakeBack,
-    types.TakeSnapshot,
-    types.ApplyWeights,
-    types.WarnBehind,
+    commands.Assign,
+    commands.Defer,
+    commands.Reject,
+    commands.CancelOnNode,
+    commands.Drop,
+    commands.TakeBack,
+    commands.TakeSnapshot,
+    commands.ApplyWeights,
+    commands.WarnBehind,
 ]
 
 
@@ -91,8 +93,8 @@ def test_configuration_round_trips() -> None:
     config = CoreConfig(
         policy="paper_additive",
         policy_options={"tau_s": 0.1, "flag": True, "count": 3, "name": "x"},
-        default_slo=types.SloTarget(0.3, None),
-        sync=types.SyncChoice.AVERAGE,
+        default_slo=tasks.SloTarget(0.3, None),
+        sync=SyncChoice.AVERAGE,
         sync_every_steps=5,
     )
     back = config_from_json(through_json(config_to_json(config)))
@@ -101,7 +103,7 @@ def test_configuration_round_trips() -> None:
 
 
 def test_form_is_readable_and_stable() -> None:
-    event = types.TaskArrived(types.InferenceTask("r", 0.5, 10, 20, types.SloTarget(ttft_s=0.2)))
+    event = events.TaskArrived(tasks.InferenceTask("r", 0.5, 10, 20, tasks.SloTarget(ttft_s=0.2)))
     assert event_to_json(event) == {
         "type": "TaskArrived",
         "task": {
@@ -116,7 +118,7 @@ def test_form_is_readable_and_stable() -> None:
             "adapter_id": "",
         },
     }
-    command = types.ApplyWeights("s", "n", types.SyncMode.REPLACE, ("m",))
+    command = commands.ApplyWeights("s", "n", commands.SyncMode.REPLACE, ("m",))
     assert command_to_json(command) == {
         "type": "ApplyWeights",
         "sync_id": "s",

@@ -10,19 +10,13 @@ from hypothesis import strategies as st
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import ASYNC, NodeCoreConfig
 from services.scheduler.core import fast_forward
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined, OpFinished, TaskArrived, TaskCancelled, TaskEnded
 from services.scheduler.core.fast_forward import predict_ahead
 from services.scheduler.core.response import predict_response
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.state import LiveInference
-from services.scheduler.core.types import (
-    CoreConfig,
-    NodeJoined,
-    OpFinished,
-    SloTarget,
-    TaskArrived,
-    TaskCancelled,
-    TaskEnded,
-)
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.cluster import Simulation
 from services.simulator.types import Microbatch, Request, SimulationConfig, SimulationResult, VirtualNode, Work
 from tests.unit.scheduler_core.support import core_with, microbatch, node, request

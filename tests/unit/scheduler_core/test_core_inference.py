@@ -2,14 +2,10 @@
 
 import pytest
 
-from services.scheduler.core.types import (
-    Assign,
-    CancelOnNode,
-    Defer,
-    Drop,
+from services.scheduler.core.commands import Assign, CancelOnNode, Defer, Drop, Reject
+from services.scheduler.core.events import (
     NodeJoined,
     NodeLost,
-    Reject,
     TaskArrived,
     TaskCancelled,
     TaskEnded,

@@ -3,17 +3,10 @@
 import pytest
 
 from services.latency import LatencyModel, NodeLatency, OpKind
+from services.scheduler.core.commands import Assign, NodeTerms
+from services.scheduler.core.events import NodeJoined, NodeLost, OpFinished, TaskArrived, TaskEnded
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    Assign,
-    NodeJoined,
-    NodeLost,
-    NodeTerms,
-    OpFinished,
-    SloTarget,
-    TaskArrived,
-    TaskEnded,
-)
+from services.scheduler.core.tasks import SloTarget
 from tests.unit.scheduler_core.support import assigned, constant_latency, core_with, microbatch, node, request
 
 

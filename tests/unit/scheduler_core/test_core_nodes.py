@@ -3,17 +3,17 @@
 import pytest
 
 from services.latency import OpKind
-from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.types import (
+from services.scheduler.core.events import (
     NodeDraining,
     NodeJoined,
     NodeLost,
-    NodeRole,
     OpFinished,
     TaskArrived,
     TaskEnded,
     TaskRecovered,
 )
+from services.scheduler.core.node_spec import NodeRole
+from services.scheduler.core.policies import POLICIES
 from tests.unit.scheduler_core.support import assigned, core_with, microbatch, node, request
 
 

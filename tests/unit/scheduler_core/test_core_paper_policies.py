@@ -7,20 +7,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.latency import LatencyModel, NodeLatency, OpKind
+from services.scheduler.core.commands import Assign, Defer, NodeTerms
+from services.scheduler.core.events import OpFinished, TaskArrived, TaskEnded
 from services.scheduler.core.forecast import BackwardWindow
+from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.policies.paper_released import ReleasedForecast, walk
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    Assign,
-    Defer,
-    InferenceTask,
-    NodeSpec,
-    NodeTerms,
-    OpFinished,
-    TaskArrived,
-    TaskEnded,
-    TrainingTask,
-)
+from services.scheduler.core.tasks import InferenceTask, TrainingTask
 from tests.unit.scheduler_core.support import assigned, constant_latency, core_with, microbatch, node, request
 
 PAPER = ("paper_additive", "paper_ratio", "paper_released")

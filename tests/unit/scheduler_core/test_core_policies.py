@@ -3,18 +3,11 @@
 import pytest
 
 from services.scheduler.core import policies
+from services.scheduler.core.commands import Assign, SyncMode
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined, NodeLost, TaskArrived, TaskEnded
+from services.scheduler.core.node_spec import NodeRole, QueueOrder
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    Assign,
-    CoreConfig,
-    NodeJoined,
-    NodeLost,
-    NodeRole,
-    QueueOrder,
-    SyncMode,
-    TaskArrived,
-    TaskEnded,
-)
 from tests.unit.scheduler_core.support import (
     PREFILL_S,
     assigned,

@@ -7,24 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.latency import OpKind
+from services.scheduler.core.commands import Assign, Command
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import Event, NodeJoined, NodeLost, OpFinished, TaskArrived, TaskEnded, Tick
+from services.scheduler.core.node_spec import NodeRole
 from services.scheduler.core.policies import POLICIES, Policy, create
 from services.scheduler.core.policies.base import Options, Placement, TrainingPlacement
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
-from services.scheduler.core.types import (
-    Assign,
-    Command,
-    CoreConfig,
-    Event,
-    NodeJoined,
-    NodeLost,
-    NodeRole,
-    OpFinished,
-    SloTarget,
-    TaskArrived,
-    TaskEnded,
-    Tick,
-)
+from services.scheduler.core.tasks import SloTarget
 from tests.unit.scheduler_core.support import constant_latency, microbatch, node, request
 
 NODES = ("a", "b", "c", "d")

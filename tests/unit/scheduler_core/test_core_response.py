@@ -3,10 +3,10 @@
 import pytest
 
 from services.latency import LatencyModel, NodeLatency, OpKind
+from services.scheduler.core.events import OpFinished, TaskArrived, TaskEnded
 from services.scheduler.core.response import Response, predict_response
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.state import LiveInference
-from services.scheduler.core.types import OpFinished, TaskArrived, TaskEnded
 from tests.unit.scheduler_core.support import core_with, microbatch, node, request
 
 

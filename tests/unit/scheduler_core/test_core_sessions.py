@@ -7,20 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.latency import LatencyModel, NodeLatency, OpKind
+from services.scheduler.core.commands import Assign
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import Event, NodeJoined, NodeLost, OpFinished, TaskArrived, TaskEnded
+from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    Assign,
-    CoreConfig,
-    Event,
-    InferenceTask,
-    NodeJoined,
-    NodeLost,
-    NodeSpec,
-    OpFinished,
-    SloTarget,
-    TaskArrived,
-    TaskEnded,
-)
+from services.scheduler.core.tasks import InferenceTask, SloTarget
 from tests.unit.scheduler_core.support import assigned, core_with
 
 #: A prefill takes 1 ms per token, a decode iteration 1 ms.

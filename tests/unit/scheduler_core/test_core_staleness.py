@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from services.scheduler.core.commands import Defer, Reject
+from services.scheduler.core.events import NodeJoined, TaskArrived, TaskEnded, WeightsTold
 from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.types import Defer, InferenceTask, NodeJoined, Reject, TaskArrived, TaskEnded, WeightsTold
+from services.scheduler.core.tasks import InferenceTask
 from tests.unit.scheduler_core.support import assigned, core_with, node, request, step_ended
 
 

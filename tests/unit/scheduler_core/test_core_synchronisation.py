@@ -2,26 +2,21 @@
 
 import pytest
 
-from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    ApplyWeights,
-    Command,
-    Defer,
+from services.scheduler.core.commands import ApplyWeights, Command, Defer, SyncMode, TakeSnapshot, WarnBehind
+from services.scheduler.core.config import SyncChoice
+from services.scheduler.core.events import (
     NodeDraining,
     NodeJoined,
     NodeLost,
-    NodeRole,
     SnapshotReady,
-    SyncChoice,
     SyncEnded,
     SyncIntervalSet,
-    SyncMode,
-    TakeSnapshot,
     TaskArrived,
     Tick,
-    WarnBehind,
     WeightsTold,
 )
+from services.scheduler.core.node_spec import NodeRole
+from services.scheduler.core.scheduler import SchedulerCore
 from tests.unit.scheduler_core.support import assigned, core_with, microbatch, node, request, step_ended
 
 

@@ -4,24 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from services.scheduler.core.scheduler import SchedulerCore
-from services.scheduler.core.types import (
-    CancelOnNode,
-    Command,
-    Defer,
-    Drop,
+from services.scheduler.core.commands import CancelOnNode, Command, Defer, Drop, Reject, TakeBack
+from services.scheduler.core.events import (
     JobCancelled,
     JobPaused,
     JobResumed,
     NodeJoined,
     NodeLost,
-    Reject,
-    SloTarget,
-    TakeBack,
     TaskArrived,
     TaskEnded,
     Tick,
 )
+from services.scheduler.core.scheduler import SchedulerCore
+from services.scheduler.core.tasks import SloTarget
 from tests.unit.scheduler_core.support import (
     assigned,
     backward_ended,

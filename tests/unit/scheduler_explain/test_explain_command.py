@@ -8,21 +8,10 @@ import pytest
 from rich.console import Console
 
 from services.latency import OpKind
-from services.scheduler.core.types import (
-    Assign,
-    CoreConfig,
-    Defer,
-    InferenceTask,
-    NodeJoined,
-    NodeTerms,
-    OpFinished,
-    Reject,
-    SloTarget,
-    TaskArrived,
-    TaskEnded,
-    Tick,
-    TrainingTask,
-)
+from services.scheduler.core.commands import Assign, Defer, NodeTerms, Reject
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import NodeJoined, OpFinished, TaskArrived, TaskEnded, Tick
+from services.scheduler.core.tasks import InferenceTask, SloTarget, TrainingTask
 from services.scheduler.event_log import EventLog
 from services.scheduler.explain.__main__ import main
 from tests.simulation.harness import Simulation, microbatches, output_lengths, requests, spec

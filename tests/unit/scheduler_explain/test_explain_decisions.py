@@ -7,30 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.latency import LatencyModel, NodeLatency, OpKind
-from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.types import (
-    Assign,
-    CancelOnNode,
-    Command,
-    CoreConfig,
-    Defer,
-    Drop,
+from services.scheduler.core.commands import Assign, CancelOnNode, Command, Defer, Drop, NodeTerms, Reject
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import (
     Event,
-    InferenceTask,
     NodeJoined,
     NodeLost,
-    NodeSpec,
-    NodeTerms,
     OpFinished,
-    Reject,
-    Task,
     TaskArrived,
     TaskCancelled,
     TaskEnded,
     TaskRecovered,
     Tick,
-    TrainingTask,
 )
+from services.scheduler.core.node_spec import NodeSpec
+from services.scheduler.core.policies import POLICIES
+from services.scheduler.core.tasks import InferenceTask, Task, TrainingTask
 from services.scheduler.explain.decisions import Decisions
 from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.types import Decision, Fate, Meaning, meaning

@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.scheduler.core.codec import event_from_json
-from services.scheduler.core.types import Assign, CoreConfig, InferenceTask, NodeTerms, TaskArrived, Tick
+from services.scheduler.core.commands import Assign, NodeTerms
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import TaskArrived, Tick
+from services.scheduler.core.tasks import InferenceTask
 from services.scheduler.event_log import EventLog
 from services.scheduler.explain.log_file import Dropped, LogError, RunBegan, Step, read_log
 

@@ -3,26 +3,19 @@
 import pytest
 
 from services.latency import NodeLatency, OpKind
-from services.scheduler.core.types import (
-    Assign,
-    CancelOnNode,
-    Command,
-    Defer,
-    Drop,
+from services.scheduler.core.commands import Assign, CancelOnNode, Command, Defer, Drop, Reject
+from services.scheduler.core.events import (
     Event,
-    InferenceTask,
     NodeJoined,
     NodeLost,
-    NodeSpec,
     OpFinished,
-    Reject,
-    SloTarget,
     TaskArrived,
     TaskEnded,
     TaskRecovered,
     Tick,
-    TrainingTask,
 )
+from services.scheduler.core.node_spec import NodeSpec
+from services.scheduler.core.tasks import InferenceTask, SloTarget, TrainingTask
 from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Change, Finding, Signature, Signatures
 

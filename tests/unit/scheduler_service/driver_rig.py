@@ -13,15 +13,9 @@ from services.latency import LatencyModel, NodeLatency, OpKind
 from services.ledger import Ledger
 from services.runtime.clock import FakeClock
 from services.scheduler.adapters import AdapterDesk
-from services.scheduler.core.types import (
-    Assign,
-    Command,
-    Event,
-    JobCancelled,
-    NodeSpec,
-    TaskArrived,
-    Tick,
-)
+from services.scheduler.core.commands import Assign, Command
+from services.scheduler.core.events import Event, JobCancelled, TaskArrived, Tick
+from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.driver import Driver
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import (

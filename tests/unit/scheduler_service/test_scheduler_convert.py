@@ -20,7 +20,9 @@ from services.scheduler.convert import (
     spec_from_hello,
     task_from_item,
 )
-from services.scheduler.core.types import CoreConfig, InferenceTask, SloTarget, TaskEnded, TrainingTask
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import TaskEnded
+from services.scheduler.core.tasks import InferenceTask, SloTarget, TrainingTask
 
 
 def fit(op: int, model: str, coefficients: list[float], stage: int = 0, chosen: bool = True) -> profile_pb2.LatencyFit:

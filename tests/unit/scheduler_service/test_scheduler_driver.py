@@ -11,19 +11,21 @@ from lemix.internal.v1 import work_pb2
 from lemix.v1 import errors_pb2, types_pb2
 from services.latency import OpKind
 from services.ledger import LedgerUnavailable, StaleToken, TaskState
-from services.scheduler.core.types import (
+from services.scheduler.core.commands import (
     ApplyWeights,
     Assign,
     CancelOnNode,
     Command,
     Drop,
+    Reject,
+    SyncMode,
+    TakeSnapshot,
+)
+from services.scheduler.core.events import (
     JobCancelled,
     NodeLost,
     OpFinished,
-    Reject,
     SyncEnded,
-    SyncMode,
-    TakeSnapshot,
     TaskArrived,
     TaskCancelled,
     TaskEnded,

@@ -2,15 +2,8 @@
 
 from lemix.internal.v1 import work_pb2
 from services.ledger import TaskState
-from services.scheduler.core.types import (
-    Assign,
-    NodeJoined,
-    NodeLost,
-    TaskArrived,
-    TaskCancelled,
-    TaskEnded,
-    TaskRecovered,
-)
+from services.scheduler.core.commands import Assign
+from services.scheduler.core.events import NodeJoined, NodeLost, TaskArrived, TaskCancelled, TaskEnded, TaskRecovered
 from services.scheduler.inbox import (
     Delivered,
     NodeArrived,

@@ -3,13 +3,8 @@
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import errors_pb2, types_pb2
 from services.ledger import Delivery
-from services.scheduler.core.types import (
-    Assign,
-    Drop,
-    NodeLost,
-    TaskArrived,
-    TaskEnded,
-)
+from services.scheduler.core.commands import Assign, Drop
+from services.scheduler.core.events import NodeLost, TaskArrived, TaskEnded
 from services.scheduler.inbox import (
     CancelRequested,
     Delivered,

@@ -11,7 +11,8 @@ from lemix.internal.v1 import profile_pb2
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.runtime.clock import FakeClock
-from services.scheduler.core.types import QueueOrder, SyncEnded, WeightsTold
+from services.scheduler.core.events import SyncEnded, WeightsTold
+from services.scheduler.core.node_spec import QueueOrder
 from services.scheduler.inbox import Inbox, NodeArrived, NodeGone, Told, Traced
 from services.scheduler.nodes import NodeRegistry
 

@@ -20,7 +20,10 @@ from services.ledger import LedgerUnavailable, open_ledger
 from services.runtime.app import StartupError
 from services.runtime.grpc_server import GrpcServer
 from services.scheduler.core.codec import command_from_json, config_from_json, event_from_json
-from services.scheduler.core.types import Assign, CoreConfig, InferenceTask, OpFinished, TaskArrived, Tick
+from services.scheduler.core.commands import Assign
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.events import OpFinished, TaskArrived, Tick
+from services.scheduler.core.tasks import InferenceTask
 from services.scheduler.event_log import EventLog
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Inbox, Told, Traced

@@ -13,7 +13,8 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import work_pb2
 from services.ledger import open_ledger
 from services.scheduler import driver as driver_module
-from services.scheduler.core.types import SloTarget, Tick
+from services.scheduler.core.events import Tick
+from services.scheduler.core.tasks import SloTarget
 from services.scheduler.driver import Driver
 from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Signature, Signatures

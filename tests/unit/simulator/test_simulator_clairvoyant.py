@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import NodeCoreConfig
+from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.types import CoreConfig, SloTarget
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.clairvoyant import Demand, clairvoyant_node_s, demands
 from services.simulator.cluster import Simulation
 from services.simulator.metrics import held_node_s

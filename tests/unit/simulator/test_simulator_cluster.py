@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import NodeCoreConfig
+from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.types import CoreConfig
 from services.simulator.cluster import Simulation
 from services.simulator.metrics import held_node_s, measure
 from services.simulator.types import Microbatch, Request, SimulationConfig, SimulationResult, VirtualNode, Work

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import NodeCoreConfig
-from services.scheduler.core.types import CoreConfig, SloTarget
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.cluster import Simulation
 from services.simulator.conversations import CONVERSATIONS, Conversation, draw
 from services.simulator.lengths import LogNormal

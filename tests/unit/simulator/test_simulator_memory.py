@@ -6,8 +6,8 @@ import pytest
 
 from services.latency import MOVES, LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import SCHEDULES, MemoryConfig, NodeCoreConfig
+from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.policies import POLICIES
-from services.scheduler.core.types import CoreConfig
 from services.simulator.cluster import Simulation
 from services.simulator.types import Microbatch, Request, SimulationConfig, SimulationResult, VirtualNode, Work
 

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from services.latency import LatencyModel, NodeLatency, OpKind
-from services.scheduler.core.types import SloTarget
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.figures import Figures, spread
 from services.simulator.plan import Search, fewest
 from services.simulator.pool import simulations

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import NodeCoreConfig
-from services.scheduler.core.types import CoreConfig
+from services.scheduler.core.config import CoreConfig
 from services.simulator.cluster import Simulation
 from services.simulator.training_supply import TrainingSupply
 from services.simulator.types import Microbatch, Request, SimulationConfig, SimulationResult, VirtualNode, Work

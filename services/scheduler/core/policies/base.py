@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from services.scheduler.core.commands import NodeTerms, SyncMode
+from services.scheduler.core.events import Event
 from services.scheduler.core.forecast import NodeForecast
+from services.scheduler.core.node_spec import NodeRole, QueueOrder
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
-from services.scheduler.core.types import Event, NodeRole, NodeTerms, QueueOrder, SyncMode
 
 Options = dict[str, float | int | str | bool]
 

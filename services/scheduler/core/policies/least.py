@@ -1,10 +1,10 @@
 """Baselines that compare the nodes' load: fewest tasks, and least utilised (Mix-LUF of the paper)."""
 
+from services.scheduler.core.events import Event, NodeJoined, NodeLost, OpFinished
 from services.scheduler.core.policies.base import Options
 from services.scheduler.core.policies.mixed import Ranked
 from services.scheduler.core.policies.recent import Recent
 from services.scheduler.core.state import Cluster, LiveTask, NodeState
-from services.scheduler.core.types import Event, NodeJoined, NodeLost, OpFinished
 
 
 class LeastLoaded(Ranked):

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from services.latency import OpKind
+from services.scheduler.core.commands import NodeTerms, SyncMode
+from services.scheduler.core.events import Event, NodeJoined
 from services.scheduler.core.fast_forward import predict_ahead
 from services.scheduler.core.hold_back import overrun_s
 from services.scheduler.core.node_mirror import NodeMirror
+from services.scheduler.core.node_spec import NodeRole, QueueOrder
 from services.scheduler.core.policies.base import (
     Options,
     Placement,
@@ -18,7 +21,6 @@ from services.scheduler.core.policies.base import (
 )
 from services.scheduler.core.response import predict_response
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
-from services.scheduler.core.types import Event, NodeJoined, NodeRole, NodeTerms, QueueOrder, SyncMode
 
 #: Held-back training is looked at again after this long even if nothing happens.
 _RETRY_S = 0.05

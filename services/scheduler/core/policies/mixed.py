@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from services.scheduler.core.commands import NodeTerms, SyncMode
+from services.scheduler.core.node_spec import NodeRole, QueueOrder
 from services.scheduler.core.policies.base import Options, Placement, TrainingPlacement, check_options, every_node
 from services.scheduler.core.state import Cluster, LiveInference, LiveTask, LiveTraining, NodeState
-from services.scheduler.core.types import NodeRole, NodeTerms, QueueOrder, SyncMode
 
 #: The `+` variants of the paper: use only the first so many nodes by id, as many as LeMix used; 0: all.
 MAX_NODES = {"max_nodes": 0}

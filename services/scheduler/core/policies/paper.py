@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from services.latency import OpKind
+from services.scheduler.core.commands import NodeTerms, SyncMode
+from services.scheduler.core.events import Event, NodeJoined
 from services.scheduler.core.forecast import NodeForecast
+from services.scheduler.core.node_spec import NodeRole, QueueOrder
 from services.scheduler.core.policies.base import (
     Options,
     Placement,
@@ -20,7 +23,6 @@ from services.scheduler.core.policies.base import (
 from services.scheduler.core.policies.no_profile import no_profile
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
 from services.scheduler.core.traces import forward_s_per_stage, training_s_per_stage
-from services.scheduler.core.types import Event, NodeJoined, NodeRole, NodeTerms, QueueOrder, SyncMode
 
 #: Training is held back when its own predicted response exceeds this many SLO units.
 HOLD_BACK_UNITS = 5.0

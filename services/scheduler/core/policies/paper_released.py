@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from services.latency import OpKind
+from services.scheduler.core.events import Event, NodeJoined
 from services.scheduler.core.forecast import BackwardWindow, NodeForecast, Path
 from services.scheduler.core.policies.base import Options
 from services.scheduler.core.policies.paper import Asked, PaperRatio
 from services.scheduler.core.state import Cluster, NodeState
-from services.scheduler.core.types import Event, NodeJoined
 
 #: Stage and one of its backward windows -> seconds taken to be work.
 BusyTime = Callable[[int, BackwardWindow], float]

@@ -2,19 +2,13 @@
 
 from collections.abc import Sequence
 
+from services.scheduler.core.commands import NodeTerms
+from services.scheduler.core.events import Event, NodeJoined, NodeLost, TaskEnded, TaskRecovered
 from services.scheduler.core.policies.base import Options
 from services.scheduler.core.policies.mixed import Ranked
 from services.scheduler.core.state import Cluster, LiveTask, NodeState
+from services.scheduler.core.tasks import InferenceTask
 from services.scheduler.core.traces import forward_s_per_stage
-from services.scheduler.core.types import (
-    Event,
-    InferenceTask,
-    NodeJoined,
-    NodeLost,
-    NodeTerms,
-    TaskEnded,
-    TaskRecovered,
-)
 
 
 def work_s(live: LiveTask, node: NodeState, cluster: Cluster) -> float:

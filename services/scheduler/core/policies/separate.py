@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from services.scheduler.core.commands import SyncMode
+from services.scheduler.core.node_spec import NodeRole, QueueOrder
 from services.scheduler.core.policies.base import InTurn, Options, Placement, TrainingPlacement, check_options
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
-from services.scheduler.core.types import NodeRole, QueueOrder, SyncMode
 
 
 class Separate:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 
+from services.scheduler.core.commands import SyncMode
+from services.scheduler.core.events import Event
+from services.scheduler.core.node_spec import NodeRole, QueueOrder
 from services.scheduler.core.policies.base import InTurn, Options, Placement, TrainingPlacement, check_options
 from services.scheduler.core.policies.queue_work import work_s
 from services.scheduler.core.policies.recent import Recent
 from services.scheduler.core.policies.separate import split
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
-from services.scheduler.core.types import Event, NodeRole, QueueOrder, SyncMode
 
 
 class SeparateDynamic:

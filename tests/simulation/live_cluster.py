@@ -45,7 +45,7 @@ from services.simulator import convert
 from services.simulator.node import SimNode
 from services.simulator.types import Microbatch, Request, SimulationConfig, VirtualNode
 from tests.simulation.harness import latency
-from tests.unit.node_core.driver import Checker
+from tests.unit.node_core.checker import Checker
 
 _SERVES = (NodeRole.SERVE, NodeRole.BOTH)
 _TRAINS = (NodeRole.TRAIN, NodeRole.BOTH)

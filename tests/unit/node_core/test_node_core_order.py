@@ -6,7 +6,8 @@ import pytest
 
 from services.latency import OpKind
 from services.node_agent.core.types import Event, NodeCoreConfig, QueueOrder
-from tests.unit.node_core.driver import TRAINING, Driver, microbatch, request
+from tests.unit.node_core.checker import TRAINING
+from tests.unit.node_core.driver import Driver, microbatch, request
 
 
 def _flood(count: int, every_s: float, max_tokens: int = 20) -> list[tuple[float, Event]]:

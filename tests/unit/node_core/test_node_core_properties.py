@@ -19,7 +19,8 @@ from services.node_agent.core.types import (
     OpDone,
     QueueOrder,
 )
-from tests.unit.node_core.driver import TRAINING, Driver, microbatch, request, sync
+from tests.unit.node_core.checker import TRAINING
+from tests.unit.node_core.driver import Driver, microbatch, request, sync
 
 memories = st.builds(
     MemoryConfig,

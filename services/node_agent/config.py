@@ -137,10 +137,6 @@ class NodeAgentSettings(ServiceSettings):
     def _fits_together(self) -> "NodeAgentSettings":
         if self.kv_block_tokens > self.kv_capacity_tokens:
             raise ValueError(f"kv_block_tokens ({self.kv_block_tokens}) exceeds kv_capacity_tokens")
-        if self.stage_memory_bytes and self.expected_output_tokens:
-            raise ValueError("expected_output_tokens must be 0 where stage_memory_bytes limits what a stage holds")
-        if self.stage_memory_bytes and self.prefix_cache_tokens:
-            raise ValueError("prefix_cache_tokens must be 0 where stage_memory_bytes limits what a stage holds")
         if self.max_batch_tokens and self.max_batch_tokens <= self.max_batch:
             raise ValueError(f"max_batch_tokens must be 0 or more than max_batch ({self.max_batch})")
         return self

@@ -26,7 +26,8 @@ KV_BYTES = 2 * 4 * 2 * 8 * 8
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a run. peaks: most bytes that the stages really held."""
+    """What came of a run. peaks: most bytes that the stages really held. continued: turns that went on from a kept KV
+    cache, the ended requests that they went on from; preemptions: requests computed again."""
 
     tokens: dict[str, list[int]]
     errors: dict[str, errors_pb2.ErrorDetail]
@@ -34,6 +35,8 @@ class Run:
     peaks: list[int]
     counters: MemoryCounters
     budget: int
+    continued: list[tuple[str, str]]
+    preemptions: int
 
 
 def tokens(count: int, seed: int) -> tuple[int, ...]:
@@ -57,11 +60,14 @@ async def run(
     peak_bytes: int,
     *,
     extra: Sequence[RequestTask] = (),
+    turns: Sequence[tuple[float, RequestTask]] = (),
     cancel: Sequence[str] = (),
     train_tokens: int = 24,
+    accumulation: int = 4,
     **core: object,
 ) -> Run:
-    """Requests and micro-batches at once on a node with so much memory per stage."""
+    """Requests and micro-batches at once on a node with so much memory per stage. turns: requests that go on from the
+    one of their name's first letters, and when; without them no request has a session."""
     pipeline = Pipeline.load(path, stages, kv_block_tokens=BLOCK, can_offload=True)
     info = pipeline.engine.info
     memory = MemoryConfig(
@@ -81,22 +87,27 @@ async def run(
     node = VirtualNode([executor.run for executor in pipeline.executors], duration_s, **settings | core)
     for index in range(6):
         task = request(f"r{index}", tokens(7 + 9 * index, index), 9)
-        node.at(0.015 * index, lambda task=task: node.request(task))
+        node.at(0.015 * index, lambda task=task: node.request(task, task.task_id if turns else ""))
+    for time_s, task in turns:
+        node.at(time_s, lambda task=task: node.request(task, task.task_id[:2]))
     for task in extra:
         node.at(0.02, lambda task=task: node.request(task))
     for index in range(8):
         examples = (Example(tokens(train_tokens, 50 + index)),)
-        task = MicrobatchTask(f"m{index}", "job", index, examples, OPTIMIZER, accumulation=4)
+        task = MicrobatchTask(f"m{index}", "job", index, examples, OPTIMIZER, accumulation=accumulation)
         node.at(0.01, lambda task=task: node.microbatch(task))
     for name in cancel:
         node.at(0.07, lambda name=name: node.loop.cancel(name))
     await node.finish()
     peaks = [max(ran.result.held_bytes for ran in node.ran if ran.stage == stage) for stage in range(stages)]
-    for executor in pipeline.executors:
-        assert (executor.held_bytes, len(executor.inference.cache), executor.training.num_in_flight) == (0, 0, 0)
-    counters = node.loop.snapshot().memory
+    snapshot = node.loop.snapshot()
+    counters = snapshot.memory
     assert counters is not None
-    assert set(counters.used_bytes) == set(counters.host_bytes) == {0}
+    assert tuple(executor.held_bytes for executor in pipeline.executors) == counters.used_bytes
+    assert all(executor.training.num_in_flight == 0 for executor in pipeline.executors)
+    if not snapshot.kv_kept_tokens:
+        assert all(len(executor.inference.cache) == 0 for executor in pipeline.executors)
+        assert set(counters.used_bytes) == set(counters.host_bytes) == {0}
     moves = [ran.op for ran in node.ran if isinstance(ran.op, Offload | Reload)]
     assert len(moves) == counters.offloads + counters.reloads
     return Run(
@@ -111,6 +122,14 @@ async def run(
         peaks=peaks,
         counters=counters,
         budget=memory.budget_bytes,
+        continued=[
+            (sequence.request_id, sequence.continues)
+            for ran in node.ran
+            if isinstance(ran.op, Prefill) and ran.stage == 0
+            for sequence in ran.op.sequences
+            if sequence.continues
+        ],
+        preemptions=snapshot.preemptions,
     )
 
 
@@ -132,6 +151,38 @@ async def test_half_of_the_memory_gives_the_same_results(
     assert half.counters.offloaded_bytes >= half.counters.reloaded_bytes > 0
     assert max(half.peaks) <= half.budget
     assert_close(half.weights, free.weights, 1e-12)
+
+
+async def _turns(path: Path) -> list[tuple[float, RequestTask]]:
+    """Second and third turns of the sessions that the first three requests of a run began."""
+    turns = []
+    for index in range(3):
+        prompt = tokens(7 + 9 * index, index)
+        for turn in range(2):
+            output = await Pipeline.load(path, 1).generate(PrefillSequence("r", prompt, Sampling(ignore_eos=True), 9))
+            prompt = (*prompt, *output, *tokens(6, 30 + index))
+            turns.append((1.5 * (1 + turn) + 0.01 * index, request(f"r{index}.{turn}", prompt, 9)))
+    return turns
+
+
+@pytest.mark.parametrize("budget", [0, 24])
+@pytest.mark.parametrize("stages", [1, 2])
+async def test_kept_prefixes_and_requests_computed_again_take_no_memory_from_others(
+    models: dict[str, Path], stages: int, budget: int
+) -> None:
+    """The activations of a whole group stay until no request is left: its steps change no answer."""
+    path = models["llama"]
+    core = {"training_schedule": "gpipe", "max_batch_tokens": budget, "group_timeout_s": 9.0, "accumulation": 9}
+    free = await run(path, stages, 1 << 40, extra=[task for _, task in await _turns(path)], **core)
+    limits = {"prefix_cache_tokens": 400, "kv_capacity_tokens": 152, "expected_output_tokens": 1}
+    half = await run(path, stages, max(free.peaks) // 2, turns=await _turns(path), **limits, **core)
+    assert half.errors == free.errors == {}
+    assert half.tokens == free.tokens
+    assert_close(half.weights, free.weights, 1e-12)
+    assert max(half.peaks) <= half.budget
+    assert half.counters.offloads > 0
+    assert half.preemptions > 0
+    assert half.continued == [("r0.1", "r0.0"), ("r1.1", "r1.0"), ("r2.1", "r2.0")]
 
 
 async def test_an_op_that_can_never_fit_fails_alone_and_with_the_numbers(models: dict[str, Path]) -> None:

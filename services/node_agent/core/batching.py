@@ -83,7 +83,7 @@ class InferenceBatcher:
             del self.running.filling[task_id]
             pieces.append(piece)
             budget_tokens -= piece.new_tokens
-            most_tokens = None if most_tokens is None else most_tokens - self.running.kv.need(piece.end)
+            most_tokens = None if most_tokens is None else most_tokens - self._held_tokens(piece.running, piece.end)
         room = self._config.max_batch - len(pieces)
         if budget_tokens < 1 or room < 1 or (most_tokens is not None and most_tokens < 1):
             return pieces
@@ -94,7 +94,7 @@ class InferenceBatcher:
                 continue
             pieces.append(piece)
             budget_tokens -= piece.new_tokens
-            most_tokens = None if most_tokens is None else most_tokens - self.running.kv.need(piece.end)
+            most_tokens = None if most_tokens is None else most_tokens - self._held_tokens(piece.running, piece.end)
         return pieces
 
     def _next_piece(self, running: RunningRequest, budget_tokens: int, most_tokens: int | None) -> Piece | None:
@@ -102,10 +102,16 @@ class InferenceBatcher:
         end = min(running.request.prompt_tokens, start + budget_tokens)
         if most_tokens is not None:
             end = min(end, most_tokens)
+            if self._held_tokens(running, end) > most_tokens:
+                return None
         if end <= start:
             return None
         running.filled_tokens = end
         return Piece(running, start, end)
+
+    def _held_tokens(self, running: RunningRequest, end: int) -> int:
+        """What a prompt computed to `end` takes, in whole blocks, or what it goes on from, if that is longer."""
+        return self.running.kv.need(max(end, running.kept_tokens if running.continued else 0))
 
     def take_prompts(self, now_s: float, version: int, most_tokens: int | None = None) -> list[Piece]:
         """Whole prompts for a prefill op, with most_tokens in their KV caches (None: any number); empty when none fits
@@ -148,9 +154,11 @@ class InferenceBatcher:
                     break
                 continue
             new_tokens = request.prompt_tokens + request.reference_tokens
+            kept_tokens = 0
             if request.session_id not in continued:
-                new_tokens -= admitted.cached_tokens(request, admitted.prefixes.tokens_of(request.session_id))
-            held_tokens += admitted.kv.need(request.prompt_tokens)
+                kept_tokens = admitted.prefixes.tokens_of(request.session_id)
+                new_tokens -= admitted.cached_tokens(request, kept_tokens)
+            held_tokens += admitted.kv.need(max(request.prompt_tokens, kept_tokens))
             if (
                 chosen
                 and most_tokens is not None

@@ -44,6 +44,7 @@ class Entrance:
         memory: NodeMemory | None,
     ) -> None:
         self._inference, self._training, self._stages = inference, training, stages
+        self._memory = memory
         self._has_room = None if memory is None else memory.has_room
         #: Most context and new tokens of one inference op, in whole blocks.
         self._most_tokens = None if memory is None else memory.most_tokens
@@ -108,6 +109,9 @@ class Entrance:
                 flight.op = flight.op._replace(version=self._stages[0].version)
                 return flight
             flight = self._compose(now_s, kind)
+            if self._memory is not None:
+                for task_id in self._inference.running.made_room:
+                    self._memory.freed(task_id)
             if flight is None:
                 continue
             if self._has_room is None or self._has_room(now_s, 0, flight):

@@ -44,10 +44,12 @@ class NodeCore:
     def __init__(self, config: NodeCoreConfig) -> None:
         self.config = config
         self._top = config.num_stages - 1
-        memory = config.memory
-        self._memory = None if memory is None else NodeMemory(memory, config.num_stages, config.kv_block_tokens)
-        self._has_room = None if self._memory is None else self._memory.has_room
         self._inference = InferenceBatcher(config)
+        self._memory: NodeMemory | None = None
+        if config.memory is not None:
+            running = self._inference.running
+            self._memory = NodeMemory(config.memory, running, config.num_stages, config.kv_block_tokens)
+        self._has_room = None if self._memory is None else self._memory.has_room
         self._training = TrainingQueue(config)
         self._stages = [StageQueue(config, stage) for stage in range(config.num_stages)]
         self._entrance = Entrance(config, self._inference, self._training, self._stages, self._memory)
@@ -122,7 +124,7 @@ class NodeCore:
         twin._inference = self._inference.fork()
         twin._training = self._training.fork()
         twin._stages = [queue.fork() for queue in self._stages]
-        twin._memory = None if self._memory is None else self._memory.fork()
+        twin._memory = None if self._memory is None else self._memory.fork(twin._inference.running)
         twin._has_room = None if twin._memory is None else twin._memory.has_room
         twin._entrance = self._entrance.fork(twin._inference, twin._training, twin._stages, twin._memory)
         return twin
@@ -137,6 +139,8 @@ class NodeCore:
         other = NodeCore(replace(self.config, queue_order=order))
         other._entrance.inherit(self._entrance)
         other._inference.inherit(self._inference)
+        if other._memory is not None and self._memory is not None:
+            other._memory.inherit(self._memory)
         for queue, mine in zip(other._stages, self._stages, strict=True):
             queue.version = mine.version
         return other
@@ -237,22 +241,23 @@ class NodeCore:
         return [TaskDone(task.task_id, "error", detail)] if detail else []
 
     def _release(self, commands: list[Command]) -> None:
-        """Tasks that left hold nothing any more."""
+        """What is freed is held no more."""
         if self._memory is not None:
             for command in commands:
-                if isinstance(command, FreeKv | TaskDone):
-                    self._memory.ended(command.task_id)
+                if isinstance(command, FreeKv):
+                    self._memory.freed(command.task_id)
 
     def _start(self, now_s: float, queue: StageQueue, flight: Flight, memory: NodeMemory) -> list[Command]:
         """Run an op on its idle stage, or first what makes room for it, or end its tasks because there is none."""
         stage = queue.stage
+        commands = self._make_way(stage, flight.op, memory)
         detail = memory.failure(stage, flight.op)
         if detail:
             # On stage 0 only: what fits there fits above, where no more is held.
-            commands = self._fail(flight, detail)
-            self._release(commands)
+            failed = self._fail(flight, detail)
+            self._release(failed)
             self._entrance.refresh(now_s)
-            return commands
+            return commands + failed
         move = memory.next_move(stage, flight.op, partial(stages_until_use, self._stages, stage))
         if move is None:
             memory.starts(now_s, stage, flight)
@@ -261,7 +266,16 @@ class NodeCore:
             op = Op(self._entrance.new_id(), move.kind, move.task_ids, queue.version, num_bytes=move.num_bytes)
             flight = Flight(op, flight.claim)
         queue.start(flight)
-        return [RunOp(stage, flight.op)]
+        return [*commands, RunOp(stage, flight.op)]
+
+    def _make_way(self, stage: int, op: Op, memory: NodeMemory) -> list[Command]:
+        """Drop the kept KV caches that an op about to run needs the memory of."""
+        dropped = memory.in_the_way(stage, op)
+        if dropped:
+            self._inference.running.prefixes.drop(dropped)
+        commands: list[Command] = [FreeKv(task_id) for task_id in dropped]
+        self._release(commands)
+        return commands
 
     def _fail_prepared(self, stage: int) -> list[Command]:
         """The data of the op about to run could not be moved."""

@@ -4,6 +4,9 @@ Each stage has an account of the KV caches and saved activations on it, in bytes
 something was freed, at most `max_wait_s` (`max_forward_wait_s`); then the data of other tasks that is needed last goes
 to host memory. What an op needs and is in host memory comes back before it. No op that can ever run is larger than the
 budget, so in the end each has its way.
+
+KV caches kept for sessions are on the account until they are freed, and the first that go: nothing waits, and nothing
+else moves, while there are any.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +14,8 @@ from typing import NamedTuple
 
 from services.latency import OpKind
 from services.node_agent.core.memory import whole_blocks
+from services.node_agent.core.running_requests import RunningRequests
+from services.node_agent.core.stage_account import StageAccount
 from services.node_agent.core.stage_queue import Flight, StageQueue
 from services.node_agent.core.types import InferenceRequest, MemoryConfig, MemoryCounters, Op, TrainingMicrobatch
 
@@ -23,60 +28,17 @@ class Move(NamedTuple):
     num_bytes: int
 
 
-class StageAccount:
-    """What tasks hold on one stage, in bytes."""
-
-    __slots__ = ("device", "host", "kv_tokens", "used_bytes")
-
-    def __init__(self) -> None:
-        #: Tokens in the KV cache of a request.
-        self.kv_tokens: dict[str, int] = {}
-        #: By task; the one used last is last.
-        self.device: dict[str, int] = {}
-        self.host: dict[str, int] = {}
-        self.used_bytes = 0
-
-    def hold(self, task_id: str, num_bytes: int) -> None:
-        """A task uses its data here and gets more of it."""
-        self.device[task_id] = self.device.pop(task_id, 0) + num_bytes
-        self.used_bytes += num_bytes
-
-    def release(self, task_id: str) -> None:
-        """A task needs its data here no longer."""
-        self.used_bytes -= self.device.pop(task_id, 0)
-        self.host.pop(task_id, None)
-        self.kv_tokens.pop(task_id, None)
-
-    def offload(self, task_id: str) -> int:
-        """To host memory; returns the bytes moved."""
-        num_bytes = self.host[task_id] = self.device.pop(task_id)
-        self.used_bytes -= num_bytes
-        return num_bytes
-
-    def reload(self, task_id: str) -> int:
-        """Back from host memory, if it is there; returns the bytes moved."""
-        num_bytes = self.host.pop(task_id, 0)
-        if num_bytes:
-            self.hold(task_id, num_bytes)
-        return num_bytes
-
-    def fork(self) -> "StageAccount":
-        """An independent copy."""
-        twin = StageAccount()
-        twin.device, twin.host, twin.used_bytes = self.device.copy(), self.host.copy(), self.used_bytes
-        twin.kv_tokens = self.kv_tokens.copy()
-        return twin
-
-
 class NodeMemory:
     """The stages of one node."""
 
-    def __init__(self, config: MemoryConfig, num_stages: int, kv_block_tokens: int = 1) -> None:
+    def __init__(
+        self, config: MemoryConfig, running: RunningRequests, num_stages: int, kv_block_tokens: int = 1
+    ) -> None:
         self.config = config
+        self._running = running
         self._kv_block_tokens = kv_block_tokens
         self.budget_bytes = config.budget_bytes
         self._stages = [StageAccount() for _ in range(num_stages)]
-        self._prompt_tokens: dict[str, int] = {}
         self._waits, self._waited_s, self._failures = 0, 0.0, 0
         #: Moves and bytes by kind.
         self._moves = {OpKind.OFFLOAD: [0, 0], OpKind.RELOAD: [0, 0]}
@@ -99,13 +61,10 @@ class NodeMemory:
         if need > self.budget_bytes:
             self._failures += 1
             return f"needs {need} bytes on every stage, which may hold {self.budget_bytes}"
-        if isinstance(task, InferenceRequest):
-            self._prompt_tokens[task.task_id] = task.prompt_tokens
         return ""
 
-    def ended(self, task_id: str) -> None:
-        """A task left the node."""
-        self._prompt_tokens.pop(task_id, None)
+    def freed(self, task_id: str) -> None:
+        """What a task held is given up on every stage: it left, was kept long enough or is computed again."""
         for stage in self._stages:
             stage.release(task_id)
 
@@ -115,9 +74,28 @@ class NodeMemory:
 
     # ------------------------------------------------------------- ops
 
+    def in_the_way(self, stage: int, op: Op) -> list[str]:
+        """Kept KV caches that must go for an op to fit, the one used longest ago first; all that there are if that is
+        not enough."""
+        lack = self._lack_bytes(stage, op)
+        chosen: list[str] = []
+        if lack > 0:
+            device = self._stages[stage].device
+            for task_id in self._running.prefixes.task_ids():
+                if task_id in device:
+                    chosen.append(task_id)
+                    lack -= device[task_id]
+                if lack <= 0:
+                    break
+        return chosen
+
     def has_room(self, now_s: float, stage: int, flight: Flight) -> bool:
-        """Whether an op may be chosen: it fits, has waited long enough, or may not wait at all."""
-        if not self.config.wait_or_offload or self._lack_bytes(stage, flight.op) <= 0:
+        """Whether an op may be chosen: it fits, with kept KV caches out of its way if need be, has waited long enough,
+        or may not wait at all."""
+        if not self.config.wait_or_offload:
+            return True
+        lack = self._lack_bytes(stage, flight.op)
+        if lack <= 0 or lack <= self._kept_bytes(stage):
             return True
         if flight.blocked_s is None:
             flight.blocked_s = now_s
@@ -145,7 +123,7 @@ class NodeMemory:
         account = self._stages[stage]
         lack = self._lack_bytes(stage, op)
         if lack > 0:
-            own = set(op.task_ids)
+            own = {*op.task_ids, *op.continued}
             # Of equals the one used last: what takes turns is needed again in the order in which it was used.
             order = sorted(
                 (task_id for task_id in reversed(account.device) if task_id not in own), key=distance, reverse=True
@@ -160,7 +138,7 @@ class NodeMemory:
             if num_bytes < lack:
                 raise ValueError(f"op {op.op_id} cannot fit stage {stage}: {lack - num_bytes} bytes too many")
             return self._count(Move(OpKind.OFFLOAD, tuple(moved), num_bytes))
-        back = tuple(task_id for task_id in op.task_ids if task_id in account.host)
+        back = tuple(task_id for task_id in (*op.continued, *op.task_ids) if task_id in account.host)
         if not back:
             return None
         return self._count(Move(OpKind.RELOAD, back, sum(account.reload(task_id) for task_id in back)))
@@ -171,10 +149,10 @@ class NodeMemory:
             self._waited_s += now_s - flight.blocked_s
         account = self._stages[stage]
         op = flight.op
-        for task_id, num_bytes in self._added(stage, op):
-            account.hold(task_id, num_bytes)
-        for task_id, tokens in self._new_kv_tokens(op):
-            account.kv_tokens[task_id] = account.kv_tokens.get(task_id, 0) + tokens
+        if op.kind is OpKind.TRAIN_FORWARD and op.part == 0:
+            account.hold(op.task_ids[0], self._activation_bytes(op))
+        for task_id, earlier_id, tokens in self._kv_tokens_after(account, op):
+            account.hold_kv(task_id, tokens, self._kv_bytes(tokens), earlier_id)
 
     def snapshot(self) -> MemoryCounters:
         """Counts for heartbeats and figures."""
@@ -190,12 +168,16 @@ class NodeMemory:
             failures=self._failures,
         )
 
-    def fork(self) -> "NodeMemory":
-        """An independent copy."""
+    def inherit(self, other: "NodeMemory") -> None:
+        """Go on from the accounts of another node without tasks, whose kept KV caches stay."""
+        self.__dict__.update(other.fork(self._running).__dict__)
+
+    def fork(self, running: RunningRequests) -> "NodeMemory":
+        """An independent copy, with copies of the requests."""
         twin = NodeMemory.__new__(NodeMemory)
         twin.__dict__.update(self.__dict__)
+        twin._running = running
         twin._stages = [account.fork() for account in self._stages]
-        twin._prompt_tokens = self._prompt_tokens.copy()
         twin._moves = {kind: counts.copy() for kind, counts in self._moves.items()}
         return twin
 
@@ -205,41 +187,47 @@ class NodeMemory:
         is_forward = flight.op.kind is OpKind.TRAIN_FORWARD
         return self.config.max_forward_wait_s if is_forward else self.config.max_wait_s
 
-    def _new_kv_tokens(self, op: Op) -> Iterator[tuple[str, int]]:
-        """Tokens that an op brings into the KV caches of its tasks."""
+    def _kv_tokens_after(self, account: StageAccount, op: Op) -> Iterator[tuple[str, str, int]]:
+        """Requests whose KV cache an op makes longer, the ended ones whose KV cache they take over, and the tokens in
+        it then."""
         if op.kind is OpKind.DECODE:
-            yield from ((task_id, 1) for task_id in op.task_ids)
+            yield from ((task_id, "", account.kv_tokens[task_id] + 1) for task_id in op.task_ids)
         elif op.kind is OpKind.PREFILL:
             for index in range(len(op.task_ids) - op.decodes):
                 task_id = op.task_ids[index]
-                end = op.end_tokens[index] if op.end_tokens else self._prompt_tokens[task_id]
-                yield task_id, end - (op.cached_tokens[index] if op.cached_tokens else 0)
-            yield from ((task_id, 1) for task_id in op.decode_ids)
+                end = op.end_tokens[index] if op.end_tokens else self._running[task_id].request.prompt_tokens
+                yield task_id, op.continued[index] if op.continued else "", end
+            yield from ((task_id, "", account.kv_tokens[task_id] + 1) for task_id in op.decode_ids)
 
     def _kv_bytes(self, tokens: int) -> int:
         return whole_blocks(tokens, self._kv_block_tokens) * self.config.kv_bytes_per_token
 
-    def _added(self, stage: int, op: Op) -> list[tuple[str, int]]:
-        """Bytes that an op adds to what its tasks hold on a stage."""
-        if op.kind is OpKind.TRAIN_FORWARD and op.part == 0:
-            return [(op.task_ids[0], op.num_tokens * self.config.activation_bytes_per_token)]
-        added = []
-        held = self._stages[stage].kv_tokens
-        for task_id, tokens in self._new_kv_tokens(op):
-            before = held.get(task_id, 0)
-            added.append((task_id, self._kv_bytes(before + tokens) - self._kv_bytes(before)))
-        return added
+    def _activation_bytes(self, op: Op) -> int:
+        return op.num_tokens * self.config.activation_bytes_per_token
 
     def _need_bytes(self, stage: int, op: Op) -> int:
-        """Bytes an op brings to a stage: what it adds, and what must come back."""
-        host = self._stages[stage].host
-        back = sum(host.get(task_id, 0) for task_id in op.task_ids) if host else 0
-        return back + sum(num_bytes for _, num_bytes in self._added(stage, op))
+        """Bytes an op brings to a stage: what it adds, and what must come back. (Where a prompt is shorter than what
+        it goes on from, that must all come back before a part of it is dropped.)"""
+        account = self._stages[stage]
+        need = 0
+        if account.host:
+            need = sum(account.host.get(task_id, 0) for task_id in (*op.task_ids, *op.continued))
+        if op.kind is OpKind.TRAIN_FORWARD:
+            return need + (0 if op.part else self._activation_bytes(op))
+        for task_id, earlier_id, tokens in self._kv_tokens_after(account, op):
+            before = account.kv_tokens.get(earlier_id or task_id, 0)
+            need += max(0, self._kv_bytes(tokens) - self._kv_bytes(before))
+        return need
 
     def _lack_bytes(self, stage: int, op: Op) -> int:
         """Bytes that must be freed before an op fits; 0 or less: none."""
         need = self._need_bytes(stage, op)
         return need + self._stages[stage].used_bytes - self.budget_bytes if need else 0
+
+    def _kept_bytes(self, stage: int) -> int:
+        """Bytes of kept KV caches on a stage."""
+        device = self._stages[stage].device
+        return sum(device.get(task_id, 0) for task_id in self._running.prefixes.task_ids())
 
     def _count(self, move: Move) -> Move:
         counts = self._moves[move.kind]
@@ -250,7 +238,7 @@ class NodeMemory:
 
 def stages_until_use(queues: Sequence[StageQueue], stage: int, task_id: str) -> int:
     """Stages until the next op of a task comes to a stage, which does not run it now."""
-    places = ((queue.stage, f.op.kind) for queue in queues for f in queue.flights() if task_id in f.op.task_ids)
+    places = ((queue.stage, f.op.kind) for queue in queues for f in queue.flights() if _uses(f.op, task_id))
     place, kind = next(places, (-1, OpKind.DECODE))
     top = len(queues) - 1
     if kind is OpKind.TRAIN_BACKWARD:
@@ -259,3 +247,7 @@ def stages_until_use(queues: Sequence[StageQueue], stage: int, task_id: str) -> 
         return stage - place
     # Up, then down again or round to stage 0.
     return top - place + 1 + (top - stage if kind is OpKind.TRAIN_FORWARD else stage)
+
+
+def _uses(op: Op, task_id: str) -> bool:
+    return task_id in op.task_ids or task_id in op.continued

@@ -1,5 +1,6 @@
 """KV caches that sessions leave behind, so that their next turn need not compute its history again."""
 
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 from services.node_agent.core.memory import whole_blocks
@@ -40,6 +41,15 @@ class PrefixCache:
         """Tokens kept for a session."""
         prefix = self._prefixes.get(session_id)
         return 0 if prefix is None else prefix.tokens
+
+    def task_ids(self) -> Iterator[str]:
+        """The requests whose KV cache is kept, the one used longest ago first."""
+        return (prefix.task_id for prefix in self._prefixes.values())
+
+    def drop(self, task_ids: Container[str]) -> None:
+        """Let go of the KV caches of these requests."""
+        for session_id in [name for name, prefix in self._prefixes.items() if prefix.task_id in task_ids]:
+            self.take(session_id)
 
     def take(self, session_id: str) -> Prefix | None:
         """Hand a session's prefix over to its next turn; None: there is none."""

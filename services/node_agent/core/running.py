@@ -31,9 +31,11 @@ class RunningRequest:
     last_token_s: float
     generated_tokens: int = 0
     cancelled: bool = False
-    #: Leading tokens of its prompt whose KV cache it took over, from which request, and of which weights.
+    #: Leading tokens of its prompt whose KV cache it took over, from which request until an op has done it, how many
+    #: tokens that one's has, and of which weights.
     cached_tokens: int = 0
     continued: str = ""
+    kept_tokens: int = 0
     epoch: int = 0
     #: Leading tokens of its prompt that are in the KV cache, or in an op on its way.
     filled_tokens: int = 0

@@ -74,7 +74,7 @@ class RunningRequests:
             prefix = self.prefixes.take(request.session_id)
             if prefix is not None:
                 running.cached_tokens = self.cached_tokens(request, prefix.tokens)
-                running.continued = prefix.task_id
+                running.continued, running.kept_tokens = prefix
             running.filled_tokens = running.cached_tokens
             admitted.append(running)
         for running in admitted:
@@ -195,7 +195,7 @@ class RunningRequests:
     def _preempt(self, task_id: str) -> None:
         """Take a request's blocks. It waits again, with its output so far behind its prompt."""
         running = self._remove(task_id)
-        self.made_room.append(task_id)
+        self.made_room += _held_by(running)
         self._preempted[task_id] = self._preempted.get(task_id, 0) + 1
         self.preemptions += 1
         request, generated = running.request, running.generated_tokens
@@ -244,11 +244,7 @@ class RunningRequests:
         self._op_ended(op)
         commands: list[Command] = []
         for task_id in op.task_ids:
-            running = self._running[task_id]
-            if running.continued:
-                # Later stages have not handed it over.
-                commands.append(FreeKv(running.continued))
-            commands += self._leave(task_id, "cancelled" if running.cancelled else "error")
+            commands += self._leave(task_id, "cancelled" if self._running[task_id].cancelled else "error")
         return commands
 
     def cancel(self, task_id: str) -> list[Command]:
@@ -302,7 +298,7 @@ class RunningRequests:
         running = self._remove(task_id)
         self._preempted.pop(task_id, None)
         self._stalled = False
-        freed = [task_id]
+        freed = _held_by(running)
         if running.request.session_id and reason in ("stop", "length"):
             freed = self._keep(running)
         return [*(FreeKv(freed_id) for freed_id in freed), TaskDone(task_id, reason)]
@@ -313,3 +309,9 @@ class RunningRequests:
         prefix = Prefix(request.task_id, running.context_tokens - 1)
         room_tokens = self.kv.capacity_tokens - self.kv.used_tokens
         return self.prefixes.put(request.session_id, prefix, running.epoch, room_tokens)
+
+
+def _held_by(running: RunningRequest) -> list[str]:
+    """Requests whose KV cache is this one's: not every stage may have handed over what it goes on from."""
+    task_id = running.request.task_id
+    return [running.continued, task_id] if running.continued else [task_id]

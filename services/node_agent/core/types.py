@@ -398,9 +398,3 @@ class NodeCoreConfig:
                 f"kv_block_tokens must be at most kv_capacity_tokens, got {self.kv_block_tokens} and "
                 f"{self.kv_capacity_tokens}"
             )
-        if self.expected_output_tokens and self.memory is not None:
-            raise ValueError("expected_output_tokens must be 0 where memory is limited: requests are offloaded there")
-        if self.prefix_cache_tokens and self.memory is not None:
-            raise ValueError(
-                "prefix_cache_tokens must be 0 where memory is limited: kept prefixes are not counted there"
-            )

@@ -160,6 +160,8 @@ class Checker:
         if ends:
             return False
         self.preempted[task_id] += 1
+        if self.memory:
+            self.memory.free(task_id, range(self.config.num_stages))
         assert self.preempted[task_id] <= self.config.max_preemptions
         assert all(task_id not in op.task_ids for op in self.running.values())
         request, generated = self._requests[task_id], self._generated.pop(task_id, 0)
@@ -169,6 +171,8 @@ class Checker:
             max_tokens=request.max_tokens - generated,
             reference_tokens=0 if generated else request.reference_tokens,
         )
+        if self.memory:
+            self.memory.prompts[task_id] += generated
         del self._holding[task_id]
         del self.filled[task_id]
         return True

@@ -29,8 +29,10 @@ class MemoryChecker:
             assert op.num_bytes == sum(source[task_id] for task_id in op.task_ids) > 0
             target.update({task_id: source.pop(task_id) for task_id in op.task_ids})
             return
-        assert not set(op.task_ids) & host.keys(), f"{op.kind} needs what is in host memory"
+        assert not {*op.task_ids, *op.continued} & host.keys(), f"{op.kind} needs what is in host memory"
         tokens = self.tokens[stage]
+        for earlier_id in filter(None, op.continued):
+            del device[earlier_id]
         for index, task_id in enumerate(op.task_ids):
             if op.kind is OpKind.PREFILL and index < len(op.task_ids) - op.decodes:
                 tokens[task_id] = op.end_tokens[index] if op.end_tokens else self.prompts[task_id]
@@ -46,6 +48,10 @@ class MemoryChecker:
 
     def _kv_bytes(self, tokens: int) -> int:
         return math.ceil(tokens / self.block_tokens) * self.block_tokens * self.config.kv_bytes_per_token
+
+    def stages(self) -> Iterable[tuple[dict[str, int], dict[str, int]]]:
+        """Bytes by task on every stage: on its device, and in host memory."""
+        return zip(self.device, self.host, strict=True)
 
     def free(self, task_id: str, stages: Iterable[int]) -> None:
         """A task holds nothing there any more."""

@@ -8,15 +8,17 @@ from services.latency import MOVES, OpKind
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.node_memory import NodeMemory
 from services.node_agent.core.running import Claim
+from services.node_agent.core.running_requests import RunningRequests
 from services.node_agent.core.stage_queue import Flight
 from services.node_agent.core.types import (
     Cancelled,
-    InferenceRequest,
     MemoryConfig,
     MemoryCounters,
     NodeCoreConfig,
     Op,
     OpDone,
+    QueueOrder,
+    RequestArrived,
     RunOp,
     TaskDone,
 )
@@ -112,10 +114,9 @@ def test_the_data_needed_last_goes_first() -> None:
 
 
 def test_what_is_far_from_its_next_use_goes_before_what_was_used_later() -> None:
-    account = NodeMemory(_memory(30), 1)
+    account = NodeMemory(_memory(30), RunningRequests(NodeCoreConfig(num_stages=1)), 1)
     for task_id in ("near", "far", "last"):
-        assert not account.arrived(InferenceRequest(task_id, 0.0, 10, 5))
-        prefill = Op(1, OpKind.PREFILL, (task_id,), 0, 10, batch=1)
+        prefill = Op(1, OpKind.PREFILL, (task_id,), 0, 10, batch=1, end_tokens=(10,))
         account.starts(0.0, 0, Flight(prefill, Claim(0.0, 0.0, 1.0)))
     distances = {"near": 1, "far": 5, "last": 2}
     new = Op(2, OpKind.TRAIN_FORWARD, ("m",), 0, 15, batch=1)
@@ -280,6 +281,86 @@ def test_a_redelivered_request_is_not_refused() -> None:
     assert isinstance(core.step(0.0, request("r"))[0], RunOp)
     assert core.step(0.0, request("r", prompt=100)) == []
     assert isinstance(core.step(0.0, request("other", prompt=100))[0], TaskDone)
+
+
+def _turn(name: str, prompt: int = 10, session_id: str = "s", **more: float) -> RequestArrived:
+    return request(name, prompt=prompt, max_tokens=3, session_id=session_id, **more)
+
+
+def _kept(budget: int, **config: object) -> Driver:
+    """After two turns of 12 tokens each, kept for "s" and "u"; nothing may wait."""
+    driver = Driver(prefix_cache_tokens=100, memory=_memory(budget, max_wait_s=9.0), **{"num_stages": 1} | config)
+    return driver.at(0.0, _turn("a")).at(1.0, _turn("b", session_id="u")).run()
+
+
+def test_a_kept_prefix_stays_on_the_account_and_is_handed_over() -> None:
+    driver = _kept(100, num_stages=2)
+    assert _counters(driver).used_bytes == (24, 24)
+    driver.at(2.0, _turn("c", 15)).run()
+    assert driver.ops(OpKind.PREFILL)[-1][1].cached_tokens == (12,)
+    assert _counters(driver).used_bytes == (12 + 17, 12 + 17)
+    assert _counters(driver).waits == 0
+
+
+def test_a_turn_whose_prompt_is_shorter_than_what_is_kept_holds_less() -> None:
+    driver = _kept(100).at(2.0, _turn("c", 5)).run()
+    assert _counters(driver).used_bytes == (12 + 7,)
+
+
+@pytest.mark.parametrize(("prompt", "kept"), [(14, ["a", "b"]), (16, ["b"]), (26, ["b"]), (30, [])])
+def test_kept_prefixes_go_before_anything_waits_or_moves_and_no_more_than_must(prompt: int, kept: list[str]) -> None:
+    driver = _kept(40).at(2.0, request("r", prompt=prompt, max_tokens=2, arrival_s=2.0)).run()
+    assert driver.ops(OpKind.PREFILL)[-1][0] == 2.0
+    assert driver.order() == "PDD" * 2 + "PD"
+    assert list(driver.checker.kept) == kept
+    assert (_counters(driver).waits, _counters(driver).used_bytes) == (0, (12 * len(kept),))
+
+
+def test_a_forward_makes_kept_prefixes_go_too() -> None:
+    driver = _kept(30).at(2.0, microbatch("m")).run()
+    assert driver.ops(OpKind.TRAIN_FORWARD)[0][0] == 2.0
+    assert list(driver.checker.kept) == ["b"]
+    assert _counters(driver).waits == 0
+
+
+def test_kept_prefixes_go_even_where_nothing_waits_or_moves() -> None:
+    driver = Driver(num_stages=1, prefix_cache_tokens=100, memory=_memory(24, wait_or_offload=False))
+    driver.at(0.0, _turn("a")).at(1.0, request("r", prompt=20, max_tokens=2, arrival_s=1.0)).run()
+    assert driver.results == {"a": "length", "r": "length"}
+    assert not driver.checker.kept
+
+
+def test_what_a_turn_goes_on_from_comes_back_from_host_memory() -> None:
+    """While the last op of "a" is on stage 1, "r" pushes it out of stage 0; and fails there, so that it stays kept."""
+    driver = Driver(
+        num_stages=2,
+        prefix_cache_tokens=100,
+        memory=_memory(30, max_wait_s=0.0),
+        durations=lambda stage, op: 1.0,
+        fail=lambda stage, op: op.task_ids == ("r",),
+    )
+    driver.at(0.0, _turn("a")).at(5.5, request("r", prompt=20, arrival_s=5.5)).at(9.0, _turn("c", 14)).run()
+    assert [move[1:] for move in _moves(driver)] == [("offload", ("a",), 12), ("reload", ("a",), 12)]
+    assert _moves(driver, 1) == []
+    assert driver.results == {"a": "length", "r": "error", "c": "length"}
+    assert driver.ops(OpKind.PREFILL)[-1][1].continued == ("a",)
+
+
+def test_a_cancelled_turn_frees_what_it_would_have_gone_on_from() -> None:
+    """Its prompt is begun, but no op has had room for what is kept beside the decoding request."""
+    driver = Driver(num_stages=1, prefix_cache_tokens=100, max_batch_tokens=20, memory=_memory(30))
+    driver.at(0.0, _turn("a")).at(1.0, request("r", prompt=20, max_tokens=9, arrival_s=1.0))
+    driver.at(1.12, _turn("c", 14, arrival_s=1.12)).at(1.2, Cancelled("c")).run()
+    assert driver.results == {"a": "length", "r": "length", "c": "cancelled"}
+    assert _counters(driver).used_bytes == _counters(driver).host_bytes == (0,)
+
+
+def test_kept_prefixes_stay_on_the_account_under_another_queue_order() -> None:
+    driver = _kept(40)
+    core = driver.core.with_queue_order(QueueOrder.FIFO)
+    assert core.snapshot().memory == driver.core.snapshot().memory
+    core.step(5.0, request("r", prompt=30, max_tokens=2))
+    assert core.snapshot().kv_kept_tokens == 0
 
 
 def test_the_budget_is_a_share_of_the_peak() -> None:

@@ -1,11 +1,10 @@
 """Admission by expected output: who needs more takes blocks of those admitted later, who are computed again."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.latency import OpKind
-from services.node_agent.core.types import Cancelled, MemoryConfig, NodeCoreConfig
+from services.node_agent.core.types import Cancelled, MemoryConfig
 from tests.unit.node_core.driver import Driver, request
 
 
@@ -67,10 +66,16 @@ def test_a_request_that_gave_up_its_blocks_can_be_cancelled() -> None:
     assert driver.core.snapshot().kv_used_tokens == 0
 
 
-def test_limited_memory_offloads_instead() -> None:
-    memory = MemoryConfig(peak_bytes=10, kv_bytes_per_token=1, activation_bytes_per_token=1)
-    with pytest.raises(ValueError, match="expected_output_tokens must be 0 where memory is limited"):
-        NodeCoreConfig(num_stages=1, expected_output_tokens=1, memory=memory)
+def test_a_request_that_gives_its_blocks_up_gives_up_its_memory() -> None:
+    """On both stages, wherever it is; computed again, it is larger by its output so far."""
+    memory = MemoryConfig(peak_bytes=24, kv_bytes_per_token=1, activation_bytes_per_token=1, kappa=1.0, max_wait_s=0.01)
+    driver = _driver(num_stages=2, memory=memory)
+    driver.at(0.0, request("a", max_tokens=14), request("b", max_tokens=14)).run()
+    assert driver.checker.preempted == {"b": 1}
+    assert driver.results == {"a": "length", "b": "length"}
+    counters = driver.core.snapshot().memory
+    assert counters is not None
+    assert counters.used_bytes == counters.host_bytes == (0, 0)
 
 
 def test_a_request_with_room_goes_on_although_one_without_has_waited_longer() -> None:

@@ -50,7 +50,6 @@ plain_configs = st.builds(
     max_bypass=st.integers(0, 3),
     max_demotion_s=st.sampled_from([0.0, 1.0]),
 )
-#: Kept prefixes and limited memory exclude each other.
 configs = st.one_of(
     plain_configs,
     st.builds(
@@ -61,6 +60,14 @@ configs = st.one_of(
         prefix_cache_tokens=st.sampled_from([0, 30]),
     ),
     st.builds(replace, plain_configs, memory=memories),
+    st.builds(
+        replace,
+        plain_configs,
+        memory=memories,
+        expected_output_tokens=st.sampled_from([0, 1, 4]),
+        prefix_cache_tokens=st.sampled_from([0, 30, 200]),
+        epoch_steps=st.sampled_from([1, 3, 100]),
+    ),
     st.builds(
         replace,
         plain_configs,
@@ -150,7 +157,11 @@ def test_every_task_ends_once_and_nothing_is_left(
     assert set(snapshot.queue_lengths) == {0}
     assert len(set(snapshot.versions)) == 1
     if snapshot.memory is not None:
-        assert set(snapshot.memory.used_bytes) == set(snapshot.memory.host_bytes) == {0}
+        memory = driver.checker.memory
+        assert memory is not None
+        assert snapshot.memory.used_bytes == tuple(sum(device.values()) for device in memory.device)
+        assert snapshot.memory.host_bytes == tuple(sum(host.values()) for host in memory.host)
+        assert all(device.keys() | host.keys() == driver.checker.kept.keys() for device, host in memory.stages())
     changes = sum(op.changes_weights for _, stage, op in driver.runs if stage == 0)
     assert snapshot.versions[0] == changes
 

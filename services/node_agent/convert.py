@@ -297,4 +297,5 @@ def trace_to_proto(
         decodes=op.decodes,
         decode_context_tokens=op.decode_context_tokens,
         isolated=isolated and op.kind is OpKind.OPTIMIZER_STEP,
+        job_id=op.subject if op.kind is OpKind.OPTIMIZER_STEP else "",
     )

@@ -101,6 +101,7 @@ def ops_from_traces(
             decodes=op.decodes,
             decode_context_tokens=op.decode_context_tokens,
             isolated=op.isolated,
+            job_id=op.job_id,
         )
         for op in ops
         if op.op in _OPS
@@ -124,7 +125,8 @@ def task_from_item(item: work_pb2.WorkItem, *, now_s: float, now_unix_s: float) 
             work = item.training
             length = max((len(example.token_ids) for example in work.examples), default=0)
             accumulation = max(1, work.hyperparameters.gradient_accumulation_steps)
-            return TrainingTask(item.task_id, now_s, work.job_id, len(work.examples), length, accumulation)
+            size, trains_adapter = len(work.examples), work.HasField("lora")
+            return TrainingTask(item.task_id, now_s, work.job_id, size, length, accumulation, trains_adapter)
         case _:
             raise ValueError(f"task {item.task_id} holds no work that this version knows")
 

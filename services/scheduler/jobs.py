@@ -18,7 +18,7 @@ from services.runtime.clock import Clock
 from services.scheduler import metrics
 from services.scheduler.adapters import AdapterDesk
 from services.scheduler.checkpoints import CheckpointDesk
-from services.scheduler.core.events import Event, JobCancelled, JobPaused, JobResumed, SyncIntervalSet
+from services.scheduler.core.events import Event, JobCancelled, JobEnded, JobPaused, JobResumed, SyncIntervalSet
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.hyperparameters import resolve
 from services.scheduler.inbox import Inbox, Told
@@ -372,8 +372,8 @@ class JobRegistry:
         if state.trained(outcome):
             metrics.TRAINED.inc()
             if state.complete:
-                self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
-            elif not is_saved_now or state.paused:  # else the rest of its checkpoint follows
+                return self._succeed(state)
+            if not is_saved_now or state.paused:  # else the rest of its checkpoint follows
                 self._ask_to_save(state)
             self._changed()
         return []
@@ -388,7 +388,7 @@ class JobRegistry:
             message = f"{most} micro-batches in a row were skipped, the last because: {error.message}"
             return self._fail_now(state, LemixError(error.code, message))
         if state.complete:
-            self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
+            return self._succeed(state)
         self._ask_to_save(state)
         self._changed()
         return []
@@ -480,6 +480,10 @@ class JobRegistry:
         self._ending[state.job_id] = state
         _log.info("job ended", job=state.job_id, status=types_pb2.JobStatus.Name(status), reason=message)
         self._changed()
+
+    def _succeed(self, state: JobState) -> list[Event]:
+        self._end(state, types_pb2.JOB_STATUS_SUCCEEDED, "info", "the job has succeeded")
+        return [JobEnded(state.job_id)]
 
     def _fail_now(self, state: JobState, error: LemixError) -> list[Event]:
         state.set_error(error)

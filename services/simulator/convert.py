@@ -92,4 +92,5 @@ def trace(node_id: str, stage: int, op: Op, begin_s: float, end_s: float, *, fir
         op.partials,
         op.decodes,
         op.decode_context_tokens,
+        job_id=op.subject if op.kind is OpKind.OPTIMIZER_STEP else "",
     )

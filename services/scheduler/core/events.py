@@ -73,6 +73,13 @@ class JobCancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class JobEnded:
+    """Everything of this job was trained."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class JobPaused:
     """Micro-batches of this job that no node holds leave, and no others are taken, until it is resumed or cancelled."""
 
@@ -110,6 +117,8 @@ class OpFinished(NamedTuple):
     decode_context_tokens: int = 0
     #: Of an optimizer step: it was one of an isolated adapter, no part of the served model.
     isolated: bool = False
+    #: Of an optimizer step: the job that made it.
+    job_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +191,7 @@ Event = (
     | TaskRecovered
     | TaskCancelled
     | JobCancelled
+    | JobEnded
     | JobPaused
     | JobResumed
     | OpFinished

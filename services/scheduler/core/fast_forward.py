@@ -174,12 +174,12 @@ def duration_s(costs: NodeCosts, stage: int, op: Op) -> float:
     """Predicted duration of an operation on a stage."""
     batch = op.batch
     if not batch:
-        return costs.stage_s(stage, op.kind, 1, 1)
+        return costs.stage_s(stage, op.kind, 1, 1, job_id=op.subject)
     if op.kind is OpKind.DECODE:
         tokens, cached = op.context_tokens, 0
     else:
         tokens, cached = op.num_tokens, op.context_tokens
-    op_s = costs.stage_s(stage, op.kind, batch, tokens / batch, cached / batch) / op.parts
+    op_s = costs.stage_s(stage, op.kind, batch, tokens / batch, cached / batch, op.subject) / op.parts
     if op.decodes:
         op_s += costs.stage_s(stage, OpKind.DECODE, op.decodes, op.decode_context_tokens / op.decodes)
     return op_s

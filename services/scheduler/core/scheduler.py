@@ -18,6 +18,7 @@ from services.scheduler.core.events import (
     AdaptersTold,
     Event,
     JobCancelled,
+    JobEnded,
     JobPaused,
     JobResumed,
     NodeDraining,
@@ -117,6 +118,9 @@ class SchedulerCore:
                 self._cancel(task_id)
             case JobCancelled(job_id):
                 self._cancel_job(job_id)
+                self._forget_job(job_id)
+            case JobEnded(job_id):
+                self._forget_job(job_id)
             case JobPaused(job_id):
                 self._pause_job(job_id)
             case JobResumed(job_id):
@@ -263,6 +267,10 @@ class SchedulerCore:
     def _take_back(self, live: LiveTraining) -> None:
         self._cluster.forget(live)
         self._commands.append(TakeBack(live.task.task_id))
+
+    def _forget_job(self, job_id: str) -> None:
+        for node in self._cluster.nodes.values():
+            node.costs.forget_job(job_id)
 
     def _drop(self, live: LiveTask) -> None:
         self._cluster.forget(live)

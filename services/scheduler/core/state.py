@@ -273,7 +273,7 @@ class NodeState:
     def add_training(self, live: LiveTraining) -> None:
         """Take a micro-batch."""
         live.node = self
-        live.op_s = self.costs.training_op_s(live.task.batch, live.task.length) / live.parts
+        live.op_s = self.costs.training_op_s(live.task.batch, live.task.length, live.task.job_id) / live.parts
         live.entered = live.backward_done = False
         self.num_entering_training += 1
         self.training[live.task.task_id] = live
@@ -352,7 +352,8 @@ class Cluster:
         """A micro-batch is to be trained: it counts towards the backlog until its backward is over."""
         live.work_s = 0.0
         if self.training:
-            live.work_s = self.training[0].costs.training_work_s(live.task.batch, live.task.length)
+            task = live.task
+            live.work_s = self.training[0].costs.training_work_s(task.batch, task.length, task.job_id)
         self._num_untrained += 1
         self.backlog_s += live.work_s
 

@@ -38,6 +38,8 @@ class TrainingTask:
     length: int
     #: Micro-batches per optimizer step of its job.
     accumulation: int = 1
+    #: Its job trains an adapter, which takes less than the training that was profiled.
+    trains_adapter: bool = False
 
 
 Task = InferenceTask | TrainingTask

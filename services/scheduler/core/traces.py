@@ -17,6 +17,9 @@ def observe(op: OpFinished, node: NodeState, cluster: Cluster) -> None:
     node.weight_step = max(node.weight_step, op.weight_step + stepped)
     if stepped and not op.isolated:
         node.stepped(op.end_s)
+    # The backwards before made the job known; one that is not any more has ended.
+    if op.op is OpKind.OPTIMIZER_STEP and node.costs.knows_job(op.job_id):
+        node.costs.calibrate_job(op.job_id, op.stage, op.op, 1, 1, op.end_s - op.begin_s)
     if op.op in _INFERENCE_OPS:
         _calibrate_inference(op, node)
         _observe_inference(op, node, cluster)
@@ -119,7 +122,11 @@ def _observe_training(op: OpFinished, node: NodeState, cluster: Cluster) -> None
             else:
                 node.backward_ended(live)
                 cluster.trained(live)
-        node.costs.calibrate(op.stage, op.op, task.batch, task.length, (op.end_s - op.begin_s) * op.parts)
+        whole_s = (op.end_s - op.begin_s) * op.parts
+        if not live.cancelled:
+            node.costs.calibrate_job(task.job_id, op.stage, op.op, task.batch, task.length, whole_s)
+        if not task.trains_adapter:
+            node.costs.calibrate(op.stage, op.op, task.batch, task.length, whole_s)
         if node.forecast is None or not is_last_part:
             continue
         if op.op is OpKind.TRAIN_FORWARD:
@@ -130,7 +137,8 @@ def _observe_training(op: OpFinished, node: NodeState, cluster: Cluster) -> None
 
 def training_s_per_stage(task: TrainingTask, node: NodeState, op: OpKind) -> list[float]:
     """F or B of a micro-batch per stage, seconds."""
-    return [node.costs.stage_s(stage, op, task.batch, task.length) for stage in range(node.costs.num_stages)]
+    costs = node.costs
+    return [costs.stage_s(stage, op, task.batch, task.length, job_id=task.job_id) for stage in range(costs.num_stages)]
 
 
 def commit(now_s: float, task: Task, node: NodeState, forecast: NodeForecast, cluster: Cluster) -> None:

@@ -45,6 +45,7 @@ EVENTS = [
     events.TaskRecovered,
     events.TaskCancelled,
     events.JobCancelled,
+    events.JobEnded,
     events.JobPaused,
     events.JobResumed,
     events.OpFinished,

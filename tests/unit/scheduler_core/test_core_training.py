@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 
+from services.latency import OpKind
 from services.scheduler.core.commands import CancelOnNode, Command, Defer, Drop, Reject, TakeBack
 from services.scheduler.core.events import (
     JobCancelled,
+    JobEnded,
     JobPaused,
     JobResumed,
     NodeJoined,
     NodeLost,
+    OpFinished,
     TaskArrived,
     TaskEnded,
     Tick,
@@ -18,6 +21,8 @@ from services.scheduler.core.events import (
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.tasks import SloTarget
 from tests.unit.scheduler_core.support import (
+    BACKWARD_S,
+    STEP_S,
     assigned,
     backward_ended,
     constant_latency,
@@ -25,6 +30,7 @@ from tests.unit.scheduler_core.support import (
     microbatch,
     node,
     request,
+    step_ended,
 )
 
 
@@ -127,6 +133,30 @@ def test_a_cancelled_job_is_not_paused_any_more() -> None:
     core.step(0.0, JobPaused("one"))
     core.step(1.0, JobCancelled("one"))
     assert assigned(offer(core, 1, job_id="one")) == [("one-0", "a")]
+
+
+@pytest.mark.parametrize("end", [JobEnded("lora"), JobCancelled("lora")])
+def test_predictions_of_a_job_follow_its_own_traces_until_it_ends(end: JobEnded | JobCancelled) -> None:
+    """A job that trains an adapter, and takes half of what was profiled, changes nothing for another one."""
+    core = core_with(node("a"), policy="round_robin", max_inflight_training=4)
+    core.step(0.0, TaskArrived(replace(microbatch("lora-0", job_id="lora"), trains_adapter=True)))
+    offer(core, 1, job_id="full")
+    costs = core._cluster.nodes["a"].costs
+    whole_s, step = costs.training_op_s(1, 128), step_ended("a", 1.0)
+    half = OpFinished("a", 0, OpKind.TRAIN_BACKWARD, 1.0, 1.0 + 0.5 * BACKWARD_S, ("lora-0",))
+    for index in range(10):
+        core.step(1.0, half)
+        core.step(1.0, step._replace(job_id="lora", begin_s=step.end_s - 0.5 * STEP_S))
+        core.step(1.0, backward_ended("a", "full-0", 1.0 + index))
+    assert costs.stage_s(0, OpKind.TRAIN_BACKWARD, 1, 128, job_id="lora") < 0.65 * BACKWARD_S
+    assert costs.stage_s(0, OpKind.OPTIMIZER_STEP, 1, 1, job_id="lora") < 0.65 * STEP_S
+    assert costs.training_op_s(1, 128, "full") == pytest.approx(whole_s)
+    core.step(2.0, end)
+    assert not costs.knows_job("lora")
+    core.step(2.0, step._replace(job_id="lora"))
+    if isinstance(end, JobCancelled):
+        core.step(2.0, half)
+    assert not costs.knows_job("lora"), "what was still on its way brings it back for ever"
 
 
 def test_training_of_a_lost_node_moves_before_what_waits() -> None:

@@ -142,6 +142,8 @@ def test_a_microbatch_is_as_long_as_its_longest_example() -> None:
     work = work_pb2.TrainingWork(job_id="j", examples=examples)
     item = work_pb2.WorkItem(task_id="j/0", training=work)
     assert task_from_item(item, now_s=1.0, now_unix_s=0.0) == TrainingTask("j/0", 1.0, "j", 3, 7)
+    item.training.lora.rank = 8
+    assert task_from_item(item, now_s=1.0, now_unix_s=0.0) == TrainingTask("j/0", 1.0, "j", 3, 7, trains_adapter=True)
     with pytest.raises(ValueError, match="no work"):
         task_from_item(work_pb2.WorkItem(task_id="x"), now_s=0.0, now_unix_s=0.0)
 

@@ -9,6 +9,7 @@ from lemix.v1 import training_service_pb2, types_pb2
 from services.ledger.memory import MemoryLedger, MemoryStore
 from services.runtime.clock import FakeClock
 from services.scheduler.checkpoints import CheckpointDesk
+from services.scheduler.core.events import JobEnded
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Inbox
 from services.scheduler.job_state import WINDOW
@@ -74,7 +75,8 @@ class Saves:
         training = work_pb2.TrainingOutcome(job_id=job_id, sequence=sequence, loss=1.0, weight_step=1)
         outcome = work_pb2.WorkOutcome(task_id=f"{job_id}/{sequence}", node_id=node_id, training=training)
         if saved:
-            assert self.jobs.on_outcome(outcome) == []
+            told = self.jobs.on_outcome(outcome)
+            assert told == ([] if job_id in {state.job_id for state in self.jobs.running()} else [JobEnded(job_id)])
         else:
             self.jobs.on_trained(outcome)
 

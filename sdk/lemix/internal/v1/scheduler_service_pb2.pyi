@@ -219,7 +219,7 @@ class NodeHeartbeat(_message.Message):
     def __init__(self, sent_monotonic_s: _Optional[float] = ..., weight_step: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., draining: _Optional[bool] = ..., weights_age_s: _Optional[float] = ..., adapters: _Optional[_Iterable[_Union[HeldAdapter, _Mapping]]] = ..., weights_changed: _Optional[bool] = ...) -> None: ...
 
 class OpTrace(_message.Message):
-    __slots__ = ("stage", "op", "begin_monotonic_s", "duration_s", "task_ids", "num_tokens", "weight_step", "first_token", "context_tokens", "part", "parts", "partials", "decodes", "decode_context_tokens", "isolated")
+    __slots__ = ("stage", "op", "begin_monotonic_s", "duration_s", "task_ids", "num_tokens", "weight_step", "first_token", "context_tokens", "part", "parts", "partials", "decodes", "decode_context_tokens", "isolated", "job_id")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     BEGIN_MONOTONIC_S_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,7 @@ class OpTrace(_message.Message):
     DECODES_FIELD_NUMBER: _ClassVar[int]
     DECODE_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ISOLATED_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
     stage: int
     op: _profile_pb2.OpKind
     begin_monotonic_s: float
@@ -250,7 +251,8 @@ class OpTrace(_message.Message):
     decodes: int
     decode_context_tokens: int
     isolated: bool
-    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[_profile_pb2.OpKind, str]] = ..., begin_monotonic_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., task_ids: _Optional[_Iterable[str]] = ..., num_tokens: _Optional[int] = ..., weight_step: _Optional[int] = ..., first_token: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ..., partials: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., isolated: _Optional[bool] = ...) -> None: ...
+    job_id: str
+    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[_profile_pb2.OpKind, str]] = ..., begin_monotonic_s: _Optional[float] = ..., duration_s: _Optional[float] = ..., task_ids: _Optional[_Iterable[str]] = ..., num_tokens: _Optional[int] = ..., weight_step: _Optional[int] = ..., first_token: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., part: _Optional[int] = ..., parts: _Optional[int] = ..., partials: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., isolated: _Optional[bool] = ..., job_id: _Optional[str] = ...) -> None: ...
 
 class TraceBatch(_message.Message):
     __slots__ = ("ops",)

@@ -278,13 +278,13 @@ class LeMix:
             blocked_s = min(blocked_s, tpot_s - costs.node_s(OpKind.DECODE, 1, prompt))
         if blocked_s <= 0.0:
             return most
-        op_s = costs.training_op_s(live.task.batch, live.task.length)
+        op_s = costs.training_op_s(live.task.batch, live.task.length, live.task.job_id)
         return max(1, math.ceil(min(most, op_s * costs.num_stages / self._cut / blocked_s)))
 
     def _overruns(self, now_s: float, live: LiveTraining, node: NodeState, cluster: Cluster) -> bool:
         """Whether an operation of the micro-batch would break a promise on the node."""
-        op_s = node.costs.training_op_s(live.task.batch, live.task.length) / self._num_parts(live, node, cluster)
-        return overrun_s(now_s, op_s, node, cluster) > 0.0
+        op_s = node.costs.training_op_s(live.task.batch, live.task.length, live.task.job_id)
+        return overrun_s(now_s, op_s / self._num_parts(live, node, cluster), node, cluster) > 0.0
 
 
 def _saved_share(live: LiveInference, node: NodeState, cached_tokens: int) -> float:

@@ -51,7 +51,7 @@ class PaperReleased(PaperRatio):
             live = training.get(window.task_id)
             if live is None:
                 return window.end_s - window.begin_s
-            return stage_s(stage, OpKind.TRAIN_BACKWARD, batch, live.task.length)
+            return stage_s(stage, OpKind.TRAIN_BACKWARD, batch, live.task.length, job_id=live.task.job_id)
 
         path = walk(forecast, asked.now_s, forward_s, busy_s)
         return path.idleness_s, path.end_s

@@ -16,7 +16,7 @@ def work_s(live: LiveTask, node: NodeState, cluster: Cluster) -> float:
     task = live.task
     if isinstance(task, InferenceTask):
         return sum(forward_s_per_stage(task, node, cluster)) / node.costs.num_stages
-    return node.costs.training_work_s(task.batch, task.length)
+    return node.costs.training_work_s(task.batch, task.length, task.job_id)
 
 
 class _Book:

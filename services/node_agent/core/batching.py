@@ -4,12 +4,30 @@ A batch is composed when stage 0 takes it, not before, so a late request can sti
 its KV cache reserved, when its prefill starts.
 """
 
+from dataclasses import dataclass
 from itertools import islice
 
 from services.node_agent.core.running import Claim, Piece, RunningRequest
 from services.node_agent.core.running_requests import RunningRequests
 from services.node_agent.core.types import Command, FreeKv, InferenceRequest, NodeCoreConfig, Op, TaskDone
 from services.node_agent.core.waiting import WaitingRequests
+
+
+@dataclass(slots=True)
+class _Left:
+    """What an op may still take: new tokens, and tokens in contexts (None: any number)."""
+
+    new_tokens: int
+    context_tokens: int | None
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.new_tokens < 1 or (self.context_tokens is not None and self.context_tokens < 1)
+
+    def take(self, new_tokens: int, context_tokens: int) -> None:
+        self.new_tokens -= new_tokens
+        if self.context_tokens is not None:
+            self.context_tokens -= context_tokens
 
 
 class InferenceBatcher:
@@ -75,39 +93,38 @@ class InferenceBatcher:
     ) -> list[Piece]:
         """Pieces of prompts for an op, with `budget_tokens` new tokens at most but for references, and with most_tokens
         in their contexts (None: any number): of prompts that are begun, then of those admitted for it."""
+        left = _Left(budget_tokens, most_tokens)
         pieces: list[Piece] = []
         for task_id in tuple(islice(self.running.filling, self._config.max_batch)):
-            piece = self._next_piece(self.running[task_id], budget_tokens, most_tokens)
+            piece = self._next_piece(self.running[task_id], left)
             if piece is None:
                 break
             del self.running.filling[task_id]
             pieces.append(piece)
-            budget_tokens -= piece.new_tokens
-            most_tokens = None if most_tokens is None else most_tokens - self._held_tokens(piece.running, piece.end)
         room = self._config.max_batch - len(pieces)
-        if budget_tokens < 1 or room < 1 or (most_tokens is not None and most_tokens < 1):
+        if left.is_nothing or room < 1:
             return pieces
-        for running in self._admit_fitting(now_s, version, budget_tokens, room):
-            piece = self._next_piece(running, budget_tokens, most_tokens)
+        for running in self._admit_fitting(now_s, version, left.new_tokens, room):
+            piece = self._next_piece(running, left)
             if piece is None:
                 self.running.filling[running.request.task_id] = None
-                continue
-            pieces.append(piece)
-            budget_tokens -= piece.new_tokens
-            most_tokens = None if most_tokens is None else most_tokens - self._held_tokens(piece.running, piece.end)
+            else:
+                pieces.append(piece)
         return pieces
 
-    def _next_piece(self, running: RunningRequest, budget_tokens: int, most_tokens: int | None) -> Piece | None:
+    def _next_piece(self, running: RunningRequest, left: _Left) -> Piece | None:
+        """As much of a prompt as is left room for, taken from it; None: nothing."""
         start = running.filled_tokens
-        end = min(running.request.prompt_tokens, start + budget_tokens)
-        if most_tokens is not None:
-            end = min(end, most_tokens)
-            if self._held_tokens(running, end) > most_tokens:
-                return None
-        if end <= start:
+        end = min(running.request.prompt_tokens, start + left.new_tokens)
+        if left.context_tokens is not None:
+            end = min(end, left.context_tokens)
+        held_tokens = self._held_tokens(running, end)
+        if end <= start or (left.context_tokens is not None and held_tokens > left.context_tokens):
             return None
         running.filled_tokens = end
-        return Piece(running, start, end)
+        piece = Piece(running, start, end)
+        left.take(piece.new_tokens, held_tokens)
+        return piece
 
     def _held_tokens(self, running: RunningRequest, end: int) -> int:
         """What a prompt computed to `end` takes, in whole blocks, or what it goes on from, if that is longer."""

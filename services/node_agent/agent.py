@@ -9,7 +9,6 @@ import grpc.aio
 import structlog
 
 from lemix.errors import ErrorCode, LemixError
-from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from lemix.internal.v1 import node_agent_service_pb2_grpc as node_grpc
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.internal.v1 import work_pb2
@@ -18,15 +17,16 @@ from services.node_agent import metrics
 from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.checkpoints import Checkpointer, CheckpointLimits
 from services.node_agent.config import NodeAgentSettings
-from services.node_agent.convert import adapter_to_proto
-from services.node_agent.core.types import MemoryConfig, NodeCoreConfig, QueueOrder
-from services.node_agent.engine.base import Engine, ModelInfo
+from services.node_agent.core.types import QueueOrder
+from services.node_agent.core_config import core_config
+from services.node_agent.description import NodeDescription
+from services.node_agent.engine.base import Engine
 from services.node_agent.evaluation import Evaluator
 from services.node_agent.intake import Intake
 from services.node_agent.loop import AgentLoop
 from services.node_agent.measure import Measurer
 from services.node_agent.server import FULL_NAME, NodeAgentServicer
-from services.node_agent.session import SchedulerSession, Vitals
+from services.node_agent.session import SchedulerSession
 from services.node_agent.stop_texts import StopTexts
 from services.node_agent.tokens import TokenHub
 from services.node_agent.weights import WeightSync
@@ -60,8 +60,6 @@ class NodeAgent:
         clock: Clock,
     ) -> None:
         self._settings = settings
-        self._engine = engine
-        self._fingerprint = fingerprint
         self._clock = clock
         store = _checkpoint_store(settings)
         # Rises with every start; the lower 32 bits of the seconds will do so until the year 2106.
@@ -74,7 +72,7 @@ class NodeAgent:
             node_id=settings.node_id,
             incarnation=self.incarnation,
             workers=engine.workers,
-            config=_core_config(settings, engine.info),
+            config=core_config(settings, engine.info),
             clock=clock,
             listener=self,
             op_timeout_s=settings.op_timeout_s,
@@ -83,14 +81,15 @@ class NodeAgent:
         )
         self._session = SchedulerSession(
             channel=scheduler,
-            hello=self._hello,
-            vitals=self._vitals,
+            hello=lambda: self._description.hello(),
+            vitals=lambda: self._description.vitals(draining=self._draining),
             commands=self,
             clock=clock,
             trace_flush_s=settings.trace_flush_s,
             welcome_timeout_s=settings.welcome_timeout_s,
         )
         self._checkpoints = None if store is None else self._checkpointer(store)
+        self._description = self._describe(engine, fingerprint)
         self._intake = Intake(
             node_id=settings.node_id,
             ledger=ledger,
@@ -119,6 +118,18 @@ class NodeAgent:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._draining = False
+
+    def _describe(self, engine: Engine, fingerprint: str) -> NodeDescription:
+        return NodeDescription(
+            settings=self._settings,
+            engine=engine,
+            loop=self._loop,
+            checkpoints=self._checkpoints,
+            incarnation=self.incarnation,
+            fingerprint=fingerprint,
+            address=lambda: self.address,
+            clock=self._clock,
+        )
 
     def _checkpointer(self, store: CheckpointStore) -> Checkpointer:
         settings = self._settings
@@ -156,7 +167,7 @@ class NodeAgent:
         Raises StartupError when the port is taken, or the checkpoints are of another model or cannot be loaded.
         """
         servicer = NodeAgentServicer(
-            hub=self._hub, weights=self._weights, measurer=self._measurer, node_info=self._node_info
+            hub=self._hub, weights=self._weights, measurer=self._measurer, node_info=self._description.node_info
         )
         self._server.add(node_grpc.add_NodeAgentServiceServicer_to_server, servicer, FULL_NAME)
         await self._server.start()
@@ -319,105 +330,6 @@ class NodeAgent:
         error = LemixError(ErrorCode.CONFLICT, f"node {self._settings.node_id} keeps no checkpoints")
         report = scheduler_pb2.CheckpointReport(request_id=command.request_id, error=error.to_proto())
         self._session.report_checkpoint(report)
-
-    # ------------------------------------------------------------- what the node is
-
-    @property
-    def _model_name(self) -> str:
-        return self._settings.model_name or Path(self._settings.model_path).resolve().name
-
-    def _hello(self) -> scheduler_pb2.NodeHello:
-        settings = self._settings
-        return scheduler_pb2.NodeHello(
-            node_id=settings.node_id,
-            address=self.address,
-            num_stages=settings.num_stages,
-            model=self._model_name,
-            max_inflight_inference=settings.max_inflight_inference,
-            incarnation=self.incarnation,
-            profile_fingerprint=self._fingerprint,
-            sent_monotonic_s=self._clock.monotonic_s(),
-            max_context_tokens=self._engine.info.max_context_tokens,
-            kv_capacity_tokens=self._loop.snapshot().kv_capacity_tokens,
-            max_batch=settings.max_batch,
-            prefix_cache_tokens=settings.prefix_cache_tokens,
-            epoch_steps=settings.epoch_steps,
-            max_prefill_tokens=settings.max_prefill_tokens,
-            max_inflight_training=settings.max_inflight_training,
-            weight_handling=settings.weight_handling,
-            gradient_buffers=settings.gradient_buffers,
-            training_schedule=settings.training_schedule,
-            max_training_parts=settings.max_training_parts,
-            keeps_checkpoints=self._checkpoints is not None,
-            checkpoints=() if self._checkpoints is None else self._checkpoints.held(),
-            restore_note="" if self._checkpoints is None else self._checkpoints.note,
-            max_batch_tokens=settings.max_batch_tokens,
-            kv_block_tokens=settings.kv_block_tokens,
-            adapters=self._held_adapters(),
-            weights_changed=self._loop.adapters.weights_changed,
-            weights_age_s=self._weights_age_s(),
-        )
-
-    def _held_adapters(self) -> tuple[scheduler_pb2.HeldAdapter, ...]:
-        return tuple(map(adapter_to_proto, self._loop.adapters.held.values()))
-
-    def _vitals(self) -> Vitals:
-        return Vitals(
-            self._loop.ages.newest_step,
-            self._loop.snapshot().kv_used_tokens,
-            self._draining,
-            self._weights_age_s(),
-            self._held_adapters(),
-            self._loop.adapters.weights_changed,
-        )
-
-    def _weights_age_s(self) -> float | None:
-        ages = self._loop.ages
-        trained_unix_s = ages.at(ages.newest_step)
-        return None if trained_unix_s is None else max(0.0, self._clock.unix_s() - trained_unix_s)
-
-    def _node_info(self) -> node_pb2.GetNodeInfoResponse:
-        settings, info = self._settings, self._engine.info
-        return node_pb2.GetNodeInfoResponse(
-            node_id=settings.node_id,
-            model=self._model_name,
-            num_stages=settings.num_stages,
-            profile_fingerprint=self._fingerprint,
-            max_context_tokens=info.max_context_tokens,
-            max_batch=settings.max_batch,
-            vocab_size=info.vocab_size,
-            worker_pids=[worker.pid for worker in self._engine.workers],
-            weight_step=self._loop.ages.newest_step,
-        )
-
-
-def _core_config(settings: NodeAgentSettings, info: ModelInfo) -> NodeCoreConfig:
-    memory = None
-    if settings.stage_memory_bytes:
-        memory = MemoryConfig(
-            peak_bytes=settings.stage_memory_bytes,
-            kv_bytes_per_token=info.kv_bytes_per_token,
-            activation_bytes_per_token=info.activation_bytes_per_token,
-            kappa=settings.memory_kappa,
-            max_wait_s=settings.memory_max_wait_s,
-            max_forward_wait_s=settings.memory_max_forward_wait_s,
-        )
-    return NodeCoreConfig(
-        num_stages=settings.num_stages,
-        max_batch=settings.max_batch,
-        max_prefill_tokens=settings.max_prefill_tokens,
-        kv_capacity_tokens=settings.kv_capacity_tokens,
-        kv_block_tokens=settings.kv_block_tokens,
-        max_batch_tokens=settings.max_batch_tokens,
-        expected_output_tokens=settings.expected_output_tokens,
-        memory=memory,
-        prefix_cache_tokens=settings.prefix_cache_tokens,
-        epoch_steps=settings.epoch_steps,
-        max_inflight_training=settings.max_inflight_training,
-        weight_handling=settings.weight_handling,
-        gradient_buffers=settings.gradient_buffers,
-        training_schedule=settings.training_schedule,
-    )
 
 
 def _checkpoint_store(settings: NodeAgentSettings) -> CheckpointStore | None:

@@ -190,7 +190,7 @@ async def test_an_adapter_comes_to_a_node_that_lacks_it(tmp_path: Path) -> None:
         item.training.lora.rank, item.training.lora.alpha, item.training.isolated = 4, 8.0, True
         await made.assign(item, "node-0")
         await made.scheduler.outcome("job-1/0")
-        (held,) = one.agent._held_adapters()
+        (held,) = one.agent._description.held_adapters()
         assert (held.adapter_id, held.lora.rank, held.isolated) == ("job-1", 4, True)
         assert not one.agent._loop.adapters.weights_changed
         refused = inference_item("early", [1], 1, adapter_id="job-1")
@@ -205,7 +205,7 @@ async def test_an_adapter_comes_to_a_node_that_lacks_it(tmp_path: Path) -> None:
         apply.adapters.add(adapter=held, mode=replace, source_addresses=[one.agent.address])
         made.scheduler.command("node-1", apply_weights=apply)
         assert not (await made.scheduler.sync_finished(2))[1].HasField("error")
-        assert two.agent._held_adapters() == (held,)
+        assert two.agent._description.held_adapters() == (held,)
         assert not two.agent._loop.adapters.weights_changed
         await made.assign(inference_item("late", [1], 1, adapter_id="job-1"), "node-1")
         report = (await made.scheduler.outcome("late")).inference.report
@@ -218,4 +218,4 @@ async def test_an_adapter_comes_to_a_node_that_lacks_it(tmp_path: Path) -> None:
         assert ended in (errors_pb2.ERROR_CODE_MODEL_NOT_FOUND, errors_pb2.ERROR_CODE_CANCELLED)
         await made.assign(inference_item("later", [1], 1, adapter_id="job-1"), "node-1")
         assert (await made.scheduler.outcome("later")).inference.error.code == errors_pb2.ERROR_CODE_MODEL_NOT_FOUND
-        assert two.agent._held_adapters() == ()
+        assert two.agent._description.held_adapters() == ()

@@ -44,6 +44,8 @@ class AdapterDesk:
         self._rounds: dict[str, _Round] = {}
         #: Adapters that are wanted, with the time their job was made.
         self._wanted: dict[str, float] = {}
+        #: How many were freed, to notice that one was while its job was looked up.
+        self._num_freed = 0
 
     # ------------------------------------------------------------- told by the nodes
 
@@ -68,9 +70,11 @@ class AdapterDesk:
     ) -> tuple[str, ...] | None:
         """A node tells which adapters it holds, and whether the weights below were changed; returns the isolated ones
         that serve, None when they are the same as before."""
-        self._weights_changed[node_id] = weights_changed
         isolated = sorted(adapter.adapter_id for adapter in adapters if adapter.isolated)
         serving = tuple([adapter_id for adapter_id in isolated if await self._is_wanted(adapter_id)])
+        if node_id not in self._models:
+            return None  # it left meanwhile
+        self._weights_changed[node_id] = weights_changed
         unwanted = set(isolated).difference(serving)
         for adapter_id in unwanted:
             self._tell(node_id, adapter_id)
@@ -84,6 +88,7 @@ class AdapterDesk:
     async def _is_wanted(self, adapter_id: str) -> bool:
         if adapter_id in self._wanted:
             return True
+        num_freed = self._num_freed
         try:
             job = await self.find_job(adapter_id)
         except LemixError as error:
@@ -92,8 +97,9 @@ class AdapterDesk:
             return True
         if job is not None and not job.served_model:
             return False
-        # One whose job is no longer on record stays until it is deleted.
-        self._wanted[adapter_id] = 0.0 if job is None else job.created_unix_s
+        # One whose job is not on record any more stays until it is deleted; what was read before a deletion is asked again.
+        if num_freed == self._num_freed:
+            self._wanted[adapter_id] = 0.0 if job is None else job.created_unix_s
         return True
 
     # ------------------------------------------------------------- synchronisation
@@ -141,9 +147,17 @@ class AdapterDesk:
 
     def free(self, adapter_id: str) -> None:
         """Nobody may use this adapter any more. Who makes it only now is told when it says so."""
+        self._num_freed += 1
         self._wanted.pop(adapter_id, None)
         for node_id in self._models:
             self._tell(node_id, adapter_id)
+
+    def free_held(self, adapter_id: str) -> bool:
+        """The same if a connected node holds it; False: none does."""
+        is_held = any(adapter_id in held for held in self._held.values())
+        if is_held:
+            self.free(adapter_id)
+        return is_held
 
     def _tell(self, node_id: str, adapter_id: str) -> None:
         self.send(node_id, pb.NodeSessionResponse(forget_adapter=pb.ForgetAdapter(adapter_id=adapter_id)))

@@ -225,12 +225,12 @@ class JobRegistry:
         await self._guard.once(self.save)
 
     async def delete_model(self, model: str) -> None:
-        """Serve the adapter of an isolated job no longer. Raises MODEL_NOT_FOUND, CONFLICT while the job runs,
-        UNAVAILABLE."""
+        """Serve the adapter of an isolated job no longer. Raises MODEL_NOT_FOUND, CONFLICT (it trains), UNAVAILABLE."""
         job_id = model.rpartition(":")[2]
         state = self.known(job_id) or await self._stored(job_id)
-        job = None if state is None else state.view()
-        if state is None or job is None or job.mode != types_pb2.TRAINING_MODE_ISOLATED:
+        if state is None and self.adapters.free_held(job_id):
+            return  # its job is not on record any more
+        if state is None or not state.is_isolated:
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"there is no model {model[:200]!r}", param="model")
         if not state.ended:
             raise LemixError(ErrorCode.CONFLICT, f"job {job_id} still trains this model: cancel it", param="model")

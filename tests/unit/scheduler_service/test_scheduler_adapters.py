@@ -69,6 +69,35 @@ async def test_without_the_store_nothing_is_freed_and_it_is_asked_again() -> Non
     assert made.freed == [("a", "job-2")]
 
 
+async def test_a_model_that_is_deleted_while_its_job_is_looked_up_is_not_taken_for_wanted() -> None:
+    made = Made()
+
+    async def find(job_id: str) -> types_pb2.TrainingJob | None:
+        made.desk.free(job_id)
+        return WANTED  # as it was when it was read
+
+    made.desk.find_job = find
+    await made.desk.told("a", [held("job-1")])
+    made.freed.clear()
+    made.desk.find_job = made._find
+    made.desk.joined("b", "m")
+    assert (await made.desk.told("b", [held("job-1")]), made.asked) == (("job-1",), ["job-1"])
+
+
+async def test_a_node_that_leaves_while_its_adapters_are_looked_up_holds_none() -> None:
+    made = Made()
+
+    async def find(job_id: str) -> types_pb2.TrainingJob | None:
+        made.desk.left("a")
+        return WANTED
+
+    made.desk.find_job = find
+    assert await made.desk.told("a", [held("job-1")], weights_changed=True) is None
+    assert made.desk.models() == []
+    await made.desk.told("b", [held("online", isolated=False)])
+    assert made.desk.snapshot("s", "b").skip_weights
+
+
 async def test_a_job_that_has_expired_keeps_its_model() -> None:
     made = Made()
     assert await made.desk.told("a", [held("old")]) == ("old",)

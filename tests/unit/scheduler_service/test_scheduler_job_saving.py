@@ -3,6 +3,9 @@
 import asyncio
 from collections.abc import Sequence
 
+import pytest
+
+from lemix.errors import LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import training_service_pb2, types_pb2
@@ -125,3 +128,17 @@ async def test_a_job_cancelled_while_it_is_being_stored_stays_cancelled() -> Non
     assert stored is not None
     assert stored.job.status == types_pb2.JOB_STATUS_CANCELLED
     assert [event.sequence for event in await ledger.read_job_events(job_id)] == [1, 2]
+
+
+async def test_a_model_whose_job_has_expired_can_be_deleted() -> None:
+    """It is listed and takes a place on its node until then."""
+    jobs = registry(MemoryLedger(MemoryStore(), result_ttl_s=60.0, retention_s=60.0))
+    freed: list[tuple[str, str]] = []
+    jobs.adapters.send = lambda node_id, message: freed.append((node_id, message.forget_adapter.adapter_id)) is None
+    jobs.adapters.joined("a", "m")
+    await jobs.adapters.told("a", [pb.HeldAdapter(adapter_id="old", isolated=True)])
+    assert [model.id for model in jobs.adapters.models()] == ["m:old"]
+    await jobs.delete_model("m:old")
+    assert freed == [("a", "old")]
+    with pytest.raises(LemixError, match="there is no model"):
+        await jobs.delete_model("m:unknown")

@@ -21,7 +21,9 @@ class NodeAdapters:
         self._held: dict[str, AdapterSpec] = {}
         #: Unix time of the newest step of each, seconds; of the weights below them all under no name.
         self._trained_unix_s: dict[str, float] = {}
-        self._unwanted: OrderedDict[str, None] = OrderedDict()
+        #: With the newest attempt of its job that was seen here: a later one may make it anew.
+        self._unwanted: OrderedDict[str, int] = OrderedDict()
+        self._attempts: dict[str, int] = {}
         #: Those that are still to be freed: unwanted, or never made.
         self._leaving: set[str] = set()
         self.on_change: Callable[[], None] = lambda: None
@@ -50,7 +52,14 @@ class NodeAdapters:
             if task.adapter_id and (task.adapter_id not in self._held or task.adapter_id in self._unwanted):
                 raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"this node holds no adapter {task.adapter_id}")
         elif task.adapter is not None:
+            self._want_again(task.adapter.adapter_id, task.attempt)
             self.expect(task.adapter)
+            self._attempts[task.adapter.adapter_id] = task.attempt
+
+    def _want_again(self, adapter_id: str, attempt: int) -> None:
+        """Its job may have gone on. What is left of the adapter of before has to go first."""
+        if attempt > self._unwanted.get(adapter_id, attempt) and adapter_id not in self._leaving:
+            del self._unwanted[adapter_id]
 
     def expect(self, spec: AdapterSpec) -> None:
         """The stages will make it if it is new. Raises LemixError as `admit`."""
@@ -106,6 +115,7 @@ class NodeAdapters:
         tasks = list(tasks)
         trained = [task.adapter for task in tasks if isinstance(task, MicrobatchTask) and task.adapter is not None]
         self._expected = {spec.adapter_id: spec for spec in trained} | self._held
+        self._attempts = {name: attempt for name, attempt in self._attempts.items() if name in self._expected}
         # One that was deleted after the checkpoint goes once more.
         self._leaving = {adapter_id for adapter_id in self._expected if adapter_id in self._unwanted}
         self.on_change()
@@ -140,7 +150,8 @@ class NodeAdapters:
 
     def unwanted(self, adapter_id: str, tasks: Iterable[Task]) -> list[str]:
         """Nobody may use it from now on; returns the tasks that do."""
-        self._unwanted[adapter_id] = None
+        newest = self._attempts.get(adapter_id, 0)
+        self._unwanted[adapter_id] = max(newest, self._unwanted.pop(adapter_id, 0))
         if adapter_id in self._expected:
             self._leaving.add(adapter_id)
         while len(self._unwanted) > _MAX_UNWANTED:
@@ -168,6 +179,7 @@ class NodeAdapters:
         for adapter_id in free:
             self._leaving.discard(adapter_id)
             self._trained_unix_s.pop(adapter_id, None)
+            self._attempts.pop(adapter_id, None)
             del self._expected[adapter_id]
             self._held.pop(adapter_id, None)
         if free:

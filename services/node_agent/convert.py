@@ -123,6 +123,7 @@ def microbatch_from_proto(
         accumulation=accumulation,
         last=work.last,
         adapter=adapter,
+        attempt=work.attempt,
     )
     microbatch = TrainingMicrobatch(
         task_id=task_id,

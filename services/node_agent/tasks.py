@@ -55,6 +55,8 @@ class MicrobatchTask:
     accumulation: int = 1
     #: What its job trains; None: all weights.
     adapter: AdapterSpec | None = None
+    #: How often its job went on after it had ended.
+    attempt: int = 0
     #: The job's last micro-batch.
     last: bool = False
     loss: float | None = None

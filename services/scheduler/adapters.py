@@ -97,7 +97,8 @@ class AdapterDesk:
             return True
         if job is not None and not job.served_model:
             return False
-        # One whose job is not on record any more stays until it is deleted; what was read before a deletion is asked again.
+        # One whose job is not on record any more stays until it is deleted. What a deletion may have overtaken is asked
+        # again.
         if num_freed == self._num_freed:
             self._wanted[adapter_id] = 0.0 if job is None else job.created_unix_s
         return True

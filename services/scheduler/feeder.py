@@ -117,6 +117,7 @@ class Feeder:
             checkpoint=state.checkpoint,
             lora=state.lora,
             isolated=state.is_isolated,
+            attempt=state.attempt,
         )
         await self._inbox.put(Offered(work_pb2.WorkItem(task_id=state.task_id(cut.sequence), training=work)))
 

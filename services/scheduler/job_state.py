@@ -368,18 +368,21 @@ class JobState:
 
     def unserve(self) -> bool:
         """Its model is not served any more. False when it was not."""
-        if not self._record.job.served_model:
-            return False
+        was_served = bool(self._record.job.served_model)
         self._record.job.served_model = ""
-        self.dirty = True
-        return True
+        self.dirty |= was_served
+        return was_served
 
     # ------------------------------------------------------------- paused, and going on
 
     def task_id(self, sequence: int) -> str:
         """Id of a micro-batch. The ledger remembers ended ones: what goes on after the job's end has others."""
-        attempt = self._record.attempt
-        return f"{self.job_id}/{sequence}/{attempt}" if attempt else f"{self.job_id}/{sequence}"
+        return f"{self.job_id}/{sequence}/{self.attempt}" if self.attempt else f"{self.job_id}/{sequence}"
+
+    @property
+    def attempt(self) -> int:
+        """How often it went on after it had ended."""
+        return self._record.attempt
 
     def is_wanted(self, task_id: str, sequence: int) -> bool:
         """Whether to train this micro-batch. One from before the job's end only if it counts as trained and comes back

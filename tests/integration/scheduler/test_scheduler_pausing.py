@@ -184,7 +184,9 @@ async def test_an_isolated_job_whose_adapter_was_freed_is_gone(cluster: Cluster)
     assert (await cancel(gateway, created.job_id)).served_model == ""
     assert (await resume(gateway, created.job_id)).served_model == created.served_model
     await end_cancelled(node, delivery)
-    await node.finish(await node.take())
+    delivery = await node.take()
+    assert delivery.item.training.attempt == 1  # or a node that was told to free it would not make it again
+    await node.finish(delivery)
     await has_trained(gateway, created.job_id, 1)
     await cancel(gateway, created.job_id)
     assert await fails(resume(gateway, created.job_id)) is ErrorCode.CONFLICT

@@ -131,3 +131,32 @@ def test_only_one_that_nobody_will_make_leaves_its_place() -> None:
     adapters.not_made("job-1", [])
     assert adapters.take_unused([], (), never) == []
     assert dict(adapters.held) == {"job-1": ISOLATED}
+
+
+def test_a_job_that_goes_on_after_its_adapter_was_freed_makes_it_anew() -> None:
+    """Micro-batches of the attempt before are still refused."""
+    adapters = NodeAdapters(1)
+    later = microbatch(ISOLATED)
+    later.attempt = 1
+    adapters.unwanted("job-1", [])
+    assert code_of(adapters, microbatch(ISOLATED)) is ErrorCode.CANCELLED
+    adapters.admit(later)
+    adapters.made(ISOLATED)
+    adapters.admit(request("job-1"))
+    assert adapters.unwanted("job-1", [later]) == ["m"]
+    assert code_of(adapters, later) is ErrorCode.CANCELLED
+    assert adapters.take_unused([], (), never) == ["job-1"]
+    assert code_of(adapters, later) is ErrorCode.CANCELLED
+    later.attempt = 2
+    adapters.admit(later)
+
+
+def test_a_job_that_goes_on_waits_for_its_old_adapter_to_go() -> None:
+    """What is left of it must not be trained on."""
+    adapters = NodeAdapters(1)
+    adapters.admit(microbatch(ISOLATED))
+    adapters.made(ISOLATED)
+    adapters.unwanted("job-1", [microbatch(ISOLATED)])
+    later = microbatch(ISOLATED)
+    later.attempt = 1
+    assert code_of(adapters, later) is ErrorCode.CANCELLED

@@ -106,10 +106,12 @@ def test_microbatches_and_their_hyperparameters() -> None:
         ],
         hyperparameters=hyperparameters,
         total_steps=20,
+        attempt=2,
     )
     task, microbatch = microbatch_from_proto("job/9", work, INFO, now_s=1.0)
     assert (microbatch.batch, microbatch.length, microbatch.accumulation) == (2, 4, 4)
     assert not microbatch.last
+    assert task.attempt == 2
     work.last = True
     assert microbatch_from_proto("job/9", work, INFO, now_s=1.0)[1].last
     assert (microbatch.job_id, microbatch.sequence) == (task.job_id, task.sequence) == ("job", 9)

@@ -88,7 +88,7 @@ class TrainingExample(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
 
 class TrainingWork(_message.Message):
-    __slots__ = ("job_id", "sequence", "examples", "hyperparameters", "total_steps", "last", "parts", "checkpoint", "lora", "isolated")
+    __slots__ = ("job_id", "sequence", "examples", "hyperparameters", "total_steps", "last", "parts", "checkpoint", "lora", "isolated", "attempt")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,7 @@ class TrainingWork(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     ISOLATED_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     sequence: int
     examples: _containers.RepeatedCompositeFieldContainer[TrainingExample]
@@ -109,7 +110,8 @@ class TrainingWork(_message.Message):
     checkpoint: _types_pb2.CheckpointPolicy
     lora: _types_pb2.Lora
     isolated: bool
-    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., examples: _Optional[_Iterable[_Union[TrainingExample, _Mapping]]] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., total_steps: _Optional[int] = ..., last: _Optional[bool] = ..., parts: _Optional[int] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ..., lora: _Optional[_Union[_types_pb2.Lora, _Mapping]] = ..., isolated: _Optional[bool] = ...) -> None: ...
+    attempt: int
+    def __init__(self, job_id: _Optional[str] = ..., sequence: _Optional[int] = ..., examples: _Optional[_Iterable[_Union[TrainingExample, _Mapping]]] = ..., hyperparameters: _Optional[_Union[_types_pb2.Hyperparameters, _Mapping]] = ..., total_steps: _Optional[int] = ..., last: _Optional[bool] = ..., parts: _Optional[int] = ..., checkpoint: _Optional[_Union[_types_pb2.CheckpointPolicy, _Mapping]] = ..., lora: _Optional[_Union[_types_pb2.Lora, _Mapping]] = ..., isolated: _Optional[bool] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class WorkItem(_message.Message):
     __slots__ = ("task_id", "inference", "training", "fencing_token", "node_keeps_checkpoints")

@@ -15,6 +15,7 @@ from deploy.local.tiny_model import write_tiny_model
 from services.arguments import parser_class
 
 _WATCH_S = 0.5
+_MAX_PORT = 65535
 #: Id of the model that is served when none is named.
 _TINY_NAME = "tiny"
 _SYNC = ("none", "average", "checkpoint")
@@ -30,8 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default="lemix", help="scheduling policy (default lemix)")
     parser.add_argument("--sync", choices=_SYNC, help="how replicas are kept together (default: as the policy does it)")
     parser.add_argument("--sync-every", type=int, metavar="K", help="optimizer steps of a node between; -1: by the job")
-    parser.add_argument("--port", type=int, default=8000, help="port of the REST API; 0: a free one (default 8000)")
-    parser.add_argument("--grpc-port", type=int, default=50051, help="port of the gRPC API; 0: a free one")
+    parser.add_argument("--port", type=_port, default=8000, help="port of the REST API; 0: a free one (default 8000)")
+    parser.add_argument(
+        "--grpc-port", type=_port, default=50051, help="port of the gRPC API; 0: a free one (default 50051)"
+    )
     parser.add_argument("--directory", type=Path, default=Path("out/up"), help="logs, profiles, data (default out/up)")
     parser.add_argument("--redis-url", help="Redis to use instead of starting one")
     parser.add_argument("--nice", type=int, default=10, help="niceness of the stage workers (default 10)")
@@ -47,7 +50,11 @@ def main(arguments: Sequence[str]) -> int:
         options.model = options.directory / "model"
         if not (options.model / "config.json").is_file():
             print(f"Writing a tiny model with random weights to {options.model} ...", flush=True)
-            write_tiny_model(options.model)
+            try:
+                write_tiny_model(options.model)
+            except OSError as error:
+                print(f"up: cannot write {options.model}: {error.strerror}", file=sys.stderr)
+                return 1
     config = LocalClusterConfig(
         model_path=options.model,
         directory=options.directory,
@@ -133,10 +140,15 @@ Ctrl-C stops everything."""
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 on, not {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > _MAX_PORT:
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to {_MAX_PORT}, not {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

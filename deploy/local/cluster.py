@@ -12,6 +12,7 @@ import httpx
 import psutil
 import yaml
 
+from deploy.local.directory_lock import DirectoryInUseError, DirectoryLock
 from deploy.local.ports import is_free, pick_free
 from deploy.local.process import ROOT, ChildProcess
 from deploy.local.redis_server import LocalRedis, RedisServerError, redis_for_cluster
@@ -44,6 +45,7 @@ class LocalCluster:
         self.redis: LocalRedis | None = None
         self._children: dict[str, ChildProcess] = {}
         self._addresses: Addresses | None = None
+        self._lock: DirectoryLock | None = None
 
     # ------------------------------------------------------------- life
 
@@ -74,11 +76,15 @@ class LocalCluster:
         if self.redis is not None:
             await asyncio.to_thread(self.redis.stop)
             self.redis = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _prepare(self) -> None:
         config = self.config
         if not (config.model_path / "config.json").is_file():
             raise ClusterError(f"{config.model_path} is not a model directory: it has no config.json")
+        self._lock = self._take_directory()
         ports = self._choose_ports()
         redis_url = self._start_redis()
         self._addresses = Addresses(
@@ -93,6 +99,18 @@ class LocalCluster:
         environment = _child_environment(os.environ)
         for service in services_of(config, self._addresses, available_cores()):
             self._children[service.name] = self._child(service, environment)
+
+    def _take_directory(self) -> DirectoryLock:
+        directory = self.config.directory
+        try:
+            return DirectoryLock(directory)
+        except DirectoryInUseError as error:
+            raise ClusterError(
+                f"{directory} is used by another cluster; stop that one, or give this one another --directory, --port "
+                "and --grpc-port"
+            ) from error
+        except OSError as error:
+            raise ClusterError(f"cannot write to {directory}: {error.strerror}") from error
 
     def _choose_ports(self) -> list[int]:
         config = self.config

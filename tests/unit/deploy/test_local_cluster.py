@@ -8,6 +8,7 @@ import pytest
 from deploy.local import cluster as cluster_module
 from deploy.local.__main__ import build_parser, main
 from deploy.local.cluster import ClusterError, LocalCluster
+from deploy.local.directory_lock import DirectoryLock
 from deploy.local.settings import LocalClusterConfig
 
 
@@ -33,6 +34,35 @@ async def test_a_port_in_use_is_named_with_the_way_out(tmp_path, model, field, o
         config = LocalClusterConfig(model_path=model, directory=tmp_path / "run", **{field: port})
         with pytest.raises(ClusterError, match=f"port {port} is in use; choose another one with {option}"):
             await LocalCluster(config).start()
+
+
+async def test_two_clusters_do_not_share_a_directory(tmp_path, model):
+    directory = tmp_path / "run"
+    held = DirectoryLock(directory)
+    config = LocalClusterConfig(model_path=model, directory=directory)
+    with pytest.raises(ClusterError, match=f"{directory} is used by another cluster; .* another --directory"):
+        await LocalCluster(config).start()
+    held.release()
+    DirectoryLock(directory).release()
+
+
+async def test_a_cluster_that_did_not_start_leaves_the_directory_to_the_next(tmp_path, model):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        config = LocalClusterConfig(model_path=model, directory=tmp_path, http_port=server.getsockname()[1])
+        with pytest.raises(ClusterError, match="in use; choose another one"):
+            await LocalCluster(config).start()
+    DirectoryLock(tmp_path).release()
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, model, capsys):
+    (tmp_path / "file").write_text("")
+    directory = tmp_path / "file" / "run"
+    assert main(["--directory", str(directory)]) == 1
+    assert capsys.readouterr().err == f"up: cannot write {directory}/model: Not a directory\n"
+    assert main(["--directory", str(directory), "--model", str(model)]) == 1
+    assert capsys.readouterr().err == f"\nThe cluster stopped: cannot write to {directory}: Not a directory\n"
 
 
 async def test_a_service_that_dies_while_starting_is_reported_with_its_log_and_all_is_stopped(tmp_path, model):
@@ -62,7 +92,10 @@ def test_make_up_reports_what_keeps_it_from_starting(tmp_path, capsys):
     assert "is not a model directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--nodes", "0"], ["--stages", "-1"], ["--port", "x"], ["--unknown"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--nodes", "0"], ["--nodes", "x"], ["--stages", "-1"], ["--port", "x"], ["--port", "65536"], ["--unknown"]],
+)
 def test_bad_options_are_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as raised:
         build_parser().parse_args(arguments)
@@ -70,3 +103,4 @@ def test_bad_options_are_usage_errors(arguments, capsys):
     error = capsys.readouterr().err
     assert error.startswith("up: ")
     assert error.count("\n") == 1
+    assert "_positive" not in error

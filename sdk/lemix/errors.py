@@ -70,7 +70,10 @@ class LemixError(Exception):
 
     code: why. message: one sentence for a person. param: the request field at fault, if one is.
     retry_after_s: seconds after which a retry may succeed, if known.
+    answered: a server sent this error; False when none was reached.
     """
+
+    answered: bool = False
 
     def __init__(
         self, code: ErrorCode, message: str, *, param: str | None = None, retry_after_s: float | None = None
@@ -105,12 +108,14 @@ class LemixError(Exception):
             code = ErrorCode[errors_pb2.ErrorCode.Name(detail.code).removeprefix("ERROR_CODE_")]
         except (ValueError, KeyError):
             code = ErrorCode.INTERNAL
-        return cls(
+        error = cls(
             code,
             detail.message,
             param=detail.param if detail.HasField("param") else None,
             retry_after_s=detail.retry_after_s if detail.HasField("retry_after_s") else None,
         )
+        error.answered = True
+        return error
 
     @classmethod
     def from_rpc(cls, error: grpc.RpcError) -> "LemixError":

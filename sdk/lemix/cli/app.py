@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from lemix.cli import render
 from lemix.cli.conversation import Conversation
@@ -34,6 +35,8 @@ app = typer.Typer(
 
 #: Most tokens of a reply that names no limit.
 _MAX_REPLY_TOKENS = 256
+#: Characters of a row; longer cells than that are cut.
+_MAX_TABLE_WIDTH = 2000
 
 _MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1)]
 _Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0.0, max=2.0)]
@@ -162,7 +165,7 @@ def train(
 def jobs(limit: Annotated[int, typer.Option(help="How many.", min=1, max=100)] = 20) -> None:
     """List the newest training jobs."""
     with _state.client() as client:
-        _state.out.print(render.job_table(client.list_jobs(limit)))
+        _print_table(render.job_table(client.list_jobs(limit)))
 
 
 @app.command()
@@ -212,7 +215,7 @@ def checkpoints(
     with _state.client() as client:
         if save:
             client.save_checkpoint(job)
-        _state.out.print(render.checkpoint_table(client.list_checkpoints(job)))
+        _print_table(render.checkpoint_table(client.list_checkpoints(job)))
 
 
 @app.command()
@@ -269,18 +272,23 @@ def status() -> None:
         cluster, models = client.status(), client.models()
     _state.out.print(render.status_lines(cluster, models))
     if cluster.nodes:
-        _state.out.print(render.node_table(cluster))
+        _print_table(render.node_table(cluster))
     if not cluster.ready:
         raise typer.Exit(1)
 
 
 def _follow(client: Client, job_id: str) -> None:
     for event in client.watch(job_id):
-        _state.out.print(render.event_line(event), markup=False, highlight=False)
+        _state.out.print(render.event_line(event), markup=False, highlight=False, soft_wrap=True)
     job = client.get_job(job_id)
     _state.out.print(f"{job.job_id}: {job.status.value}")
     if job.status is JobStatus.FAILED:
         raise job.error or LemixError(ErrorCode.INTERNAL, "the job failed without a reason")
+
+
+def _print_table(table: Table) -> None:
+    """With whole ids, whatever the terminal's width: they are what the next command needs."""
+    Console(width=_MAX_TABLE_WIDTH).print(table)
 
 
 def _print_stream(chunks: Iterable[GenerationChunk]) -> None:
@@ -320,7 +328,7 @@ def _read_line() -> str | None:
 
 
 def _explain(error: LemixError) -> str:
-    if error.code is ErrorCode.UNAVAILABLE:
+    if error.code is ErrorCode.UNAVAILABLE and not error.answered:
         hint = "is the cluster running? set --address"
         return f"[{error.code.value}] no answer from {_state.address}: {error.message} ({hint})"
     return str(error)

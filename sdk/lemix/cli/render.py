@@ -22,7 +22,7 @@ def job_table(jobs: Sequence[TrainingJob]) -> Table:
 
 def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> Table:
     """One row per checkpoint."""
-    table = Table("checkpoint", "saved", "why", "MB", "micro-batches", "held-out loss", box=None, pad_edge=False)
+    table = Table("checkpoint", "saved (UTC)", "why", "MB", "micro-batches", "held-out loss", box=None, pad_edge=False)
     for checkpoint in checkpoints:
         loss = "-" if checkpoint.heldout_loss is None else f"{checkpoint.heldout_loss:.4f}"
         saved = datetime.fromtimestamp(checkpoint.created_unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S")

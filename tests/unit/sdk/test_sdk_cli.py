@@ -169,6 +169,26 @@ def test_an_unreachable_cluster_names_the_address(lemix_command: Run, fake: Fake
     assert err.count("\n") == 1
 
 
+def test_what_a_cluster_says_is_not_taken_for_silence(lemix_command: Run, fake: FakeLemix) -> None:
+    sent = LemixError(ErrorCode.UNAVAILABLE, "node node-9 is not connected").to_proto()
+    fake.fail_next(*[LemixError.from_proto(sent)] * 10)
+    line = "lemix: [unavailable] node node-9 is not connected\n"
+    assert lemix_command("rollback", "node-0:1:2", "--node", "node-9") == (1, "", line)
+
+
+def test_tables_hold_whole_ids_on_a_narrow_terminal(
+    lemix_command: Run, fake: FakeLemix, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    file = tmp_path / "examples.jsonl"
+    file.write_text('{"text": "a"}\n')
+    lemix_command("train", str(file))
+    _, out, _ = lemix_command("checkpoints", "--job", "job-1", "--save")
+    row = out.splitlines()[1]
+    assert row.startswith("fake-node:1:1 ")
+    assert "job-1" in row
+
+
 @pytest.mark.parametrize(
     "arguments", [("nothing",), ("generate",), ("generate", "x", "--max-tokens", "0"), ("train", "/no/such/file")]
 )

@@ -155,7 +155,7 @@ def _told(error: grpc.RpcError, address: str) -> LemixError:
     told = LemixError.from_rpc(error)
     if told.code is ErrorCode.NOT_FOUND:
         return told
-    return LemixError(told.code, f"no answer from a scheduler at {address}: {told.message}")
+    return LemixError(told.code, f"no answer from a scheduler at {address}: {told.message} (--address names another)")
 
 
 # ------------------------------------------------------------------------- arguments

@@ -93,6 +93,14 @@ class JobResumed:
     job_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingHeld:
+    """The node takes no micro-batches, or does so again: it is about to go on from another node's checkpoint."""
+
+    node_id: str
+    held: bool
+
+
 class OpFinished(NamedTuple):
     """A real trace: one operation ended on a stage. Corrects the forecast."""
 
@@ -194,6 +202,7 @@ Event = (
     | JobEnded
     | JobPaused
     | JobResumed
+    | TrainingHeld
     | OpFinished
     | TaskEnded
     | SnapshotReady

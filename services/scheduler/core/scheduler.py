@@ -33,6 +33,7 @@ from services.scheduler.core.events import (
     TaskEnded,
     TaskRecovered,
     Tick,
+    TrainingHeld,
     WeightsTold,
 )
 from services.scheduler.core.forecast import NodeForecast
@@ -125,6 +126,8 @@ class SchedulerCore:
                 self._pause_job(job_id)
             case JobResumed(job_id):
                 self._paused_jobs.discard(job_id)
+            case TrainingHeld(node_id, held):
+                self._cluster.hold_training(node_id, held)
             case NodeJoined(spec):
                 self._node_joined(now_s, spec)
             case NodeLost(node_id):
@@ -251,18 +254,14 @@ class SchedulerCore:
 
     def _cancel_job(self, job_id: str) -> None:
         self._paused_jobs.discard(job_id)
-        for live in self._of_job(job_id):
+        for live in self._cluster.of_job(job_id):
             self._cancel(live.task.task_id)
 
     def _pause_job(self, job_id: str) -> None:
         self._paused_jobs.add(job_id)
-        for live in self._of_job(job_id):
+        for live in self._cluster.of_job(job_id):
             if live.node is None:
                 self._take_back(live)
-
-    def _of_job(self, job_id: str) -> list[LiveTraining]:
-        tasks = self._cluster.tasks.values()
-        return [live for live in tasks if isinstance(live, LiveTraining) and live.task.job_id == job_id]
 
     def _take_back(self, live: LiveTraining) -> None:
         self._cluster.forget(live)

@@ -161,6 +161,8 @@ class NodeState:
     adapter_ids: frozenset[str] = frozenset()
     #: It is about to leave.
     is_draining: bool = False
+    #: It gets no micro-batches for now.
+    is_training_held: bool = False
     #: Since when training that could come here has been held back.
     held_back_since_s: float | None = None
 
@@ -204,6 +206,8 @@ class NodeState:
         A-PP: when the backward of one of its micro-batches is over, there is room for the next. S-PP: when the group
         before of the job has ended with its step.
         """
+        if self.is_training_held:
+            return False
         if not self.spec.synchronous_training:
             return self.num_outstanding_training < max_inflight
         of_job = sum(other.task.job_id == task.job_id for other in self.training.values())
@@ -347,6 +351,16 @@ class Cluster:
         self.serving = tuple(node for node in ordered if node.role in (NodeRole.SERVE, NodeRole.BOTH))
         self.training = tuple(node for node in ordered if node.role in (NodeRole.TRAIN, NodeRole.BOTH))
         self._recount_backlog()
+
+    def hold_training(self, node_id: str, held: bool) -> None:
+        """Give a node no micro-batches, or do so again."""
+        node = self.nodes.get(node_id)
+        if node is not None:
+            node.is_training_held = held
+
+    def of_job(self, job_id: str) -> list[LiveTraining]:
+        """Its micro-batches."""
+        return [live for live in self.tasks.values() if isinstance(live, LiveTraining) and live.task.job_id == job_id]
 
     def expect_training(self, live: LiveTraining) -> None:
         """A micro-batch is to be trained: it counts towards the backlog until its backward is over."""

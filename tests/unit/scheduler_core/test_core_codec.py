@@ -48,6 +48,7 @@ EVENTS = [
     events.JobEnded,
     events.JobPaused,
     events.JobResumed,
+    events.TrainingHeld,
     events.OpFinished,
     events.TaskEnded,
     events.SnapshotReady,

@@ -333,15 +333,20 @@ class Checkpointer:
                 continue
             await self._load(folder, manifest)
             self._positions = manifest.positions
-            self._unconfirmed = {
-                task_id: work_pb2.WorkOutcome.FromString(bytes.fromhex(outcome))
-                for task_id, outcome in manifest.outcomes.items()
-            }
+            self._unconfirmed = self._contained_in(manifest)
             self.note = loss_note(corrupted, manifest)
             await self._set_aside(corrupted)
             return manifest
         self.note = loss_note(corrupted, None)
         return None
+
+    def _contained_in(self, manifest: Manifest) -> dict[str, work_pb2.WorkOutcome]:
+        """Ends of micro-batches in a checkpoint that the ledger may not know, as this node's own."""
+        ends = {}
+        for task_id, stored in manifest.outcomes.items():
+            ends[task_id] = outcome = work_pb2.WorkOutcome.FromString(bytes.fromhex(stored))
+            outcome.node_id = self._loop.node_id
+        return ends
 
     async def _set_aside(self, corrupted: list[Path]) -> None:
         for folder in reversed(corrupted):  # what stays of them is the last, and should be the newest
@@ -367,6 +372,8 @@ class Checkpointer:
                 # Of another node's the positions are new here; one's own contain them.
                 numbers = chain.from_iterable(range(first, last + 1) for first, last in ranges)
                 self._positions[job_id] = add_to_ranges(self._positions.get(job_id, []), numbers)
+            if manifest.node_id != self._loop.node_id:
+                self._unconfirmed |= self._contained_in(manifest)
         try:
             await self.save("rollback", request_id)
         except LemixError as error:

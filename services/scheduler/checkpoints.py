@@ -11,12 +11,11 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
+from services.scheduler.lineage import CHECKPOINT_PREFIX, Lineage
 
 _log = structlog.get_logger()
 
 Action = Literal["save", "restore", "export"]
-#: Name of a synchronisation that hands out a checkpoint.
-_CHECKPOINT_PREFIX = "checkpoint/"
 
 #: (jobs, level, message): something their owners should know.
 Announce = Callable[[Iterable[str], str, str], None]
@@ -40,8 +39,9 @@ class CheckpointDesk:
         #: Checkpoints of connected nodes that keep some, the newest first.
         self._held: dict[str, list[types_pb2.Checkpoint]] = {}
         self._hellos: dict[str, pb.NodeHello] = {}
-        #: Newest checkpoint of nodes that were lost.
-        self._lost: dict[str, str] = {}
+        #: Newest checkpoint of nodes that were lost, and their model.
+        self._lost: dict[str, tuple[str, str]] = {}
+        self.lineage = Lineage()
         #: Node and answer by request.
         self._waiting: dict[str, tuple[str, asyncio.Future[Any]]] = {}
 
@@ -51,6 +51,7 @@ class CheckpointDesk:
         """A node is here."""
         self._held.pop(hello.node_id, None)
         self._hellos[hello.node_id] = hello
+        self.lineage.joined(hello)
         if hello.keeps_checkpoints:
             self._held[hello.node_id] = list(hello.checkpoints)
         if hello.restore_note:
@@ -61,7 +62,7 @@ class CheckpointDesk:
         """A node is gone, and with it the answers it owes."""
         held = self._held.pop(node_id, None)
         if held:
-            self._lost[node_id] = held[0].checkpoint_id
+            self._lost[node_id] = (held[0].checkpoint_id, self._hellos[node_id].model)
             self._lost = dict(list(self._lost.items())[-_MAX_LOST:])
         self._hellos.pop(node_id, None)
         for asked_id, future in self._waiting.values():
@@ -72,6 +73,7 @@ class CheckpointDesk:
         """A node saved, restored or exported a checkpoint, or could not."""
         if node_id in self._held:
             self._held[node_id] = list(report.held)
+        self.lineage.saved(node_id, report)
         self._answer(report.request_id, report)
         if report.HasField("error"):
             self.announce((), "warn", f"{node_id} could not finish with a checkpoint: {report.error.message}")
@@ -88,6 +90,7 @@ class CheckpointDesk:
 
     def sync_finished(self, node_id: str, finished: pb.SyncFinished) -> None:
         """A node took over a published checkpoint, or could not. Other synchronisations are the core's."""
+        self.lineage.finished(node_id, finished)
         self._answer(f"{finished.sync_id}@{node_id}", finished)
 
     def _answer(self, request_id: str, message: Any) -> None:
@@ -113,7 +116,12 @@ class CheckpointDesk:
 
     def newest_of_lost(self, node_id: str) -> str:
         """Id of the newest checkpoint of a lost node; empty: none is known."""
-        return self._lost.get(node_id, "")
+        return self._lost.get(node_id, ("", ""))[0]
+
+    def peers_of_lost(self, node_id: str) -> list[str]:
+        """Connected nodes that keep checkpoints of the model of a lost node."""
+        _, model = self._lost.get(node_id, ("", ""))
+        return [keeper for keeper in self.keepers() if self._hellos[keeper].model == model]
 
     def owner_of(self, checkpoint_id: str) -> str:
         """Connected node that holds this checkpoint. Raises NOT_FOUND."""
@@ -185,7 +193,7 @@ class CheckpointDesk:
         owner = self.owner_of(checkpoint_id)
         targets = sorted(set(node_ids) - {owner} if node_ids else self._hellos.keys() - {owner})
         message = pb.ApplyWeights(
-            sync_id=_CHECKPOINT_PREFIX + checkpoint_id,
+            sync_id=CHECKPOINT_PREFIX + checkpoint_id,
             mode=pb.SYNC_MODE_REPLACE,
             source_addresses=[self._hellos[owner].address],
         )

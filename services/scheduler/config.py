@@ -81,6 +81,9 @@ class SchedulerSettings(ServiceSettings):
     #: How long what a lost node has trained since its newest checkpoint, and was to train next, waits for it, seconds;
     #: then other nodes train it. Nodes without checkpoints are not waited for. 0: none is.
     node_return_s: float = Field(60.0, ge=0.0)
+    #: Whether another node may go on from the newest checkpoint of a lost node that did not come back within
+    #: `node_return_s`. Only with a checkpoint directory that all nodes share.
+    checkpoint_failover: bool = False
     #: Longest wait for a node that saves, restores or exports a checkpoint, seconds.
     checkpoint_timeout_s: float = Field(120.0, gt=0.0)
     #: JSON lines of every event of the core and what came of it. Empty: none.

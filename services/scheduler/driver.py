@@ -21,6 +21,7 @@ from services.scheduler.endings import Endings
 from services.scheduler.event_log import EventLog
 from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Change, Signature, Signatures
+from services.scheduler.failover import Failover
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import (
@@ -58,6 +59,7 @@ class Driver:
         nodes: NodeRegistry,
         gateways: GatewayRegistry,
         jobs: TrainingJobs,
+        failover: Failover,
         clock: Clock,
         event_log: EventLog | None = None,
         live: LiveTasks | None = None,
@@ -70,7 +72,7 @@ class Driver:
         self._state = DriverState(guard=guard, nodes=nodes, gateways=gateways, jobs=jobs, clock=clock)
         self._endings = Endings(self._state, self._step)
         self._arrivals = Arrivals(self._state, self._endings, self._step)
-        self._node_work = NodeWork(self._state, self._endings, self._step, node_return_s)
+        self._node_work = NodeWork(self._state, self._endings, self._step, failover, node_return_s)
         self._performer = Performer(self._state, self._endings)
         self._event_log = event_log
         self._live = live

@@ -346,8 +346,8 @@ class JobState:
         of_total = f" of {self.total_microbatches}" if self.total_microbatches else ""
         self.add_event("info", f"trained {self.num_trained}{of_total} micro-batches", loss=loss)
 
-    def node_away(self, node_id: str, wait_s: float, checkpoint_id: str = "") -> None:
-        """A node is lost, and waited for so long; 0: no longer. checkpoint_id: the newest one it held."""
+    def node_away(self, node_id: str, wait_s: float, checkpoint_id: str = "", failover: str = "") -> None:
+        """A node is lost; wait_s as in `on_node_away`. checkpoint_id: the newest it held; failover: what became of it."""
         self._last_steps.pop(node_id, None)
         count = sum(outcome.node_id == node_id for outcome in self._uncovered.values())
         if wait_s:
@@ -355,8 +355,8 @@ class JobState:
             self.add_event("warn", f"{node_id} was lost: {again}, by itself if it is back within {wait_s:g} s")
         elif count or node_id in self._record.job.steps_per_node:
             again = f"other nodes train {count} micro-batches again"
-            lost = f"their weights lack what checkpoint {checkpoint_id} contains, unless it was synchronised"
-            lost = lost if checkpoint_id else "it held no checkpoint"
+            lack = f"their weights lack what checkpoint {checkpoint_id} contains, unless it was synchronised"
+            lost = failover or (lack if checkpoint_id else "it held no checkpoint")
             self.add_event("error", f"{node_id} did not come back: {again}; {lost}")
 
     def _count_step(self, outcome: work_pb2.WorkOutcome) -> None:

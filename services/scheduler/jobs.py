@@ -412,11 +412,11 @@ class JobRegistry:
             self._ask_to_save(state)
             self._changed()
 
-    def on_node_away(self, node_id: str, wait_s: float) -> None:
-        """A node is lost; what it trained since its checkpoint waits so long for it, 0: no longer."""
+    def on_node_away(self, node_id: str, wait_s: float, failover: str = "") -> None:
+        """A node is lost; see `driver_ports.TrainingJobs`."""
         for state in self._running.values():
             if node_id in state.unsaved_nodes or node_id in state.view().steps_per_node:
-                state.node_away(node_id, wait_s, self._checkpoints.newest_of_lost(node_id))
+                state.node_away(node_id, wait_s, self._checkpoints.newest_of_lost(node_id), failover)
         self._changed()
 
     def announce(self, job_ids: Iterable[str], level: str, message: str) -> None:

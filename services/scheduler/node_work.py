@@ -6,23 +6,28 @@ import structlog
 
 from lemix.internal.v1 import work_pb2
 from services.scheduler.convert import task_from_item
-from services.scheduler.core.events import NodeJoined, NodeLost, TaskCancelled, TaskRecovered
+from services.scheduler.core.events import NodeJoined, NodeLost, TaskCancelled, TaskRecovered, TrainingHeld
 from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.driver_state import DriverState, Held, Step
 from services.scheduler.endings import Endings
+from services.scheduler.failover import Failover
 from services.scheduler.inbox import NodeGone
 
 _log = structlog.get_logger()
 
-#: A node that is back and still being profiled is looked at again after this long, seconds.
+#: A node that is back and still being profiled, or whose checkpoint another one restores, is looked at again after this
+#: long, seconds.
 _LOOK_S = 1.0
 
 
 class NodeWork:
     """node_return_s: how long the micro-batches of a lost node wait for it; 0: not at all."""
 
-    def __init__(self, state: DriverState, endings: Endings, step: Step, node_return_s: float) -> None:
+    def __init__(
+        self, state: DriverState, endings: Endings, step: Step, failover: Failover, node_return_s: float
+    ) -> None:
         self._state = state
+        self._failover = failover
         self._endings = endings
         self._step = step
         self._node_return_s = node_return_s
@@ -39,6 +44,7 @@ class NodeWork:
         state, node_id = self._state, spec.node_id
         self._away.pop(node_id, None)
         await self._step(NodeJoined(spec))
+        await self._stand_down(node_id)
         items = await state.guard.until_done(lambda: state.ledger.unfinished(node_id))
         unfinished = {item.task_id for item in items}
         for item in items:
@@ -81,6 +87,10 @@ class NodeWork:
         if waits:
             self._away[node_id] = state.clock.monotonic_s() + self._node_return_s
             state.jobs.on_node_away(node_id, self._node_return_s)
+            busy = {held.node_id for held in state.tasks.values() if held.item.HasField("training")}
+            standby_id = self._failover.reserve(node_id, busy)
+            if standby_id:
+                await self._step(TrainingHeld(standby_id, True))
         await self._step(NodeLost(node_id, gone.reason, keeps_training=waits))
 
     async def give_up_away(self) -> None:
@@ -89,10 +99,17 @@ class NodeWork:
         for node_id, until_s in list(self._away.items()):
             if until_s > state.clock.monotonic_s():
                 continue
-            if node_id in state.nodes.joining:
-                self._away[node_id] = state.clock.monotonic_s() + _LOOK_S  # it is back, and being profiled
+            if node_id in state.nodes.joining or self._failover.is_under_way(node_id):
+                self._away[node_id] = state.clock.monotonic_s() + _LOOK_S
             else:
                 del self._away[node_id]
                 _log.warning("node did not come back", node=node_id, waited_s=self._node_return_s)
                 await state.guard.until_done(partial(state.ledger.take_back, node_id, token=state.token))
-                state.jobs.on_node_away(node_id, 0.0)
+                state.jobs.on_node_away(node_id, 0.0, self._failover.outcome(node_id))
+                await self._stand_down(node_id)
+
+    async def _stand_down(self, node_id: str) -> None:
+        """Nobody need stand by for this node any more."""
+        standby_id = self._failover.release(node_id)
+        if standby_id:
+            await self._step(TrainingHeld(standby_id, False))

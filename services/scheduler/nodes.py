@@ -98,6 +98,7 @@ class NodeRegistry:
     def send(self, node_id: str, message: pb.NodeSessionResponse) -> bool:
         """Tell a node something. False when it is not connected."""
         connection = self._connections.get(node_id)
+        self._checkpoints.lineage.sent(node_id, message)
         return connection is not None and connection.outbox.send(message)
 
     def lead(self, token: int) -> None:
@@ -243,8 +244,11 @@ class NodeRegistry:
                     _log.info("node drains", node=connection.hello.node_id)
                     await self._inbox.put(Told(NodeDraining(connection.hello.node_id)))
             case "outcome":
+                if message.outcome.HasField("training") and not message.outcome.training.HasField("error"):
+                    self._checkpoints.lineage.trained(connection.hello.node_id)
                 await self._inbox.put(Ended(message.outcome))
             case "trained":
+                self._checkpoints.lineage.trained(connection.hello.node_id)
                 await self._inbox.put(Trained(message.trained))
             case "checkpoint":
                 self._checkpoints.reported(connection.hello.node_id, message.checkpoint)

@@ -27,6 +27,7 @@ from services.scheduler.event_log import EventLog
 from services.scheduler.explain.decisions import Decisions
 from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Signatures
+from services.scheduler.failover import Failover
 from services.scheduler.feeder import Feeder
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
@@ -108,22 +109,28 @@ class SchedulerService:
         self.feeder = Feeder(
             jobs=self.jobs, guard=self.guard, inbox=self.inbox, look_ahead=settings.core.max_waiting_training
         )
+        self.failover = Failover(self.checkpoints, on=settings.checkpoint_failover)
         live = LiveTasks()
         decisions = Decisions(live, settings.core.policy)
-        self.driver = Driver(
-            core=core,
+        self.driver = self._make_driver(live)
+        self._server = self._make_server(decisions)
+
+    def _make_driver(self, live: LiveTasks) -> Driver:
+        settings = self._settings
+        return Driver(
+            core=self._core,
             inbox=self.inbox,
             guard=self.guard,
             nodes=self.nodes,
             gateways=self.gateways,
             jobs=self.jobs,
-            clock=clock,
-            event_log=event_log,
+            failover=self.failover,
+            clock=self._clock,
+            event_log=self._event_log,
             live=live,
             signatures=Signatures(live, settings.core.to_core().default_slo),
             node_return_s=settings.node_return_s,
         )
-        self._server = self._make_server(decisions)
 
     def _make_server(self, decisions: Decisions) -> GrpcServer:
         servicer = SchedulerServicer(
@@ -205,6 +212,7 @@ class SchedulerService:
         self.jobs.close()
         await self._server.stop(grace_s)
         await self.quality.close()
+        await self.failover.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.internal.v1 import work_pb2
+from services.ledger import LedgerUnavailable
 from services.node_agent.engine.base import StageResult
 from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.weight_ops import SaveCheckpoint
@@ -24,6 +25,19 @@ from tests.integration.node_agent.harness import (
 )
 
 NO_TIME = {"checkpoint_every_s": 0.0, "checkpoint_every_steps": 0}
+
+
+class Away:
+    """A ledger in which nothing can be finished."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def finish(self, *_: Any) -> bool:
+        raise LedgerUnavailable("redis://nowhere is away")
 
 
 def after_steps(count: int) -> float:

@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.v1 import errors_pb2
-from services.ledger import LedgerUnavailable, TaskState, open_ledger
+from services.ledger import TaskState, open_ledger
 from services.node_agent.checkpoint_files import weights_files
 from tests.integration.node_agent.checkpoint_life import (
+    Away,
     Disk,
     Jitter,
     after_steps,
@@ -80,16 +80,6 @@ async def test_a_killed_node_trains_again_what_its_checkpoint_lacks(tmp_path: Pa
 
 
 async def test_a_node_killed_before_the_ledger_knew_does_not_train_again(tmp_path: Path) -> None:
-    class Away:
-        def __init__(self, ledger: Any) -> None:
-            self._ledger = ledger
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._ledger, name)
-
-        async def finish(self, *_: Any) -> bool:
-            raise LedgerUnavailable("redis://nowhere is away")
-
     async with cluster(tmp_path) as made:
         ledger = Away(await open_ledger(made.ledger_url))
         async with life(made, tmp_path / "saved", checkpoint_every_steps=2, ledger=ledger):

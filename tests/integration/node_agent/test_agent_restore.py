@@ -8,8 +8,10 @@ import pytest
 
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.v1 import errors_pb2
+from services.ledger import open_ledger
 from tests.integration.node_agent.checkpoint_life import (
     NO_TIME,
+    Away,
     Disk,
     Jitter,
     after_steps,
@@ -154,6 +156,25 @@ async def test_another_node_goes_on_from_the_checkpoint_of_one_that_is_gone(tmp_
         assert report.checkpoint.checkpoint_id.startswith("node-1:")
         assert report.checkpoint.trained_microbatches["job"] == 2
         assert weights(node) == pytest.approx([after_steps(2)] * 2)
+
+
+async def test_what_the_checkpoint_of_another_node_contains_is_not_trained_again(tmp_path: Path) -> None:
+    """Its node died before the ledger knew."""
+    async with cluster(tmp_path) as made:
+        ledger = Away(await open_ledger(made.ledger_url))
+        async with life(made, tmp_path / "shared", checkpoint_every_steps=2, ledger=ledger):
+            await train_and_save(made, 3)
+        checkpoint_id = made.scheduler.checkpoints[-1].checkpoint.checkpoint_id
+        settings = {**NO_TIME, "checkpoint_directory": str(tmp_path / "shared"), "checkpoint_every_steps": 1}
+        node = await made.start_node("node-1", **settings)
+        made.scheduler.command("node-1", checkpoint=scheduler_pb2.CheckpointCommand(restore=checkpoint_id))
+        await made.scheduler.checkpoint(2)
+        for item in await made.ledger.take_back("node-0", token=made.token):
+            assert await made.ledger.assign(item, "node-1", entry_id=None, token=made.token)
+        for sequence in range(3):
+            assert (await made.scheduler.outcome(f"job/{sequence}")).node_id == "node-1"
+        assert made.scheduler.trained == ["job/0", "job/1", "job/2", "job/2"]
+        assert weights(node) == pytest.approx([after_steps(3)] * 2)
 
 
 def _step(checkpoint_id: str) -> int:

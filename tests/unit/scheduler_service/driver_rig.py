@@ -13,10 +13,12 @@ from services.latency import LatencyModel, NodeLatency, OpKind
 from services.ledger import Ledger
 from services.runtime.clock import FakeClock
 from services.scheduler.adapters import AdapterDesk
+from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.core.commands import Assign, Command
 from services.scheduler.core.events import Event, JobCancelled, TaskArrived, Tick
 from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.driver import Driver
+from services.scheduler.failover import Failover
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import (
     Delivered,
@@ -104,7 +106,7 @@ class Peers:
     def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
         self.told.append(("trained", outcome.training.sequence))
 
-    def on_node_away(self, node_id: str, wait_s: float) -> None:
+    def on_node_away(self, node_id: str, wait_s: float, failover: str = "") -> None:
         self.told.append(("away", node_id, wait_s))
 
 
@@ -121,6 +123,7 @@ class Rig:
             nodes=self.peers,  # type: ignore[arg-type]
             gateways=self.peers,  # type: ignore[arg-type]
             jobs=self.peers,
+            failover=Failover(CheckpointDesk(), on=False),
             clock=self.clock,
             node_return_s=30.0,
         )

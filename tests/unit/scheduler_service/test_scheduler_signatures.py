@@ -13,11 +13,13 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import work_pb2
 from services.ledger import open_ledger
 from services.scheduler import driver as driver_module
+from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.core.events import Tick
 from services.scheduler.core.tasks import SloTarget
 from services.scheduler.driver import Driver
 from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Signature, Signatures
+from services.scheduler.failover import Failover
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Ended, Told
 from tests.unit.scheduler_service.driver_rig import Rig
@@ -40,6 +42,7 @@ async def rig() -> Rig:
         nodes=rig.peers,  # type: ignore[arg-type]
         gateways=rig.peers,  # type: ignore[arg-type]
         jobs=rig.peers,
+        failover=Failover(CheckpointDesk(), on=False),
         clock=rig.clock,
         live=live,
         signatures=Signatures(live, SloTarget()),

@@ -69,7 +69,7 @@ class AdapterDesk:
         self, node_id: str, adapters: Iterable[pb.HeldAdapter], *, weights_changed: bool = False
     ) -> tuple[str, ...] | None:
         """A node tells which adapters it holds, and whether the weights below were changed; returns the isolated ones
-        that serve, None when they are the same as before."""
+        that serve, None when they are the same as when it told last."""
         isolated = sorted(adapter.adapter_id for adapter in adapters if adapter.isolated)
         serving = tuple([adapter_id for adapter_id in isolated if await self._is_wanted(adapter_id)])
         if node_id not in self._models:
@@ -80,7 +80,7 @@ class AdapterDesk:
             self._tell(node_id, adapter_id)
         known = {adapter.adapter_id: adapter for adapter in adapters if adapter.adapter_id not in unwanted}
         self._all[node_id] = dict(sorted(known.items()))
-        if self._held.get(node_id, ()) == serving:
+        if self._held.get(node_id) == serving:
             return None
         self._held[node_id] = serving
         return serving

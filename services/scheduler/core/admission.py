@@ -20,11 +20,15 @@ def deadline_s(task: InferenceTask, config: CoreConfig, ttft_s: float | None = N
 
 
 def refuse(task: InferenceTask, serving: Sequence[NodeState]) -> Reject | None:
-    """Refuse a request that no serving node could ever run. Without such nodes it waits for the first."""
+    """Refuse a request that no serving node could ever run. Without such nodes it waits for the first, and for nodes
+    that have not told of their adapters yet."""
     if not serving:
         return None
     if task.adapter_id:
-        serving = [node for node in serving if task.adapter_id in node.adapter_ids]
+        is_known = all(node.adapter_ids is not None for node in serving)
+        serving = [node for node in serving if node.holds(task.adapter_id)]
+        if not serving and not is_known:
+            return None
         if not serving:
             return Reject(task.task_id, "MODEL_NOT_FOUND", f"no node that serves holds adapter {task.adapter_id}")
     needed = task.prompt_tokens + task.max_tokens

@@ -285,7 +285,7 @@ class SchedulerCore:
             known.spec = spec
             known.costs = NodeCosts(spec.latency)
             known.is_draining = False
-            known.adapter_ids = frozenset()
+            known.adapter_ids = None
             self._commands += self._sync.joined(now_s, spec)
             self._set_roles()
             return

@@ -157,8 +157,8 @@ class NodeState:
     weight_step: int = 0
     #: When the newest optimizer step in its weights was made; minus infinity: never; NaN: it has not told yet.
     trained_s: float = math.nan
-    #: Isolated adapters it holds.
-    adapter_ids: frozenset[str] = frozenset()
+    #: Isolated adapters it holds; None: it has not told yet.
+    adapter_ids: frozenset[str] | None = None
     #: It is about to leave.
     is_draining: bool = False
     #: It gets no micro-batches for now.
@@ -194,9 +194,13 @@ class NodeState:
         """Whether its weights are known to be at most so old."""
         return now_s - self.trained_s <= max_staleness_s
 
+    def holds(self, adapter_id: str) -> bool:
+        """Whether it is known to hold this isolated adapter."""
+        return self.adapter_ids is not None and adapter_id in self.adapter_ids
+
     def can_run(self, task: InferenceTask) -> bool:
         """Whether a request is not too long for it, and it holds the adapter that is asked for."""
-        if task.adapter_id and task.adapter_id not in self.adapter_ids:
+        if task.adapter_id and not self.holds(task.adapter_id):
             return False
         return task.prompt_tokens + task.max_tokens <= self.max_request_tokens
 

@@ -40,6 +40,8 @@ def test_it_waits_for_room_on_them() -> None:
 
 def test_without_such_a_node_it_is_refused() -> None:
     core = made("a", "b", max_inflight_inference=1)
+    for name in ("a", "b"):
+        core.step(1.0, AdaptersTold(name, ()))
     assert refused(core.step(1.0, request("r"))) == ["MODEL_NOT_FOUND"]
     core.step(1.0, AdaptersTold("b", ("job-1",)))
     core.step(1.0, request("runs"))
@@ -52,7 +54,20 @@ def test_a_node_that_joins_again_tells_again() -> None:
     core = made("a")
     core.step(1.0, AdaptersTold("a", ("job-1",)))
     core.step(2.0, NodeJoined(node("a")))
-    assert refused(core.step(2.0, request("r"))) == ["MODEL_NOT_FOUND"]
-    core.step(3.0, AdaptersTold("a", ("job-1",)))
-    assert assigned(core.step(3.0, request("s"))) == [("s", "a")]
+    core.step(3.0, AdaptersTold("a", ()))
+    assert refused(core.step(3.0, request("r"))) == ["MODEL_NOT_FOUND"]
     core.step(3.0, AdaptersTold("unknown", ("job-1",)))
+
+
+def test_it_waits_for_what_a_node_has_not_told_yet() -> None:
+    """After a restart of the scheduler, or of the node's session, accepted requests must find the model again."""
+    core = made()
+    assert refused(core.step(1.0, request("r"))) == []
+    for joined_s in (2.0, 4.0):
+        assert refused(core.step(joined_s, NodeJoined(node("a")))) == []
+        assert refused(core.step(joined_s, request(f"r{joined_s}"))) == []
+        told = core.step(joined_s + 1.0, AdaptersTold("a", ("job-1",)))
+        assert [node_id for _, node_id in assigned(told)] == ["a"] * len(assigned(told)) != []
+    core.step(6.0, NodeJoined(node("a")))
+    core.step(6.0, request("late"))
+    assert refused(core.step(7.0, AdaptersTold("a", ()))) == ["MODEL_NOT_FOUND"]

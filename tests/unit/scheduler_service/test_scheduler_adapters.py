@@ -37,6 +37,7 @@ def held(adapter_id: str, *, isolated: bool = True) -> pb.HeldAdapter:
 
 async def test_only_news_is_told_and_jobs_are_asked_once() -> None:
     made = Made()
+    assert await made.desk.told("a", []) == ()
     assert await made.desk.told("a", []) is None
     assert await made.desk.told("a", [held("job-1"), held("online", isolated=False)]) == ("job-1",)
     assert await made.desk.told("a", [held("job-1")]) is None
@@ -52,7 +53,7 @@ async def test_only_news_is_told_and_jobs_are_asked_once() -> None:
 
 async def test_what_nobody_wants_is_freed() -> None:
     made = Made()
-    assert await made.desk.told("a", [held("job-2")]) is None
+    assert await made.desk.told("a", [held("job-2")]) == ()
     assert made.freed == [("a", "job-2")]
     await made.desk.told("a", [held("job-1")])
     made.freed.clear()

@@ -11,7 +11,7 @@ from lemix.internal.v1 import profile_pb2
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.runtime.clock import FakeClock
-from services.scheduler.core.events import SyncEnded, WeightsTold
+from services.scheduler.core.events import AdaptersTold, SyncEnded, WeightsTold
 from services.scheduler.core.node_spec import QueueOrder
 from services.scheduler.inbox import Inbox, NodeArrived, NodeGone, Told, Traced
 from services.scheduler.nodes import NodeRegistry
@@ -80,14 +80,21 @@ def trace(begin_s: float) -> pb.NodeSessionRequest:
     return pb.NodeSessionRequest(traces=pb.TraceBatch(ops=[op]))
 
 
+async def joined(inbox: Inbox) -> NodeArrived:
+    """What the scheduler is told when a node joins, which holds no adapters."""
+    arrived = await inbox.get(1.0)
+    assert isinstance(arrived, NodeArrived)
+    assert await inbox.get(1.0) == Told(AdaptersTold("n", ()))
+    return arrived
+
+
 async def test_a_node_is_welcomed_and_announced(registry: NodeRegistry, inbox: Inbox) -> None:
     stream = Stream()
     stream.put(hello())
     async with aclosing(registry.session(aiter(stream))) as session:
         welcome = (await anext(session)).welcome
         assert (welcome.fencing_token, welcome.queue_order, welcome.lease_s) == (7, "fifo", 5.0)
-        arrived = await inbox.get(1.0)
-        assert isinstance(arrived, NodeArrived)
+        arrived = await joined(inbox)
         assert arrived.spec.node_id == "n"
         assert (registry.address("n"), registry.models) == ("h:1", {"m"})
     assert await inbox.get(1.0) == NodeGone("n", "its stream was cut")
@@ -99,7 +106,7 @@ async def test_the_smallest_delay_sets_the_clock_offset(registry: NodeRegistry, 
     stream.put(hello(sent_s=10.0))  # offset 990 and its delay
     async with aclosing(registry.session(aiter(stream))) as session:
         await anext(session)
-        await inbox.get(1.0)
+        await joined(inbox)
         for sent_s in (10.4, 10.1):
             stream.put(beat(sent_s))
         stream.put(trace(20.0))
@@ -122,7 +129,7 @@ async def test_news_of_the_weights_are_told_on_the_schedulers_clock(registry: No
         stream.put(message)
     async with aclosing(registry.session(aiter(stream))) as session:
         await anext(session)
-        await inbox.get(1.0)
+        await joined(inbox)
         found = [await inbox.get(1.0) for _ in range(4)]
     expected = ((0, None), (1, 998.0), (1, 999.0), (1, 991.0))
     assert found == [Told(WeightsTold("n", step, trained_s)) for step, trained_s in expected]
@@ -136,7 +143,7 @@ async def test_a_failed_synchronisation_is_told(registry: NodeRegistry, inbox: I
     stream.put(pb.NodeSessionRequest(sync_finished=finished))
     async with aclosing(registry.session(aiter(stream))) as session:
         await anext(session)
-        await inbox.get(1.0)
+        await joined(inbox)
         assert await inbox.get(1.0) == Told(SyncEnded("s", "n", ok=False))
 
 
@@ -148,7 +155,7 @@ async def test_the_end_of_the_stream_is_the_end_of_the_node(registry: NodeRegist
         await anext(session)
         with pytest.raises(LemixError):
             await anext(session)
-    await inbox.get(1.0)
+    await joined(inbox)
     assert await inbox.get(1.0) == NodeGone("n", "its stream ended")
 
 
@@ -163,8 +170,8 @@ async def test_a_second_stream_takes_over_without_losing_the_node(registry: Node
             await anext(old)
         assert caught.value.code is ErrorCode.CONFLICT
         assert registry.is_connected("n")
-        kinds = [type(await inbox.get(0.0)) for _ in range(3)]
-        assert kinds == [NodeArrived, NodeArrived, type(None)]
+        kinds = [type(await inbox.get(0.0)) for _ in range(5)]
+        assert kinds == [NodeArrived, Told, NodeArrived, Told, type(None)]
 
 
 async def test_a_node_that_does_not_read_is_cut_off(registry: NodeRegistry, inbox: Inbox) -> None:
@@ -177,7 +184,7 @@ async def test_a_node_that_does_not_read_is_cut_off(registry: NodeRegistry, inbo
         assert [(await anext(session)).WhichOneof("message") for _ in range(2)] == ["cancel", "cancel"]
         with pytest.raises(LemixError, match="does not read"):
             await anext(session)
-    await inbox.get(1.0)
+    await joined(inbox)
     assert await inbox.get(1.0) == NodeGone("n", "it does not read its messages")
     assert not registry.send("n", cancel)
 
@@ -190,7 +197,7 @@ async def test_nodes_keep_their_work_when_the_scheduler_stops(registry: NodeRegi
         registry.close()
         with pytest.raises(LemixError, match="stops"):
             await anext(session)
-    assert isinstance(await inbox.get(0.0), NodeArrived)
+    await joined(inbox)
     assert await inbox.get(0.0) is None
 
 

@@ -347,7 +347,7 @@ class JobState:
         self.add_event("info", f"trained {self.num_trained}{of_total} micro-batches", loss=loss)
 
     def node_away(self, node_id: str, wait_s: float, checkpoint_id: str = "", failover: str = "") -> None:
-        """A node is lost; wait_s as in `on_node_away`. checkpoint_id: the newest it held; failover: what became of it."""
+        """A node is lost; wait_s as in `on_node_away`. checkpoint_id: its newest; failover: what became of it."""
         self._last_steps.pop(node_id, None)
         count = sum(outcome.node_id == node_id for outcome in self._uncovered.values())
         if wait_s:

@@ -228,6 +228,7 @@ class WeightSync:
                     True,
                     lambda op: LoadWeights(op.op_id, op.version, sync_id, str(path), name, op.oldest_version, adapter),
                     lambda before: _trained(before, trained_unix_s, adapter, replace=replace),
+                    settles=sync_id.startswith(CHECKPOINT_PREFIX),
                     adapter_ids=() if adapter is None else (adapter.adapter_id,),
                 )
                 await self._loop.run_weight_op(f"{sync_id}/apply", weight_op)

@@ -81,8 +81,8 @@ async def test_unknown_checkpoints_are_refused(tmp_path: Path, action: dict[str,
         assert (await made.scheduler.checkpoint(1)).error.code == code
 
 
-async def publish(made: Any, checkpoint_id: str, source: Any, node: Any) -> None:
-    """A checkpoint of `source` with two steps becomes the weights of node-1."""
+async def publish(made: Any, checkpoint_id: str, source: Any, node: Any, *, step: int = 1) -> None:
+    """A checkpoint of `source` with two steps becomes the weights of node-1, as this step of it."""
     apply = scheduler_pb2.ApplyWeights(
         sync_id=f"checkpoint/{checkpoint_id}",
         mode=scheduler_pb2.SYNC_MODE_REPLACE,
@@ -91,7 +91,7 @@ async def publish(made: Any, checkpoint_id: str, source: Any, node: Any) -> None
     made.scheduler.command("node-1", apply_weights=apply)
     (finished,) = await made.scheduler.sync_finished(1)
     assert not finished.HasField("error")
-    assert finished.weight_step == 1
+    assert finished.weight_step == step
     assert weights(node) == pytest.approx([after_steps(2)])
 
 
@@ -107,6 +107,17 @@ async def test_a_published_checkpoint_is_taken_over_and_outlives_a_crash(tmp_pat
             node = await made.start_node("node-1", num_stages=1, stack=stack, **settings)
             assert made.scheduler.hellos[-1].checkpoints[0].reason == "publish"
             assert weights(node) == pytest.approx([after_steps(2)])
+
+
+async def test_no_gradient_outlives_a_publication(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made, life(made, tmp_path / "a", checkpoint_every_steps=2) as source:
+        await train_and_save(made, 2)
+        checkpoint_id = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
+        node = await made.start_node("node-1", num_stages=1)
+        await made.assign(training_item("job", 2, [[1, 2, 3]], gradient_accumulation_steps=2), "node-1")
+        await made.scheduler.until(lambda: node.agent._loop.snapshot().accumulated_microbatches, "half a group")
+        await publish(made, checkpoint_id, source, node, step=2)
+        assert await made.scheduler.outcome("job/2")
 
 
 async def test_published_weights_are_in_place_although_they_cannot_be_saved_yet(

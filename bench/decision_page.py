@@ -18,7 +18,8 @@ def render(summary: Mapping[str, Any], sweeps: Sequence[tuple[str, str, Callable
         "LeMix: time of a scheduling decision",
         [
             "<h1>Time of a scheduling decision</h1>",
-            "<p>Median over all repetitions. One arriving request, from the event to the node it goes to.</p>",
+            "<p>Median over all repetitions. One arriving request, from the event to the node it goes to. "
+            "Committed: live requests; finished: tasks that ended before.</p>",
             svg.legend([(name, policy_color(name)) for name in policies]),
             f'<div class="figure">{charts}</div>',
             "<h2>Targets</h2>",
@@ -31,6 +32,8 @@ def render(summary: Mapping[str, Any], sweeps: Sequence[tuple[str, str, Callable
     )
 
 
+#: Top, right, bottom, left, pixels: the last label of the x axis is centred on its end.
+_MARGINS = (26, 28, 40, 52)
 _HEAD = ("policy", "nodes", "committed", "finished", "p50, µs", "smallest to largest median, µs", "p99, µs")
 _TARGET_HEAD = ("nodes", "committed", "slowest policy p50, µs", "slowest p99, µs", "")
 
@@ -55,7 +58,8 @@ def _chart(label: str, key: str, rows: Sequence[Row]) -> str:
     for row in rows:
         lines.setdefault(row["policy"], []).append((row[key], row["p50_us"]))
     most = max(row[key] for row in rows)
-    chart = svg.Chart.plot(560, 300, (0.0, most), (0.0, 1.05 * max(row["p50_us"] for row in rows)))
+    highest = 1.05 * max(row["p50_us"] for row in rows)
+    chart = svg.Chart.plot(1060, 300, (0.0, most), (0.0, highest), margins=_MARGINS)
     chart.axes(label, "median, µs")
     for policy, points in lines.items():
         chart.line(sorted(points), policy_color(policy))

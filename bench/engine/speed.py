@@ -1,5 +1,6 @@
 """Training and decoding, interleaved with what they are compared with: one thread each, the same model."""
 
+import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,6 +12,7 @@ import torch
 
 from bench.engine.figures import Figure, ratios
 from bench.engine.node import Node
+from bench.engine.peer import VllmPeer
 from bench.engine.plain import PlainModel
 from deploy.local.tiny_model import write_tiny_model
 from services.node_agent.engine.base import EngineConfig
@@ -31,25 +33,27 @@ class Speeds(NamedTuple):
     num_parameters: int
 
 
-async def measure(pairs: int, folder: Path) -> Speeds:
-    """`pairs` times each side of every comparison, in turns; once before, uncounted."""
+async def measure(pairs: int, folder: Path, vllm_python: str = "") -> Speeds:
+    """`pairs` times each side of every comparison, in turns; once before, uncounted. vllm_python: an interpreter that
+    has vLLM, which is measured as well then."""
     torch.set_num_threads(1)
     path = folder / "model"
     write_tiny_model(path, hidden=HIDDEN, layers=LAYERS, max_context_tokens=CONTEXT_TOKENS)
     plain = PlainModel(path, _OPTIMIZER)
-    engine = await load_engine(EngineConfig(model_path=str(path)))
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        engine = await load_engine(EngineConfig(model_path=str(path)))
+        stack.push_async_callback(engine.close)
         node = Node(engine.workers)
-        try:
-            figures = await _compare(node, plain, pairs)
-        finally:
-            await node.close()
-    finally:
-        await engine.close()
+        stack.push_async_callback(node.close)
+        peer = None
+        if vllm_python:
+            peer = await VllmPeer.start(vllm_python, path, threads=1)
+            stack.push_async_callback(peer.close)
+        figures = await _compare(node, plain, peer, pairs)
     return Speeds(figures, plain.num_parameters)
 
 
-async def _compare(node: Node, plain: PlainModel, pairs: int) -> list[Figure]:
+async def _compare(node: Node, plain: PlainModel, peer: VllmPeer | None, pairs: int) -> list[Figure]:
     source = random.Random(0)
 
     def texts(count: int, length: int) -> list[tuple[int, ...]]:
@@ -66,21 +70,23 @@ async def _compare(node: Node, plain: PlainModel, pairs: int) -> list[Figure]:
 
         return run
 
-    processes = [psutil.Process(), *(psutil.Process(pid) for pid in node.pids)]
-    rates, cpu_rates = await _in_turns(
-        pairs,
-        processes,
-        {
-            "train": (lambda: node.train(batches, _OPTIMIZER), TRAIN_STEPS * BATCH * TRAIN_TOKENS),
-            "plain train": (plainly(lambda: plain.train(batches)), TRAIN_STEPS * BATCH * TRAIN_TOKENS),
-            "decode": (lambda: node.generate(prompts, OUTPUT_TOKENS), BATCH * OUTPUT_TOKENS),
-            "generate": (plainly(lambda: plain.generate(prompts, OUTPUT_TOKENS)), BATCH * OUTPUT_TOKENS),
-            "generate one": (
-                plainly(lambda: [plain.generate([prompt], OUTPUT_TOKENS) for prompt in prompts]),
-                BATCH * OUTPUT_TOKENS,
-            ),
-        },
-    )
+    decoded = BATCH * OUTPUT_TOKENS
+    sides: dict[str, tuple[Callable[[], Awaitable[object]], int]] = {
+        "train": (lambda: node.train(batches, _OPTIMIZER), TRAIN_STEPS * BATCH * TRAIN_TOKENS),
+        "plain train": (plainly(lambda: plain.train(batches)), TRAIN_STEPS * BATCH * TRAIN_TOKENS),
+        "decode": (lambda: node.generate(prompts, OUTPUT_TOKENS), decoded),
+        "generate": (plainly(lambda: plain.generate(prompts, OUTPUT_TOKENS)), decoded),
+        "generate one": (plainly(lambda: [plain.generate([prompt], OUTPUT_TOKENS) for prompt in prompts]), decoded),
+    }
+    if peer is not None:
+        sides["vllm"] = (lambda: peer.generate(prompts, OUTPUT_TOKENS), decoded)
+    pids = [*node.pids, *([peer.pid] if peer is not None else [])]
+    processes = [psutil.Process(), *(psutil.Process(pid) for pid in pids)]
+    rates, cpu_rates = await _in_turns(pairs, processes, sides)
+    return [*_figures(rates, cpu_rates), *(_beside(peer, rates, cpu_rates) if peer is not None else ())]
+
+
+def _figures(rates: "Rates", cpu_rates: "Rates") -> list[Figure]:
     return [
         Figure("training", "tokens/s", rates["train"]),
         Figure("training, plain loop", "tokens/s", rates["plain train"]),
@@ -92,6 +98,14 @@ async def _compare(node: Node, plain: PlainModel, pairs: int) -> list[Figure]:
         Figure("  by CPU time", "", ratios(cpu_rates["decode"], cpu_rates["generate"])),
         Figure("decode / 8 generates in a row", "", ratios(rates["decode"], rates["generate one"]), 3.0),
         Figure("  by CPU time", "", ratios(cpu_rates["decode"], cpu_rates["generate one"])),
+    ]
+
+
+def _beside(peer: VllmPeer, rates: "Rates", cpu_rates: "Rates") -> list[Figure]:
+    return [
+        Figure(f"vLLM {peer.version} on the CPU, batch 8", "tokens/s", rates["vllm"]),
+        Figure("decode / vLLM", "", ratios(rates["decode"], rates["vllm"])),
+        Figure("  by CPU time", "", ratios(cpu_rates["decode"], cpu_rates["vllm"])),
     ]
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from services.node_agent.engine.torch.linear import linear
 from services.node_agent.engine.torch.load import ModelSpec
 from services.node_agent.engine.torch.lora_config import PREFIX, lora_arguments
 from services.node_agent.engine.torch.weights import Weight, WeightSet
@@ -239,8 +239,8 @@ def _low_rank(factors: _Factors, use: Use, rows: Tensor) -> Tensor:
     rows = rows.to(factors.down.parameter.dtype)
     if use.dropout_key:
         rows = rows * _kept(rows, use.adapter.spec.dropout, f"{use.dropout_key}/{factors.module}")
-    low = functional.linear(rows, factors.down.parameter)
-    return functional.linear(low, factors.up.parameter) * use.adapter.scaling
+    low = linear(rows, factors.down.parameter)
+    return linear(low, factors.up.parameter) * use.adapter.scaling
 
 
 def _kept(rows: Tensor, dropout: float, key: str) -> Tensor:

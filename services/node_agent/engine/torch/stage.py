@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from services.node_agent.engine.torch.adapters import Adapters
 from services.node_agent.engine.torch.attention import Attend
+from services.node_agent.engine.torch.linear import linear
 from services.node_agent.engine.torch.load import ModelSpec
 from services.node_agent.engine.torch.weights import Weight, WeightLoader, WeightSet
 
@@ -130,7 +131,7 @@ class BoundaryWeights:
     def project(self, rows: Tensor) -> Tensor:
         """Logits, (T, vocab)."""
         assert self.head is not None
-        return functional.linear(rows, self.head.parameter)
+        return linear(rows, self.head.parameter)
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ def widen(tensor: Tensor) -> Tensor:
 
 def project(rows: Tensor, weight: Weight, bias: Weight | None) -> Tensor:
     """Outputs (T, outputs) of one or several joined projections, with what adapters add."""
-    output = functional.linear(rows, weight.parameter, None if bias is None else bias.parameter)
+    output = linear(rows, weight.parameter, None if bias is None else bias.parameter)
     return output if weight.update is None else weight.update(rows, output)
 
 

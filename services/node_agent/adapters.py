@@ -106,21 +106,21 @@ class NodeAdapters:
         *,
         weights_changed: bool,
         trained_unix_s: Mapping[str, float],
-    ) -> list[str]:
-        """The stages have restored these and no others, on top of such weights; returns the requests that one which
-        is gone served. Micro-batches make theirs anew."""
+    ) -> None:
+        """The stages have restored these on top of such weights, and kept other isolated ones. Micro-batches make
+        theirs anew."""
         self.weights_changed = weights_changed
-        self._trained_unix_s = {**trained_unix_s}
-        self._held = {spec.adapter_id: spec for spec in specs}
-        tasks = list(tasks)
+        restored = {spec.adapter_id: spec for spec in specs}
+        kept = {name: spec for name, spec in self._held.items() if spec.isolated and name not in restored}
+        times = {name: unix_s for name, unix_s in self._trained_unix_s.items() if name in kept}
+        self._trained_unix_s = {**times, **trained_unix_s}
+        self._held = {**kept, **restored}
         trained = [task.adapter for task in tasks if isinstance(task, MicrobatchTask) and task.adapter is not None]
         self._expected = {spec.adapter_id: spec for spec in trained} | self._held
         self._attempts = {name: attempt for name, attempt in self._attempts.items() if name in self._expected}
         # One that was deleted after the checkpoint goes once more.
         self._leaving = {adapter_id for adapter_id in self._expected if adapter_id in self._unwanted}
         self.on_change()
-        served = [task for task in tasks if isinstance(task, RequestTask) and task.adapter_id]
-        return [task.task_id for task in served if task.adapter_id not in self._held]
 
     # ------------------------------------------------------------- steps
 

@@ -191,11 +191,9 @@ class AgentLoop:
     def adopt_adapters(
         self, specs: Iterable[AdapterSpec], *, weights_changed: bool, trained_unix_s: Mapping[str, float]
     ) -> None:
-        """The stages have restored these adapters and no others; see NodeAdapters."""
+        """The stages have restored these adapters; see NodeAdapters."""
         tasks = self._tasks.values()
-        served = self.adapters.adopt(specs, tasks, weights_changed=weights_changed, trained_unix_s=trained_unix_s)
-        for task_id in served:
-            self.cancel(task_id)
+        self.adapters.adopt(specs, tasks, weights_changed=weights_changed, trained_unix_s=trained_unix_s)
         self._free_adapters()
 
     def _free_adapters(self) -> None:

@@ -404,6 +404,27 @@ async def test_a_checkpoint_holds_the_adapter_alone(
     assert_close(second.adapter("job-1"), whole.adapter("job-1"), 1e-12)
 
 
+async def test_a_checkpoint_from_before_an_isolated_adapter_leaves_it(models: dict[str, Path], tmp_path: Path) -> None:
+    """With its optimizer: going back is about the served model, and others own the isolated ones."""
+    whole, pipeline = (Pipeline.load(models["llama"], 2) for _ in range(2))
+    for step in range(4):
+        await train(whole, SPEC, step)
+    await train(pipeline, SPEC, 0)
+    for executor in pipeline.executors:
+        assert executor.run(SaveCheckpoint(0, 1, str(tmp_path))).error == ""
+    await train(pipeline, SPEC, 1)
+    await train(pipeline, ONLINE, 9)
+    await train(pipeline, None, 9)
+    for executor in pipeline.executors:
+        assert executor.run(RestoreCheckpoint(0, pipeline.version, str(tmp_path))).error == ""
+        assert executor.stage.adapters.ids == ("job-1",)
+        assert set(executor.training.jobs) == {"job-1"}
+    pipeline.version += 1
+    for step in range(2, 4):
+        await train(pipeline, SPEC, step)
+    assert_close(pipeline.adapter("job-1"), whole.adapter("job-1"), 1e-12)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("targets", [("all-linear",), ()])
 async def test_an_export_is_a_peft_directory(

@@ -9,7 +9,7 @@ from lemix.internal.v1 import work_pb2
 from services.latency import OpKind
 from services.node_agent.convert import OP_KIND_FROM_PROTO
 from services.node_agent.engine.base import ModelInfo, StageResult
-from services.node_agent.engine.inference_ops import Decode, Prefill, SampledToken, Sampling
+from services.node_agent.engine.inference_ops import Decode, Prefill, SampledToken
 from services.node_agent.engine.ops import Forget, StageOp
 from services.node_agent.engine.training_ops import (
     AdapterSpec,
@@ -19,7 +19,7 @@ from services.node_agent.engine.training_ops import (
     TrainForward,
 )
 from services.node_agent.evaluation import Evaluator
-from services.node_agent.tasks import MicrobatchTask, RequestTask
+from services.node_agent.tasks import MicrobatchTask
 from tests.parity.virtual_node import VirtualNode
 
 INFO = ModelInfo(
@@ -125,25 +125,13 @@ async def test_an_adapter_that_could_not_be_made_leaves_its_place() -> None:
         node.loop.adapters.expect(AdapterSpec(f"other-{index}"))
 
 
-async def test_a_checkpoint_without_an_adapter_ends_what_it_serves_and_lets_its_job_begin_anew() -> None:
+async def test_an_online_adapter_is_made_anew_after_a_checkpoint_without_it() -> None:
     node, stages = made()
-    adapters = node.loop.adapters
-    adapters.expect(ISOLATED)
-    adapters.made(ISOLATED)
-    request = RequestTask("r", 0.0, (1, 2), Sampling(ignore_eos=True), 16, adapter_id="job-1")
-    node.at(0.0, lambda: node.request(request))
-    node.at(0.0, lambda: node.microbatch(microbatch()))
+    spec = AdapterSpec("job-1")
+    node.at(0.0, lambda: node.microbatch(microbatch(spec=spec)))
     node.at(0.005, lambda: node.loop.adopt_adapters((), weights_changed=False, trained_unix_s={}))
-    node.at(0.005, lambda: adapters.newest_step("job-1", None) is None or _fail())
-    node.at(0.5, lambda: node.loop.forget_adapter("job-1"))
     await node.finish()
-    assert LemixError.from_proto(node.outcomes["r"].inference.error).code is ErrorCode.CANCELLED
     assert not node.outcomes["m"].training.HasField("error")
-    assert not adapters.weights_changed
-    assert node.loop.ages.at(1) is None
-    assert stages.forgets("job-1") == [0]
-    assert dict(adapters.held) == {}
-
-
-def _fail() -> None:
-    raise AssertionError("a step of before the checkpoint")
+    assert not node.loop.adapters.weights_changed
+    assert dict(node.loop.adapters.held) == {"job-1": spec}
+    assert stages.forgets("job-1") == []

@@ -90,32 +90,44 @@ def test_steps_are_told_apart() -> None:
     assert adapters.newest_step("job-1", 9.0) == 7.0
 
 
-def restore(adapters: NodeAdapters, specs: list[AdapterSpec], tasks: list[RequestTask | MicrobatchTask]) -> list[str]:
-    return adapters.adopt(specs, tasks, weights_changed=False, trained_unix_s={"job-2": 2.0})
+def restore(adapters: NodeAdapters, *specs: AdapterSpec, task: MicrobatchTask | None = None) -> None:
+    adapters.adopt(specs, [task] if task else [], weights_changed=False, trained_unix_s={"job-2": 2.0})
 
 
 def test_a_checkpoint_brings_back_when_its_adapters_were_trained() -> None:
     adapters = NodeAdapters(2)
     adapters.expect(ISOLATED)
     adapters.stepped("job-1", 5.0)
-    assert restore(adapters, [ONLINE], []) == []
+    restore(adapters, ONLINE)
     assert dict(adapters.trained_unix_s) == {"job-2": 2.0}
-    adapters.expect(AdapterSpec("job-3"))  # what was restored away leaves its place
+    adapters.expect(AdapterSpec("job-3"))  # what no stage had leaves its place
     assert code_of(adapters, microbatch(ISOLATED)) is ErrorCode.RESOURCE_EXHAUSTED
 
 
-def test_what_waits_for_an_adapter_that_is_restored_away() -> None:
-    """Its micro-batches make it anew, its requests end, and a deletion under way is not forgotten."""
-    adapters = NodeAdapters(2)
+def test_a_checkpoint_takes_back_adapters_of_the_served_model_alone() -> None:
+    adapters = NodeAdapters(3)
     for spec in (ISOLATED, ONLINE):
         adapters.expect(spec)
         adapters.made(spec)
-    assert restore(adapters, [ONLINE], [microbatch(ISOLATED), request("job-1"), request("")]) == ["r"]
-    assert adapters.is_isolated("job-1")
+        adapters.stepped(spec.adapter_id, 5.0)
+    restore(adapters)
+    assert dict(adapters.held) == {"job-1": ISOLATED}
+    assert dict(adapters.trained_unix_s) == {"job-1": 5.0, "job-2": 2.0}
+    adapters.admit(request("job-1"))
+    # A micro-batch that waits makes its own anew, and its steps are not those of the weights.
+    restore(adapters, task=microbatch(ONLINE))
+    adapters.stepped("job-2", 6.0)
+    assert not adapters.weights_changed
+
+
+def test_a_deletion_under_way_outlives_a_restore() -> None:
+    adapters = NodeAdapters(2)
+    adapters.expect(ISOLATED)
+    adapters.made(ISOLATED)
     assert adapters.unwanted("job-1", []) == []
-    assert restore(adapters, [ONLINE], []) == []
-    assert adapters.take_unused([], (), never) == []
-    assert restore(adapters, [ISOLATED, ONLINE], []) == []
+    restore(adapters, ONLINE)
+    assert adapters.take_unused([], (), never) == ["job-1"]
+    restore(adapters, ISOLATED, ONLINE)
     assert adapters.take_unused([], (), never) == ["job-1"]
 
 

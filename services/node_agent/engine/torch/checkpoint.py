@@ -61,7 +61,7 @@ def _moments(job_id: str, weights: WeightSet, state: Any) -> Iterator[tuple[str,
 
 def restore(folder: Path, stage: Stage, training: Training) -> None:
     """Take over weights, adapters, optimizers, schedules and random state; a job that the checkpoint does not know is
-    forgotten, and so is its adapter.
+    forgotten, and so is its adapter, unless that is isolated: it is no part of what goes back.
 
     Raises ValueError for a checkpoint that lacks tensors, before anything has changed.
     """
@@ -81,9 +81,12 @@ def restore(folder: Path, stage: Stage, training: Training) -> None:
         training.before_change(adapter.weights)
         with torch.no_grad():
             adapter.weights.apply(partial(_value_of, values))
-    kept = {adapter.spec.adapter_id for adapter, _ in adapters}
-    stage.adapters.forget([adapter_id for adapter_id in stage.adapters.ids if adapter_id not in kept])
-    training.adopt(_read_jobs(files, stage))
+    restored = {adapter.spec.adapter_id for adapter, _ in adapters}
+    others = [adapter for adapter in stage.adapters if adapter.spec.adapter_id not in restored]
+    stage.adapters.forget([adapter.spec.adapter_id for adapter in others if not adapter.spec.isolated])
+    of_others = [adapter.weights for adapter in others if adapter.spec.isolated]
+    jobs = {key: job for key, job in training.jobs.items() if any(job.weights is weights for weights in of_others)}
+    training.adopt({**jobs, **_read_jobs(files, stage)})
     torch.set_rng_state(random_state)
 
 

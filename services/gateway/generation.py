@@ -153,7 +153,7 @@ class GenerationService:
         request_id = request.request_id or uuid.uuid4().hex
         runs = [
             ChoiceRun(
-                PendingRequest(_task_id(request_id, index), _work_of_choice(work, index)),
+                PendingRequest(_task_id(request_id, index), _work_of_choice(work, request_id, index)),
                 request.sampling,
                 self._tokenizer,
                 self._clock,
@@ -176,7 +176,7 @@ def _task_id(request_id: str, index: int) -> str:
     return f"{request_id}#{index}" if index else request_id
 
 
-def _work_of_choice(work: work_pb2.InferenceWork, index: int) -> work_pb2.InferenceWork:
+def _work_of_choice(work: work_pb2.InferenceWork, first_id: str, index: int) -> work_pb2.InferenceWork:
     """Choice i is what the request would give alone with its seed + i. The first one stands for all where once is
     enough: the reference is measured with it, and it is the session's turn."""
     if not index:
@@ -185,6 +185,7 @@ def _work_of_choice(work: work_pb2.InferenceWork, index: int) -> work_pb2.Infere
     own.CopyFrom(work)
     own.sampling.seed = (work.sampling.seed + index) & _SEED_MASK
     own.session_id = ""
+    own.choice_of = first_id
     del own.reference_token_ids[:]
     return own
 

@@ -74,6 +74,7 @@ def request_from_proto(
         tpot_s=work.slo.tpot_s if work.slo.HasField("tpot_s") else None,
         # Keys and values that are kept for a session are of the adapter that made them.
         session_id=f"{work.adapter_id}/{work.session_id}" if work.adapter_id and work.session_id else work.session_id,
+        choice_of=work.choice_of,
     )
     return task, request
 

@@ -88,6 +88,9 @@ class OpResults:
             self._request(task_id).kv_freed = False
         for task_id, earlier_id in zip(op.first_ids + op.partial_ids, op.continued, strict=False):
             self._request(task_id).weight_versions += self._kept_versions.pop(earlier_id, [])
+        for task_id, first_id in zip(op.first_ids + op.partial_ids, op.shares, strict=False):
+            if first_id:
+                self._request(task_id).weight_versions += self._request(first_id).weight_versions
         for task_id in op.partial_ids:
             # The first token will stem from the keys and values of this piece too.
             self._note_version(self._request(task_id), op.version)

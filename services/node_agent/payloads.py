@@ -148,9 +148,15 @@ class PayloadBuilder:
         state = _Travelling(op.task_ids, stages_left=self.num_stages)
         if op.kind is OpKind.PREFILL:
             starts = zip(op.cached_tokens, op.continued, strict=True) if op.cached_tokens else repeat((0, ""))
-            pieces = zip(op.first_ids + op.partial_ids, starts, op.end_tokens or repeat(0), strict=False)
+            pieces = zip(
+                op.first_ids + op.partial_ids,
+                starts,
+                op.end_tokens or repeat(0),
+                op.shares or repeat(""),
+                strict=False,
+            )
             state.prompts = tuple(
-                _prefill_sequence(self._request(task_id), *start, end) for task_id, start, end in pieces
+                _prefill_sequence(self._request(task_id), *start, end, shares) for task_id, start, end, shares in pieces
             )
             state.newest_tokens = tuple(_decode_sequence(self._request(task_id)) for task_id in op.decode_ids)
         elif op.kind is OpKind.DECODE:
@@ -218,7 +224,9 @@ class PayloadBuilder:
         return task
 
 
-def _prefill_sequence(task: RequestTask, cached_tokens: int, continues: str, end_token: int) -> PrefillSequence:
+def _prefill_sequence(
+    task: RequestTask, cached_tokens: int, continues: str, end_token: int, shares: str
+) -> PrefillSequence:
     """With its output so far, if it gave up its cache for others."""
     num_output = len(task.generated_ids)
     return PrefillSequence(
@@ -232,6 +240,7 @@ def _prefill_sequence(task: RequestTask, cached_tokens: int, continues: str, end
         end_token,
         num_output,
         task.adapter_id,
+        shares,
     )
 
 

@@ -148,6 +148,7 @@ def _inference_task(task_id: str, work: work_pb2.InferenceWork, now_s: float, no
         f"{work.adapter_id}/{work.session_id}" if work.adapter_id and work.session_id else work.session_id,
         work.max_staleness_s if work.HasField("max_staleness_s") else None,
         work.adapter_id,
+        work.choice_of,
     )
 
 

@@ -117,3 +117,34 @@ async def test_a_request_that_is_computed_again_goes_on_where_it_was(
     for task in tasks:
         assert list(node.outcomes[task.task_id].inference.token_ids) == await alone(path, task)
     assert all(executor.inference.cache.used_blocks == 0 for executor in pipeline.executors)
+
+
+@pytest.mark.parametrize("budget", [0, 24])
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+async def test_choices_that_share_a_prompt_get_their_own_tokens(
+    models: dict[str, Path], name: str, stages: int, budget: int
+) -> None:
+    """With log-probabilities, penalties, a reference of the first one, and another request in the same ops."""
+    path = models[name]
+    node = virtual_node(path, stages, max_batch=8, max_batch_tokens=budget)
+    prompt = tokens(37, 5)
+    other = request(9, tokens(11, 9))
+    choices = [request(index, prompt) for index in range(4)]
+    for task in choices:
+        task.sampling = replace(task.sampling, presence_penalty=0.5, logprobs=2)
+    choices[0].reference_ids = tokens(5, 6)
+    node.at(0.0, lambda: node.request(other))
+    for index, task in enumerate(choices):
+        node.at(0.001, lambda task=task, index=index: node.request(task, choice_of="r0" if index else ""))
+    await node.finish()
+    for task in (other, *choices):
+        assert list(node.outcomes[task.task_id].inference.token_ids) == await alone(path, task)
+    assert len({tuple(node.outcomes[task.task_id].inference.token_ids) for task in choices}) > 1
+    likeliest = [list(node.outcomes[task.task_id].inference.logprobs[0].top_logprobs) for task in choices]
+    assert likeliest == [likeliest[0]] * 4
+    assert len(likeliest[0]) == 2
+    prefills = [ran.op for ran in node.ran if isinstance(ran.op, Prefill) and ran.stage == 0]
+    shared = [(s.request_id, s.shares) for op in prefills for s in op.sequences if s.shares]
+    assert shared == [("r1", "r0"), ("r2", "r0"), ("r3", "r0")]
+    assert [version.step for version in node.outcomes["r1"].inference.report.weight_versions] == [0]

@@ -58,7 +58,7 @@ class VirtualNode:
         self._serial += 1
         heapq.heappush(self._due, (time_s, self._serial, lambda: (act(), None)[1]))
 
-    def request(self, task: RequestTask, session_id: str = "") -> None:
+    def request(self, task: RequestTask, session_id: str = "", choice_of: str = "") -> None:
         """Take a request now."""
         need = InferenceRequest(
             task.task_id,
@@ -67,6 +67,7 @@ class VirtualNode:
             task.max_tokens,
             reference_tokens=len(task.reference_ids),
             session_id=session_id,
+            choice_of=choice_of,
         )
         self.loop.add_request(task, need)
 

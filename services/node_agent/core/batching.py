@@ -4,6 +4,7 @@ A batch is composed when stage 0 takes it, not before, so a late request can sti
 its KV cache reserved, when its prefill starts.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import islice
 
@@ -92,8 +93,13 @@ class InferenceBatcher:
         self, now_s: float, version: int, budget_tokens: int, most_tokens: int | None = None
     ) -> list[Piece]:
         """Pieces of prompts for an op, with `budget_tokens` new tokens at most but for references, and with most_tokens
-        in their contexts (None: any number): of prompts that are begun, then of those admitted for it."""
+        in their contexts (None: any number): of prompts that are begun, then of those admitted for it, and the choices
+        that share what ends there."""
         left = _Left(budget_tokens, most_tokens)
+        pieces = self._pieces(now_s, version, left)
+        return pieces + self._sharing(now_s, version, pieces, left.context_tokens)
+
+    def _pieces(self, now_s: float, version: int, left: _Left) -> list[Piece]:
         pieces: list[Piece] = []
         for task_id in tuple(islice(self.running.filling, self._config.max_batch)):
             piece = self._next_piece(self.running[task_id], left)
@@ -104,7 +110,8 @@ class InferenceBatcher:
         room = self._config.max_batch - len(pieces)
         if left.is_nothing or room < 1:
             return pieces
-        for running in self._admit_fitting(now_s, version, left.new_tokens, room):
+        begun = {piece.running.request.group for piece in pieces}
+        for running in self._admit_fitting(now_s, version, left.new_tokens, room, groups=begun):
             piece = self._next_piece(running, left)
             if piece is None:
                 self.running.filling[running.request.task_id] = None
@@ -133,23 +140,62 @@ class InferenceBatcher:
     def take_prompts(self, now_s: float, version: int, most_tokens: int | None = None) -> list[Piece]:
         """Whole prompts for a prefill op, with most_tokens in their KV caches (None: any number); empty when none fits
         (there is no claim then until that changes)."""
-        most_tokens = self.running.kv.capacity_tokens if most_tokens is None else most_tokens
+        bound = math.inf if most_tokens is None else most_tokens
         admitted = self._admit_fitting(
-            now_s, version, self._config.max_prefill_tokens, self._config.max_batch, most_tokens
+            now_s, version, self._config.max_prefill_tokens, self._config.max_batch, bound, groups=set()
         )
         pieces = []
         for running in admitted:
             pieces.append(Piece(running, running.filled_tokens, running.request.prompt_tokens))
             running.filled_tokens = running.request.prompt_tokens
-        return pieces
+            bound -= self._held_tokens(running, running.filled_tokens)
+        return pieces + self._sharing(now_s, version, pieces, bound)
+
+    def _sharing(self, now_s: float, version: int, pieces: list[Piece], most_tokens: float | None) -> list[Piece]:
+        """Admit waiting choices of the prompts that end in an op: they get copies of what it computes, and a token
+        each. Those for which there is no room are computed later, again together."""
+        running = self.running
+        room = min(self._config.max_batch - len(pieces), running.room)
+        free_tokens = running.kv.capacity_tokens - running.kv.used_tokens
+        room_tokens = math.inf if most_tokens is None else most_tokens
+        chosen: dict[str, InferenceRequest] = {}
+        leaders: list[str] = []
+        for first in [piece.running.request for piece in pieces if piece.is_last]:
+            for request in self._waiting.choices(first.group):
+                need, held = running.kv.need(running.reservation(request)), running.kv.need(request.prompt_tokens)
+                fits = len(chosen) < room and need <= free_tokens and held <= room_tokens
+                if not fits or request.prompt_tokens != first.prompt_tokens or request.reference_tokens:
+                    # It has waited for this one to end.
+                    self._blocked = False
+                elif request.task_id not in chosen:
+                    chosen[request.task_id] = request
+                    leaders.append(first.task_id)
+                    free_tokens -= need
+                    room_tokens -= held
+        for task_id in chosen:
+            self._waiting.remove(task_id)
+        shared = []
+        epoch = version // self._config.epoch_steps
+        for admitted, leader in zip(running.admit(now_s, chosen.values(), epoch), leaders, strict=True):
+            admitted.filled_tokens = end = admitted.request.prompt_tokens
+            shared.append(Piece(admitted, end, end, leader))
+        return shared
 
     def _admit_fitting(
-        self, now_s: float, version: int, budget_tokens: int, room: int, most_tokens: int | None = None
+        self,
+        now_s: float,
+        version: int,
+        budget_tokens: int,
+        room: int,
+        most_tokens: float | None = None,
+        *,
+        groups: set[str],
     ) -> list[RunningRequest]:
         """Admit the requests of the next prefill op.
 
         version: weights it will run with. A request that does not fit is passed over at most `max_bypass` times, then
         nobody is admitted before it. most_tokens: what whole prompts take of the KV cache at most; None: they are cut.
+        groups: prompts in the op already; those in it afterwards are added.
         """
         config, admitted = self._config, self.running
         epoch = version // config.epoch_steps
@@ -164,6 +210,8 @@ class InferenceBatcher:
         free_tokens = admitted.kv.capacity_tokens - admitted.kv.used_tokens
         for index in self._waiting.admission_order(now_s):
             request = self._waiting[index]
+            if request.choice_of and (request.choice_of in groups or admitted.is_computing(request.choice_of)):
+                continue  # it shares what is computed, when that ends
             need = admitted.kv.need(admitted.reservation(request))
             if need > free_tokens:
                 passed.append(request.task_id)
@@ -184,6 +232,7 @@ class InferenceBatcher:
                 break
             chosen.append(index)
             continued.add(request.session_id)
+            groups.add(request.group)
             tokens += new_tokens
             free_tokens -= need
             self._waiting.overtaken(passed)

@@ -42,11 +42,13 @@ class RunningRequest:
 
 
 class Piece(NamedTuple):
-    """What an op computes of a prompt: its tokens from `start` to `end`, and the reference behind its end."""
+    """What an op computes of a prompt: its tokens from `start` to `end`, and the reference behind its end. shares: all
+    of it comes from the prompt of this request, which ends in the same op."""
 
     running: RunningRequest
     start: int
     end: int
+    shares: str = ""
 
     @property
     def is_last(self) -> bool:
@@ -63,11 +65,15 @@ def prefill_op(op_id: int, version: int, pieces: Sequence[Piece]) -> Op:
     """The op that computes pieces of prompts."""
     task_ids = tuple(piece.running.request.task_id for piece in pieces)
     num_tokens = sum(piece.new_tokens for piece in pieces)
-    op = Op(op_id, OpKind.PREFILL, task_ids, version, num_tokens, batch=len(task_ids))
+    batch = sum(not piece.shares for piece in pieces)
+    op = Op(op_id, OpKind.PREFILL, task_ids, version, num_tokens, batch=batch)
     if any(piece.start or piece.running.continued for piece in pieces):
         cached_tokens = tuple(piece.start for piece in pieces)
         continued = tuple(piece.running.continued for piece in pieces)
-        op = op._replace(context_tokens=sum(cached_tokens), cached_tokens=cached_tokens, continued=continued)
+        context_tokens = sum(piece.start for piece in pieces if not piece.shares)
+        op = op._replace(context_tokens=context_tokens, cached_tokens=cached_tokens, continued=continued)
+    if batch < len(pieces):
+        op = op._replace(shares=tuple(piece.shares for piece in pieces))
     return op
 
 

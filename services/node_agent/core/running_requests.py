@@ -62,6 +62,13 @@ class RunningRequests:
             output = min(output, config.expected_output_tokens)
         return request.prompt_tokens + output
 
+    def is_computing(self, group: str) -> bool:
+        """Whether a choice of this prompt has begun to compute it and is not at its end."""
+        return any(
+            running.request.group == group and running.filled_tokens < running.request.prompt_tokens
+            for running in self._running.values()
+        )
+
     def cached_tokens(self, request: InferenceRequest, kept_tokens: int) -> int:
         """Prompt tokens that need not be computed: the last one has to be, for it yields the first new token."""
         return min(kept_tokens, request.prompt_tokens - 1)
@@ -204,6 +211,8 @@ class RunningRequests:
             prompt_tokens=request.prompt_tokens + generated,
             max_tokens=request.max_tokens - generated,
             reference_tokens=0 if generated else request.reference_tokens,
+            # Its output is its own.
+            choice_of="" if generated else request.choice_of,
         )
         self._gave_up.append((running.last_token_s, again))
 

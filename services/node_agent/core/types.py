@@ -43,6 +43,14 @@ class InferenceRequest:
     tpot_s: float | None = None
     #: Conversation it is the next turn of: its prompt begins with the turns before it. Empty: none.
     session_id: str = ""
+    #: Request of which it is a further choice: the same prompt, which both compute together where they can. Empty: of
+    #: none.
+    choice_of: str = ""
+
+    @property
+    def group(self) -> str:
+        """Names the choices of one prompt."""
+        return self.choice_of or self.task_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,9 @@ class Op(NamedTuple):
     #: ended request whose KV cache has them and is the task's own from now on ("": none).
     cached_tokens: tuple[int, ...] = ()
     continued: tuple[str, ...] = ()
+    #: Of a prefill with choices, per task: the one in this op whose prompt it has, and whose keys and values it gets a
+    #: copy of when they are there ("": none). Nothing is computed for it, and it does not count in `batch`.
+    shares: tuple[str, ...] = ()
     #: Of a prefill in pieces, per prompt: up to where it is computed (() : all to their ends), from `cached_tokens` on.
     end_tokens: tuple[int, ...] = ()
     #: Of a mixed op, a prefill that decodes too: its task ids end with `partials` prompts that are not at their ends

@@ -21,6 +21,8 @@ class WaitingRequests:
         self._waiting: list[tuple[float, int, float, InferenceRequest]] = []
         self._keys: dict[str, tuple[float, int]] = {}
         self._bypassed: dict[str, int] = {}
+        #: Further choices by the request that they are choices of.
+        self._choices: dict[str, dict[str, InferenceRequest]] = {}
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -42,11 +44,22 @@ class WaitingRequests:
         key = (self._deadline_s(request) if self._by_deadline else 0.0, self._arrivals)
         insort(self._waiting, (*key, now_s, request))
         self._keys[request.task_id] = key
+        if request.choice_of:
+            self._choices.setdefault(request.choice_of, {})[request.task_id] = request
 
     def remove(self, task_id: str) -> None:
         """A request is admitted, or waits no longer. Raises KeyError when it does not wait."""
-        del self._waiting[bisect_left(self._waiting, self._keys.pop(task_id))]
+        request = self._waiting.pop(bisect_left(self._waiting, self._keys.pop(task_id)))[3]
         self._bypassed.pop(task_id, None)
+        choices = self._choices.get(request.choice_of)
+        if choices is not None:
+            del choices[task_id]
+            if not choices:
+                del self._choices[request.choice_of]
+
+    def choices(self, group: str) -> list[InferenceRequest]:
+        """Waiting choices of a prompt, but for the first one."""
+        return list(self._choices.get(group, {}).values())
 
     # ------------------------------------------------------------- order
 
@@ -94,6 +107,7 @@ class WaitingRequests:
         twin._waiting = self._waiting.copy()
         twin._keys = self._keys.copy()
         twin._bypassed = self._bypassed.copy()
+        twin._choices = {group: choices.copy() for group, choices in self._choices.items()}
         return twin
 
     def _deadline_s(self, request: InferenceRequest) -> float:

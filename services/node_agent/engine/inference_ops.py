@@ -34,6 +34,8 @@ class PrefillSequence:
     `cached_tokens` of the prompt, they are not run. Without `continues` they were run by earlier ops (chunks).
     end_token: run the prompt up to here; 0: to its end, which yields the first new token.
     output_tokens: so many of the last tokens are the request's own output, computed before it gave up its cache.
+    shares: a sequence before it in the same op, with the same prompt, which ends there: nothing is run for this one, it
+    gets a copy of that one's keys and values and a first token of its own. Empty: none.
     adapter_id: isolated adapter that serves the request from its first to its last token; empty: the model itself.
     """
 
@@ -47,6 +49,7 @@ class PrefillSequence:
     end_token: int = 0
     output_tokens: int = 0
     adapter_id: str = ""
+    shares: str = ""
 
 
 class DecodeSequence(NamedTuple):

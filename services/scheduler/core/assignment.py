@@ -6,6 +6,7 @@ from services.scheduler.core import policies, traces
 from services.scheduler.core.admission import deadline_s, refuse_stale
 from services.scheduler.core.commands import Assign, Command, Defer
 from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.policies.base import Placement, turn_terms
 from services.scheduler.core.state import Cluster, LiveInference, LiveTask, LiveTraining, NodeState
 
 #: Reasons of a Defer.
@@ -93,7 +94,9 @@ class Assigner:
         return [node for node in candidates if node.is_fresh(now_s, task.max_staleness_s)]
 
     def _place_request(self, now_s: float, live: LiveInference, candidates: list[NodeState]) -> NodeState:
-        placement = self._policy.place_inference(now_s, live, candidates, self._cluster)
+        placement = self._with_first_choice(live, candidates)
+        if placement is None:
+            placement = self._policy.place_inference(now_s, live, candidates, self._cluster)
         node = placement.node
         live.queue_ttft_s = queue_ttft_s = placement.queue_ttft_s
         live.is_demoted = placement.is_demoted
@@ -102,6 +105,15 @@ class Assigner:
         command = Assign(live.task.task_id, node.spec.node_id, placement.terms, queue_ttft_s=queue_ttft_s)
         self.commands.append(command)
         return node
+
+    def _with_first_choice(self, live: LiveInference, candidates: list[NodeState]) -> Placement | None:
+        """A further choice goes where the first one is, which computes their prompt for both, in the same place of the
+        queue; None when that is not there or has no room."""
+        first = self._cluster.tasks.get(live.task.choice_of) if live.task.choice_of else None
+        if not isinstance(first, LiveInference) or first.node not in candidates:
+            return None
+        terms = turn_terms(first.node, candidates)
+        return Placement(first.node, terms, 0, first.queue_ttft_s, first.is_demoted)
 
     # ----------------------------------------------------------------- micro-batches
 

@@ -307,6 +307,7 @@ def node_request(live: LiveInference) -> InferenceRequest:
         None if ttft_s is None else task.arrival_s + ttft_s,
         tpot_s=task.slo.tpot_s,
         session_id=task.session_id,
+        choice_of=task.choice_of,
     )
 
 

@@ -25,6 +25,8 @@ class InferenceTask:
     max_staleness_s: float | None = None
     #: Isolated adapter that serves it; only nodes that hold it can. Empty: the model itself.
     adapter_id: str = ""
+    #: Request of which it is a further choice: the same prompt. Empty: of none.
+    choice_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)

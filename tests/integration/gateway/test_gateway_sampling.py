@@ -40,6 +40,7 @@ async def test_choices(gateway: Gateway, client: openai.AsyncOpenAI) -> None:
     works = dict(gateway.scheduler.submitted)
     assert [works[name].sampling.seed for name in ("r", "r#1", "r#2")] == [2**64 - 2, 2**64 - 1, 0]
     assert [works[name].session_id for name in ("r", "r#1", "r#2")] == ["s", "", ""]
+    assert [works[name].choice_of for name in ("r", "r#1", "r#2")] == ["", "r", "r"]
     assert [len(works[name].reference_token_ids) for name in ("r", "r#1", "r#2")] == [3, 0, 0]
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(works["r"].prompt_token_ids)

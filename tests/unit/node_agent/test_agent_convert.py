@@ -63,6 +63,12 @@ def test_a_place_in_the_queue_replaces_the_promise() -> None:
 def test_the_core_learns_the_session() -> None:
     _, request = request_from_proto("r", _work(session_id="s"), INFO, now_s=50.0, now_unix_s=1000.0)
     assert request.session_id == "s"
+    assert (request.choice_of, request.group) == ("", "r")
+
+
+def test_a_further_choice_names_the_first_one() -> None:
+    _, request = request_from_proto("r#1", _work(choice_of="r"), INFO, now_s=50.0, now_unix_s=1000.0)
+    assert (request.choice_of, request.group) == ("r", "r")
 
 
 @pytest.mark.parametrize("arrival_unix_s", [0.0, 2000.0])

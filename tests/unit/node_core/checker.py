@@ -201,6 +201,9 @@ class Checker:
             request = self._requests[task_id]
             output = 0 if self.config.expected_output_tokens else request.max_tokens
             self._holding[task_id] = self._whole_blocks(request.prompt_tokens + output)
+            if op.shares and op.shares[index]:
+                self._shares(op, index, request)
+                continue
             start = op.cached_tokens[index] if op.cached_tokens else 0
             end = op.end_tokens[index] if op.end_tokens else request.prompt_tokens
             if op.continued and op.continued[index]:
@@ -215,12 +218,23 @@ class Checker:
             self.filled[task_id] = end
             num_tokens += end - start + (request.reference_tokens if task_id in op.first_ids else 0)
         assert op.num_tokens == num_tokens
-        assert op.context_tokens == sum(op.cached_tokens)
-        assert op.batch == len(op.task_ids) - op.decodes
+        shared = sum(map(bool, op.shares))
+        assert op.context_tokens == sum(c for i, c in enumerate(op.cached_tokens) if not (shared and op.shares[i]))
+        assert op.batch == len(op.task_ids) - op.decodes - shared
         self._grow(op.decode_ids)
         contexts = [self._requests[i].prompt_tokens + self._generated[i] for i in op.decode_ids]
         assert op.decode_context_tokens == sum(contexts)
         assert all(self.filled[i] == self._requests[i].prompt_tokens for i in op.decode_ids)
+
+    def _shares(self, op: Op, index: int, request: InferenceRequest) -> None:
+        """A choice has the prompt of another one, which ends in this op."""
+        first = self._requests[op.shares[index]]
+        assert op.shares[index] in op.first_ids[:index]
+        assert op.task_ids[index] in op.first_ids
+        assert request.group == first.group
+        assert request.prompt_tokens == first.prompt_tokens == op.cached_tokens[index]
+        assert not op.end_tokens or op.end_tokens[index] == request.prompt_tokens
+        self.filled[request.task_id] = request.prompt_tokens
 
     def _grow(self, task_ids: Iterable[str]) -> None:
         """Requests get their next token; with admission by expectation that may take another block."""

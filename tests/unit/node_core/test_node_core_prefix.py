@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.latency import OpKind
@@ -168,6 +168,7 @@ def _log(config: NodeCoreConfig, events: list[tuple[float, Event]]) -> list[str]
     st.integers(1, 3),
     st.lists(st.integers(0, 60), max_size=4),
 )
+@example([(0.0, 1, 1, ""), (0.0, 42, 6, "a"), (0.0, 14, 1, ""), (0.45, 1, 1, "a")], 60, 47, 1, [])
 def test_no_request_ever_waits_for_a_kept_cache(
     work: list[tuple[float, int, int, str]], capacity: int, kept: int, num_stages: int, changes: list[int]
 ) -> None:

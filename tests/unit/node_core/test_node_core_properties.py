@@ -94,6 +94,9 @@ def scheduled_events(draw: st.DrawFn) -> tuple[float, Event]:
     kind = draw(st.sampled_from(["request", "request", "request", "microbatch", "microbatch", "sync", "cancel"]))
     if kind == "request":
         slack_s = draw(st.sampled_from([None, 0.1, 1.0]))
+        if draw(st.sampled_from([False, False, True])):
+            # Of one prompt, whoever comes first.
+            return time_s, request(f"r{number}", prompt=17, max_tokens=1 + number, arrival_s=time_s, choice_of="c")
         return time_s, _request(number, draw(st.integers(1, 60)), draw(st.integers(1, 12)), slack_s, time_s)
     if kind == "microbatch":
         job = "ab"[number % 2]

@@ -33,10 +33,16 @@ def node(node_id: str, num_stages: int = 1, *, latency: NodeLatency | None = Non
 
 
 def request(
-    task_id: str, *, arrival_s: float = 0.0, prompt: int = 100, output: int = 1, ttft_s: float | None = None
+    task_id: str,
+    *,
+    arrival_s: float = 0.0,
+    prompt: int = 100,
+    output: int = 1,
+    ttft_s: float | None = None,
+    choice_of: str = "",
 ) -> InferenceTask:
     """A request; by default one that ends with its first token."""
-    return InferenceTask(task_id, arrival_s, prompt, output, SloTarget(ttft_s=ttft_s))
+    return InferenceTask(task_id, arrival_s, prompt, output, SloTarget(ttft_s=ttft_s), choice_of=choice_of)
 
 
 def microbatch(task_id: str, *, job_id: str = "job", arrival_s: float = 0.0, length: int = 128) -> TrainingTask:

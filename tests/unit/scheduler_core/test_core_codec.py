@@ -118,6 +118,7 @@ def test_form_is_readable_and_stable() -> None:
             "session_id": "",
             "max_staleness_s": None,
             "adapter_id": "",
+            "choice_of": "",
         },
     }
     command = commands.ApplyWeights("s", "n", commands.SyncMode.REPLACE, ("m",))

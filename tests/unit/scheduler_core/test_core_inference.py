@@ -183,6 +183,27 @@ def test_node_that_joins_again_with_other_stages_is_another_node() -> None:
     assert core.snapshot().nodes[0].num_stages == 2
 
 
+@pytest.mark.parametrize("policy", ["round_robin", "lemix", "paper_additive"])
+def test_choices_go_where_the_first_one_is_as_long_as_there_is_room(policy: str) -> None:
+    core = core_with(node("a", max_inflight_inference=3), node("b"), policy=policy)
+    placed = []
+    for name, first in (("r", ""), ("r#1", "r"), ("r#2", "r"), ("r#3", "r"), ("q#1", "q")):
+        placed += assigned(core.step(1.0, TaskArrived(request(name, choice_of=first))))
+    first_node = placed[0][1]
+    nodes = [node_id for _, node_id in placed]
+    # On "a" three of them fill the node; alone on "b" none of them has to go elsewhere.
+    assert nodes[:4] == (["a", "a", "a", "b"] if first_node == "a" else ["b"] * 4)
+
+
+def test_a_choice_of_a_demoted_request_is_demoted_with_it() -> None:
+    core = core_with(node("a"), policy="lemix", policy_options={"demotion": 12.0})
+    tasks = [request(name, arrival_s=1.0, ttft_s=0.01, choice_of=of) for name, of in (("r", ""), ("r#1", "r"))]
+    first, choice = (next(c for c in core.step(1.0, TaskArrived(task)) if isinstance(c, Assign)) for task in tasks)
+    assert first.queue_ttft_s is not None
+    assert choice.queue_ttft_s == first.queue_ttft_s
+    assert choice.node_id == "a"
+
+
 def test_assign_carries_the_terms_of_every_candidate() -> None:
     core = core_with(node("a"), node("b"), node("c", max_inflight_inference=1), policy="paper_additive")
     for task_id in ("r1", "r2", "r3", "r4"):

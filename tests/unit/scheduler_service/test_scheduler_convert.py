@@ -129,9 +129,10 @@ def test_a_request_arrived_when_the_gateway_got_it() -> None:
         slo=types_pb2.Slo(ttft_s=0.5),
         session_id="s",
         arrival_unix_s=1000.0,
+        choice_of="first",
     )
     item = work_pb2.WorkItem(task_id="r", inference=work)
-    expected = InferenceTask("r", 47.0, 3, 9, SloTarget(ttft_s=0.5), "s")
+    expected = InferenceTask("r", 47.0, 3, 9, SloTarget(ttft_s=0.5), "s", choice_of="first")
     assert task_from_item(item, now_s=50.0, now_unix_s=1003.0) == expected
     ahead = task_from_item(item, now_s=50.0, now_unix_s=990.0)
     assert ahead.arrival_s == 50.0  # a gateway's clock ahead of ours

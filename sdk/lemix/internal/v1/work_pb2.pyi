@@ -54,7 +54,7 @@ class TokenLogprobs(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class InferenceWork(_message.Message):
-    __slots__ = ("prompt_token_ids", "sampling", "slo", "session_id", "reference_token_ids", "gateway_id", "arrival_unix_s", "deadline_unix_s", "max_staleness_s", "queue_ttft_s", "adapter_id")
+    __slots__ = ("prompt_token_ids", "sampling", "slo", "session_id", "reference_token_ids", "gateway_id", "arrival_unix_s", "deadline_unix_s", "max_staleness_s", "queue_ttft_s", "choice_of", "adapter_id")
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SLO_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class InferenceWork(_message.Message):
     DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     MAX_STALENESS_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_OF_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: ResolvedSampling
@@ -76,8 +77,9 @@ class InferenceWork(_message.Message):
     deadline_unix_s: float
     max_staleness_s: float
     queue_ttft_s: float
+    choice_of: str
     adapter_id: str
-    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ..., session_id: _Optional[str] = ..., reference_token_ids: _Optional[_Iterable[int]] = ..., gateway_id: _Optional[str] = ..., arrival_unix_s: _Optional[float] = ..., deadline_unix_s: _Optional[float] = ..., max_staleness_s: _Optional[float] = ..., queue_ttft_s: _Optional[float] = ..., adapter_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ..., session_id: _Optional[str] = ..., reference_token_ids: _Optional[_Iterable[int]] = ..., gateway_id: _Optional[str] = ..., arrival_unix_s: _Optional[float] = ..., deadline_unix_s: _Optional[float] = ..., max_staleness_s: _Optional[float] = ..., queue_ttft_s: _Optional[float] = ..., choice_of: _Optional[str] = ..., adapter_id: _Optional[str] = ...) -> None: ...
 
 class TrainingExample(_message.Message):
     __slots__ = ("token_ids", "num_context_tokens")

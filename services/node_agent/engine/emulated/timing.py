@@ -46,12 +46,13 @@ class EmulatedTiming:
 
     def _prefill_s(self, op: Prefill) -> float:
         """A prefill of tokens that follow cached ones takes what the whole takes more than they do."""
-        batch = len(op.sequences)
-        tokens = sum(sequence.end_token or len(sequence.token_ids) for sequence in op.sequences)
-        references = (len(s.reference_ids) for s in op.sequences if s.end_token in (0, len(s.token_ids)))
+        sequences = [sequence for sequence in op.sequences if not sequence.shares]
+        batch = len(sequences)
+        tokens = sum(sequence.end_token or len(sequence.token_ids) for sequence in sequences)
+        references = (len(s.reference_ids) for s in sequences if s.end_token in (0, len(s.token_ids)))
         whole_s = self.predict_s(OpKind.PREFILL, batch, (tokens + sum(references)) / max(1, batch))
         whole_s += self._decode_s(op.decodes) if op.decodes else 0.0
-        cached_tokens = sum(sequence.cached_tokens for sequence in op.sequences)
+        cached_tokens = sum(sequence.cached_tokens for sequence in sequences)
         if not cached_tokens:
             return whole_s
         saved_s = self.predict_s(OpKind.PREFILL, batch, cached_tokens / batch)

@@ -140,9 +140,9 @@ class EmulatedStage:
     def _take_over(self, sequence: PrefillSequence) -> None:
         """The first `cached_tokens` are in the cache: the request's own, or of the one it continues."""
         name = sequence.request_id
-        if name in self.kv_tokens and (sequence.continues or not sequence.cached_tokens):
+        if name in self.kv_tokens and (sequence.continues or sequence.shares or not sequence.cached_tokens):
             raise BookkeepingError(f"{name} is in the KV cache already")
-        source = sequence.continues or name
+        source = sequence.continues or sequence.shares or name
         held = self.kv_tokens.get(source, 0)
         if held < sequence.cached_tokens or (source == name and held != sequence.cached_tokens):
             raise BookkeepingError(f"{source} holds {held} tokens, not {sequence.cached_tokens}")

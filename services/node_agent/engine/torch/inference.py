@@ -72,8 +72,9 @@ class Inference:
         KvCacheFull; the op's prompts are dropped then."""
         try:
             self._check(op.sequences)
-            pieces = [self._open(sequence) for sequence in op.sequences]
-            return self._run(pieces, op.decodes, hidden)
+            pieces = [self._open(sequence) for sequence in op.sequences if not sequence.shares]
+            shared = [sequence for sequence in op.sequences if sequence.shares]
+            return self._run(pieces, op.decodes, hidden, shared)
         except BaseException:
             self.forget(sequence.request_id for sequence in op.sequences)
             raise
@@ -142,9 +143,13 @@ class Inference:
         return _Piece(sequence, entry, start, end)
 
     def _run(
-        self, pieces: Sequence[_Piece], decodes: Sequence[DecodeSequence], hidden: Tensor | None
+        self,
+        pieces: Sequence[_Piece],
+        decodes: Sequence[DecodeSequence],
+        hidden: Tensor | None,
+        shared: Sequence[PrefillSequence] = (),
     ) -> InferenceOutput:
-        """Pieces of prompts and single new tokens in one forward."""
+        """Pieces of prompts and single new tokens in one forward. shared: they have the prompts of pieces that end."""
         stage = self._stage
         decode_entries = self._decode_entries(decodes)
         computed = [piece.token_ids for piece in pieces]
@@ -171,9 +176,19 @@ class Inference:
             piece.entry.token_ids[piece.start :] = piece.sequence.token_ids[piece.start : piece.end]
         for entry, sequence in zip(decode_entries, decodes, strict=True):
             entry.token_ids[sequence.position :] = [sequence.token_id]
+        for choice in shared:
+            self._share(choice)
         if not stage.is_last:
             return InferenceOutput(hidden=rows)
-        return self._results(rows, pieces, starts, decodes)
+        return self._results(rows, pieces, starts, decodes, shared)
+
+    def _share(self, sequence: PrefillSequence) -> None:
+        """Copy what was computed for another request."""
+        self.cache.copy(sequence.request_id, sequence.shares)
+        if self.cache.entry(sequence.request_id).token_ids != list(sequence.token_ids):
+            raise ValueError(f"request {sequence.request_id} has another prompt than {sequence.shares}")
+        if sequence.adapter_id:
+            self._adapter_ids[sequence.request_id] = sequence.adapter_id
 
     def _adapter_uses(
         self, pieces: Sequence[_Piece], lengths: Sequence[int], decodes: Sequence[DecodeSequence]
@@ -200,14 +215,18 @@ class Inference:
         return uses
 
     def _results(
-        self, rows: Tensor, pieces: Sequence[_Piece], starts: Sequence[int], decodes: Sequence[DecodeSequence]
+        self,
+        rows: Tensor,
+        pieces: Sequence[_Piece],
+        starts: Sequence[int],
+        decodes: Sequence[DecodeSequence],
+        shared: Sequence[PrefillSequence],
     ) -> InferenceOutput:
         """Tokens and losses from the last stage's rows. starts: each piece's first row, and behind them the first of
         the decoding requests."""
         ends = [(piece, start) for piece, start in zip(pieces, starts, strict=False) if piece.is_last]
-        for piece, _ in ends:
-            sequence = piece.sequence
-            num_prompt = piece.end - sequence.output_tokens
+        for sequence in (*(piece.sequence for piece, _ in ends), *shared):
+            num_prompt = len(sequence.token_ids) - sequence.output_tokens
             self._sampler.begin(sequence.request_id, sequence.sampling, num_prompt, sequence.token_ids[num_prompt:])
         # The projection runs only on rows whose logits are used: each prompt's last one and those before a reference.
         wanted = []
@@ -219,9 +238,12 @@ class Inference:
             return InferenceOutput()
         logits = self._stage.logits(rows if len(used) == len(rows) else rows[used])
         firsts = [0, *accumulate(len(span) for span in wanted)]
-        sampled = [*firsts[:-1], *range(firsts[-1], len(used))]
         finished = [piece.sequence for piece, _ in ends]
-        tokens = self._sample(logits if len(sampled) == len(used) else logits[sampled], [*finished, *decodes])
+        row_of = {sequence.request_id: row for sequence, row in zip(finished, firsts, strict=False)}
+        own = [*firsts[:-1], *(row_of[sequence.shares] for sequence in shared)]
+        sampled = [*own, *range(firsts[-1], len(used))]
+        is_whole = sampled == list(range(len(used)))
+        tokens = self._sample(logits if is_whole else logits[sampled], [*finished, *shared, *decodes])
         return InferenceOutput(
             tokens=tokens, reference_losses=_reference_losses(logits, firsts[:-1], finished, self._stage)
         )

@@ -102,6 +102,17 @@ class KvCache:
         self._entries[request_id] = entry
         return entry
 
+    def copy(self, request_id: str, other_id: str) -> None:
+        """An empty cache becomes a copy of another request's. Raises KeyError, ValueError, and KvCacheFull."""
+        source, entry = self.present(other_id), self.open(request_id)
+        self.grow(entry, source.used)
+        device = self.shape.device
+        count = len(entry.blocks)
+        there, here = (torch.tensor(e.blocks[:count], dtype=torch.long, device=device) for e in (source, entry))
+        for pool in (*self.keys, *self.values):
+            pool[here] = pool[there]
+        entry.token_ids = source.token_ids.copy()
+
     def grow(self, entry: KvEntry, tokens: int) -> None:
         """Give an entry the blocks of `tokens` positions in all. Raises KvCacheFull; nothing has changed then."""
         missing = self.shape.num_blocks(tokens) - len(entry.blocks)

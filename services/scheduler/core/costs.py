@@ -78,7 +78,9 @@ class NodeCosts:
         a, b, c, d = self._terms[op][stage]
         # What grows with the square of the length costs (cached + length)^2 - cached^2.
         value = a + batch * (b + length * (c + (length + 2.0 * cached) * d))
-        return value * self._ratio_of(op, job_id) if value > 0.0 else 0.0
+        if value <= 0.0:
+            return 0.0
+        return value * (self._ratio_of(op, job_id) if job_id else self._ratio[op])
 
     def node_s(self, op: OpKind, batch: float, length: float, cached: float = 0.0, job_id: str = "") -> float:
         """Sum of the durations of `op` over the stages."""
@@ -87,14 +89,11 @@ class NodeCosts:
             value = a + batch * (b + length * (c + (length + 2.0 * cached) * d))
             if value > 0.0:
                 total += value
-        return total * self._ratio_of(op, job_id)
+        return total * (self._ratio_of(op, job_id) if job_id else self._ratio[op])
 
     def _ratio_of(self, op: OpKind, job_id: str) -> float:
-        if job_id and job_id in self._jobs:
-            own = self._jobs[job_id].get(op)
-            if own is not None:
-                return own.value
-        return self._ratio[op]
+        own = self._jobs[job_id].get(op) if job_id in self._jobs else None
+        return self._ratio[op] if own is None else own.value
 
     def training_op_s(self, batch: int, length: int, job_id: str = "") -> float:
         """Longest single operation that a micro-batch brings to a stage: once started it blocks that long."""

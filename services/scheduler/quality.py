@@ -91,30 +91,54 @@ class QualityGate:
     def _saved(self, node_id: str, checkpoint: types_pb2.Checkpoint) -> None:
         for job_id in checkpoint.trained_microbatches:
             state = self._jobs.known(job_id)
-            if state is None or not state.validation_file:
+            if state is None or state.ended:
+                is_of_interest = self._brings_news(node_id, checkpoint, job_id)
+            else:
+                is_of_interest = bool(state.validation_file)
+            if not is_of_interest:
                 continue
             if len(self._tasks) >= _MAX_TASKS:
                 _log.warning("held-out loss not measured: too many under way", checkpoint=checkpoint.checkpoint_id)
                 return
-            task = asyncio.create_task(self._look(node_id, checkpoint, state))
+            task = asyncio.create_task(self._look(node_id, checkpoint.checkpoint_id, job_id))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _look(self, node_id: str, checkpoint: types_pb2.Checkpoint, state: JobState) -> None:
-        checkpoint_id = checkpoint.checkpoint_id
+    def _brings_news(self, node_id: str, checkpoint: types_pb2.Checkpoint, job_id: str) -> bool:
+        """Whether a checkpoint says something about a job that has ended: somebody asked for it, or it is the first of
+        its node with the last that the job has trained. Not every later one, for ever."""
+        others = (held for held in self._desk.held_by(node_id) if held.checkpoint_id != checkpoint.checkpoint_id)
+        before = max((held.trained_microbatches.get(job_id, 0) for held in others), default=0)
+        return checkpoint.reason == "request" or checkpoint.trained_microbatches[job_id] > before
+
+    async def _look(self, node_id: str, checkpoint_id: str, job_id: str) -> None:
         try:
-            examples = await self._examples(state.validation_file)
-            loss = await self._desk.heldout_loss(node_id, examples, state.job_id if state.is_isolated else "")
+            state = await self._jobs.state_of(job_id)
+            was_freed = state.is_isolated and not state.view().served_model
+            if not state.validation_file or was_freed:
+                return
+            loss = await self._measure(node_id, state)
+            state = await self._jobs.state_of(job_id)  # it may have ended meanwhile, or go on again
         except LemixError as error:
-            self._jobs.note(state, "warn", f"no held-out loss of checkpoint {checkpoint_id}: {error.message}")
+            _log.warning("held-out loss not measured", checkpoint=checkpoint_id, job=job_id, error=str(error))
+            return
+        if isinstance(loss, LemixError):
+            self._jobs.note(state, "warn", f"no held-out loss of checkpoint {checkpoint_id}: {loss.message}")
             return
         verdict = state.heldout.judge(node_id, checkpoint_id, loss)
         text = f"held-out loss of checkpoint {checkpoint_id} is {loss:.4f}"
         self._jobs.note(state, "warn" if verdict == "bad" else "info", f"{text}: {verdict}")
         if verdict == "best":
             await self._best(node_id, checkpoint_id, state)
-        elif verdict == "bad" and state.heldout.is_to_go_back(node_id):
+        elif verdict == "bad" and not state.ended and state.heldout.is_to_go_back(node_id):
             await self._go_back(node_id, state)
+
+    async def _measure(self, node_id: str, state: JobState) -> float | LemixError:
+        try:
+            examples = await self._examples(state.validation_file)
+            return await self._desk.heldout_loss(node_id, examples, state.job_id if state.is_isolated else "")
+        except LemixError as error:
+            return error
 
     async def _best(self, node_id: str, checkpoint_id: str, state: JobState) -> None:
         self._desk.keep(node_id, state.job_id, checkpoint_id)

@@ -270,7 +270,9 @@ class Gated:
         new = checkpoint(step, **{self.job_id: step})
         self.held.insert(0, new)
         await self.node.send(pb.NodeSessionRequest(checkpoint=pb.CheckpointReport(checkpoint=new, held=self.held)))
-        command = (await self.node.command()).evaluate
+        while (message := await self.node.command()).HasField("cancel"):
+            pass  # of what the node holds of a job that has ended
+        command = message.evaluate
         assert [list(example.token_ids) for example in command.examples] == [
             [number, number + 1] for number in range(3)
         ]
@@ -392,6 +394,31 @@ async def test_the_gate_holds_when_the_job_has_ended_and_its_scheduler_too(clust
     assert await fails(bad) is ErrorCode.CONFLICT
     good = await stub.PublishCheckpoint(pb.PublishCheckpointRequest(checkpoint_id="n0:1:1"))
     assert list(good.versions) == [], "there is no other node"
+
+
+async def test_a_checkpoint_saved_after_the_end_of_its_job_is_measured_too(cluster: Cluster) -> None:
+    first = await cluster.scheduler()
+    made = await gated(cluster, first)
+    await made.saves(1, 3.0)
+    await made.node.command()  # to keep it
+    await made.told("3.0000: best")
+    await made.gateway.stub.CancelJob(pb.CancelJobRequest(job_id=made.job_id))
+    await made.node.vanish()
+    await cluster.stop(first)
+    second = await cluster.scheduler()
+    made.node = await cluster.node(second, keeps_checkpoints=True, checkpoints=made.held)
+    made.gateway = await cluster.gateway(second, "g1")
+    await made.saves(2, 3.5)
+    await made.told("held-out loss of checkpoint n0:1:2 is 3.5000: bad")
+    seen = await made.job()
+    assert (seen.status, seen.heldout_loss) == (types_pb2.JOB_STATUS_CANCELLED, 3.5)
+    bad = made.gateway.stub.PublishCheckpoint(pb.PublishCheckpointRequest(checkpoint_id="n0:1:2"))
+    assert await fails(bad) is ErrorCode.CONFLICT
+    later = checkpoint(3, **{made.job_id: 2, "job-other": 1})
+    report = pb.CheckpointReport(checkpoint=later, held=[later, *made.held])
+    await made.node.send(pb.NodeSessionRequest(checkpoint=report))
+    await made.saves(4, 2.5)  # the next command is for this one: the one before held nothing new of the job
+    assert (await made.node.command()).checkpoint.keep.checkpoint_id == "n0:1:4"
 
 
 async def test_every_new_best_is_published_when_the_job_asks_for_it(cluster: Cluster) -> None:

@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,9 @@ class CheckpointStore:
         self._keep = keep
         #: By folder, the newest first; replaced as a whole, so that any thread may read it.
         self._manifests: dict[Path, Manifest] = {}
+        #: Checkpoints that are being exported stay. Guards them, and removals.
+        self._pins: Counter[Path] = Counter()
+        self._removing = threading.Lock()
         self.model = model_identity(model_path)
 
     def prepare(self) -> None:
@@ -224,11 +229,26 @@ class CheckpointStore:
         self._prune()
 
     def _prune(self) -> None:
-        for old in self.folders()[self._keep :]:
-            if not any(old.glob(f"{_KEPT_PREFIX}*")):
-                with contextlib.suppress(OSError):  # tried again after the next one
-                    self._remove(old)
-        self._refresh()
+        with self._removing:
+            for old in self.folders()[self._keep :]:
+                if not (self._pins[old] or any(old.glob(f"{_KEPT_PREFIX}*"))):
+                    with contextlib.suppress(OSError):  # tried again after the next one
+                        self._remove(old)
+            self._refresh()
+
+    @contextlib.contextmanager
+    def _pinned(self, checkpoint_id: str) -> Iterator[Path]:
+        """Where a checkpoint lies; it is not removed for its age meanwhile. Raises LemixError NOT_FOUND."""
+        with self._removing:
+            folder = self.folder_of(checkpoint_id)
+            self._pins[folder] += 1
+        try:
+            yield folder
+        finally:
+            with self._removing:
+                self._pins[folder] -= 1
+                self._pins += Counter()  # without those at 0
+            self._prune()
 
     def _remove(self, folder: Path) -> None:
         """What is killed or fails half way leaves no checkpoint with half its files. Raises OSError."""
@@ -251,19 +271,24 @@ class CheckpointStore:
         """Remove what could not be completed."""
         shutil.rmtree(partial, ignore_errors=True)
 
-    def export(self, checkpoint_id: str, job_id: str = "") -> Path:
+    def export(self, checkpoint_id: str, job_id: str = "") -> tuple[Path, Manifest]:
         """Write a checkpoint's model as a Hugging Face directory, or the adapter of a job as a peft directory; returns
-        its path.
+        its path. Others may be saved meanwhile.
 
         Raises LemixError (CONFLICT when it holds no adapter of that job), CorruptedCheckpoint or OSError.
         """
-        folder = self.folder_of(checkpoint_id)
-        manifest = self.verify(folder)
+        with self._pinned(checkpoint_id) as folder:
+            manifest = self.verify(folder)
+            names = [*checkpoint_id.split(":"), *([job_id] if job_id else [])]
+            target = self._directory / "exports" / "-".join(names)
+            self._export(folder, manifest, job_id, target)
+        return target, manifest
+
+    def _export(self, folder: Path, manifest: Manifest, job_id: str, target: Path) -> None:
         adapter = next((stored for stored in manifest.adapters if stored["adapter_id"] == job_id), None)
         if job_id and adapter is None:
             message = f"checkpoint {manifest.checkpoint_id} holds no adapter of job {job_id[:200]!r}"
             raise LemixError(ErrorCode.CONFLICT, message, param="job_id")
-        target = self._directory / "exports" / "-".join([*checkpoint_id.split(":"), *([job_id] if job_id else [])])
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = self.begin()
         try:
@@ -282,7 +307,6 @@ class CheckpointStore:
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return target
 
     def _export_model(self, folder: Path, target: Path) -> None:
         shards = weights_files(folder)

@@ -26,7 +26,6 @@ from services.node_agent.checkpoint_store import (
     CorruptedCheckpoint,
     Manifest,
     add_to_ranges,
-    read_manifest,
 )
 from services.node_agent.core.types import Op
 from services.node_agent.engine.training_ops import AdapterSpec, OptimizerSpec
@@ -92,6 +91,7 @@ class Checkpointer:
         self._finish = finish
         self._report = report
         self._lock = asyncio.Lock()
+        self._exporting = asyncio.Lock()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: dict[str, _Job] = {}
@@ -434,9 +434,8 @@ class Checkpointer:
 
     async def _export(self, request_id: str, checkpoint_id: str, job_id: str) -> scheduler_pb2.CheckpointReport:
         try:
-            async with self._lock:  # nothing is removed that it reads
-                path = await asyncio.to_thread(self._store.export, checkpoint_id, job_id)
-                manifest = await asyncio.to_thread(read_manifest, self._store.folder_of(checkpoint_id))
+            async with self._exporting:
+                path, manifest = await asyncio.to_thread(self._store.export, checkpoint_id, job_id)
         except CorruptedCheckpoint as error:
             raise LemixError(ErrorCode.CONFLICT, str(error), param="checkpoint_id") from error
         except OSError as error:

@@ -452,14 +452,14 @@ async def test_an_export_is_a_peft_directory(
         adapters=[asdict(ONLINE), asdict(spec)],
     )
     assert not store.commit(partial, manifest).holds_weights
-    path = store.export("node-0:7:0", "job-1")
+    path, _ = store.export("node-0:7:0", "job-1")
     assert {file.name for file in path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     loaded = PeftModel.from_pretrained(load_reference(models[name]), path)
     recorded = pipeline.record_logits()
     await pipeline.prefill(PrefillSequence("r", (1, 2, 3), Sampling(), 2, adapter_id="job-1"))
     assert_close({"logits": recorded[0][0]}, {"logits": full_logits(loaded, (1, 2, 3))[-1]})
     # The model itself was never trained: its export is the directory it was loaded from.
-    whole = store.export("node-0:7:0")
+    whole, _ = store.export("node-0:7:0")
     assert (whole / "model.safetensors").read_bytes() == (models[name] / "model.safetensors").read_bytes()
     with pytest.raises(LemixError, match="holds no adapter of job 'job-9'"):
         store.export("node-0:7:0", "job-9")

@@ -183,7 +183,7 @@ def test_an_export_is_a_hugging_face_directory(tmp_path: Path, family: str) -> N
         model=store.model,
     )
     store.commit(partial, manifest)
-    path = store.export("node-0:7:1")
+    path, _ = store.export("node-0:7:1")
     with safe_open(path / "model.safetensors", framework="pt") as stored:
         assert stored.metadata() == {"format": "pt"}
     assert (path / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()

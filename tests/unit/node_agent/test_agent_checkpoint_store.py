@@ -134,7 +134,7 @@ def test_two_exports_of_one_checkpoint_at_once_both_come_to_their_end(
 
     monkeypatch.setattr(CheckpointStore, "_export_model", export)
     with ThreadPoolExecutor(2) as threads:
-        paths = list(threads.map(lambda each: each.export("node-0:1:1"), (store, other)))
+        paths = list(threads.map(lambda each: each.export("node-0:1:1")[0], (store, other)))
     assert paths[0] == paths[1]
     assert json.loads((paths[0] / "config.json").read_text()) == {"from": "0000000001-000000000001"}
     assert [path.name for path in paths[0].parent.iterdir()] == ["node-0-1-1"]

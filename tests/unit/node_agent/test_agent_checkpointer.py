@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from services.node_agent.checkpoint_files import weights_files
 from services.node_agent.checkpoint_store import CheckpointStore, Manifest
 from services.node_agent.checkpoints import Checkpointer, CheckpointLimits
 from services.node_agent.weight_ops import WeightOp
@@ -118,33 +119,48 @@ async def test_a_save_that_is_given_up_waits_for_what_its_thread_writes(tmp_path
     store.verify(store.folder_of("node-0:1:5"))
 
 
-@pytest.mark.parametrize(
-    ("action", "method"),
-    [
-        ({"keep": scheduler_pb2.KeepCheckpoint(job_id="job", checkpoint_id="node-0:1:1")}, "keep_for"),
-        ({"export": "node-0:1:1"}, "export"),
-    ],
-)
-async def test_nothing_is_removed_or_exported_beside_a_restore(
-    tmp_path: Path, action: dict[str, Any], method: str
-) -> None:
+async def test_nothing_is_removed_beside_a_restore(tmp_path: Path) -> None:
     checkpoints, store, reports = make(tmp_path)
     commit(store, 1)
     log: list[str] = []
-    held, beside = Held(store.verify, log), Held(getattr(store, method), log)
+    held, beside = Held(store.verify, log), Held(store.keep_for, log)
     store.verify = held  # type: ignore[method-assign]
-    setattr(store, method, beside)
+    store.keep_for = beside  # type: ignore[method-assign]
     beside.go_on.set()
     checkpoints.start(scheduler_pb2.CheckpointCommand(request_id="restore", restore="node-0:1:1"))
     await held.until_begun()
-    checkpoints.start(scheduler_pb2.CheckpointCommand(request_id="beside", **action))
+    keep = scheduler_pb2.KeepCheckpoint(job_id="job", checkpoint_id="node-0:1:1")
+    checkpoints.start(scheduler_pb2.CheckpointCommand(request_id="beside", keep=keep))
     for _ in range(20):
         await asyncio.sleep(0)
     held.go_on.set()
     await beside.until_begun()
-    assert log[:3] == ["verify begins", "verify ends", f"{method} begins"]
+    assert log[:3] == ["verify begins", "verify ends", "keep_for begins"]
     await checkpoints.close()
     assert not any(report.HasField("error") for report in reports)
+
+
+async def test_checkpoints_are_saved_beside_an_export(tmp_path: Path) -> None:
+    checkpoints, store, reports = make(tmp_path, keep=1)
+    exported = commit(store, 1)
+
+    def write(folder: Path, target: Path) -> None:
+        (target / "names").write_text(" ".join(path.name for path in weights_files(folder)), encoding="utf-8")
+
+    held = Held(write, [])
+    store._export_model = held  # type: ignore[method-assign]
+    checkpoints.start(scheduler_pb2.CheckpointCommand(request_id="export", export="node-0:1:1"))
+    await held.until_begun()
+    await checkpoints.save("request", "save")
+    assert [report.request_id for report in reports] == ["save"]
+    assert exported.is_dir(), "it is being read"
+    held.go_on.set()
+    async with asyncio.timeout(TIMEOUT_S):
+        while len(reports) < 2:  # noqa: ASYNC110  a thread brings it
+            await asyncio.sleep(0.01)
+    assert (Path(reports[1].path) / "names").read_text() == "model-00001-of-00001.safetensors"
+    assert not exported.exists(), "too old, and nobody reads it any more"
+    assert [manifest.step for manifest in store.manifests()] == [5]
 
 
 async def test_the_newest_corrupted_checkpoint_is_the_evidence_that_stays(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from services.node_agent.engine.torch.executor import StageExecutor
 
 START_TIMEOUT_S = 300.0
+#: Raised when the engine computes the same with other kernels: profiles measured before do not hold any more.
+_KERNELS = 2
 
 
 class TorchEngine:
@@ -129,7 +132,7 @@ def load_inprocess_engine(config: EngineConfig) -> TorchEngine:
 
 
 def profile_fingerprint(config: EngineConfig, info: ModelInfo) -> str:
-    """Digest of what op durations depend on: model shape, stages, devices, dtype, threads, processor."""
+    """Digest of what op durations depend on: model shape, stages, devices, dtype, threads, processor, kernels."""
     spec: ModelSpec = read_model(config.model_path)
     shape = {key: value for key, value in spec.config.items() if isinstance(value, int | float) or value is None}
     parts = {
@@ -142,6 +145,7 @@ def profile_fingerprint(config: EngineConfig, info: ModelInfo) -> str:
         "training": (config.training_dtype, config.activation_checkpointing),
         "threads_per_stage": config.threads_per_stage,
         "processor": _processor_name(),
+        "kernels": (importlib.metadata.version("torch"), _KERNELS),
         "gpus": _gpu_names() if any(device.startswith("cuda") for device in config.devices) else [],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

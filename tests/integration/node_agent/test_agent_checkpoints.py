@@ -170,23 +170,23 @@ async def test_a_node_without_a_folder_for_them_keeps_no_checkpoints(tmp_path: P
 
 async def test_a_checkpoint_that_is_kept_outlives_newer_ones(tmp_path: Path) -> None:
     async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_steps=1, checkpoint_keep=1):
-        await train(made, [0])
-        best = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
 
-        def keep(checkpoint_id: str) -> None:
+        async def keep(checkpoint_id: str, reports: int) -> scheduler_pb2.CheckpointReport:
+            """Commands take turns, and a node does not say that it keeps one: the answer to the next says so."""
             wanted = scheduler_pb2.KeepCheckpoint(job_id="job", checkpoint_id=checkpoint_id)
             made.scheduler.command("node-0", checkpoint=scheduler_pb2.CheckpointCommand(keep=wanted))
+            command(made, save="request")
+            return await made.scheduler.checkpoint(reports)
 
-        keep(best)
+        await train(made, [0])
+        best = (await made.scheduler.checkpoint(1)).checkpoint.checkpoint_id
+        assert not (await keep(best, 2)).HasField("error")
         for sequence in (1, 2):
             await train(made, [sequence])
-            report = await made.scheduler.checkpoint(sequence + 1)
-        assert [held.checkpoint_id for held in report.held][-1] == best
-        assert len(report.held) == 2
-        keep("")
-        await train(made, [3])
-        report = await made.scheduler.checkpoint(4)
-        assert len(report.held) == 1
+            report = await made.scheduler.checkpoint(sequence + 2)
+        newest_id = report.checkpoint.checkpoint_id
+        assert [held.checkpoint_id for held in report.held] == [newest_id, best]
+        assert [held.checkpoint_id for held in (await keep("", 5)).held] == [newest_id]
 
 
 @pytest.mark.parametrize("handling", ["drain", "stash"])

@@ -14,8 +14,11 @@ from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.internal.v1 import work_pb2
 from services.ledger import Ledger
 from services.node_agent import metrics
+from services.node_agent.checkpoint_commands import CheckpointCommands
+from services.node_agent.checkpoint_report import CheckpointReports
+from services.node_agent.checkpoint_schedule import CheckpointLimits
 from services.node_agent.checkpoint_store import CheckpointStore
-from services.node_agent.checkpoints import Checkpointer, CheckpointLimits
+from services.node_agent.checkpoints import Checkpointer
 from services.node_agent.config import NodeAgentSettings
 from services.node_agent.core.types import QueueOrder
 from services.node_agent.core_config import core_config
@@ -88,7 +91,12 @@ class NodeAgent:
             trace_flush_s=settings.trace_flush_s,
             welcome_timeout_s=settings.welcome_timeout_s,
         )
-        self._checkpoints = None if store is None else self._checkpointer(store)
+        self._checkpoints: Checkpointer | None = None
+        self._checkpoint_commands: CheckpointCommands | None = None
+        if store is not None:
+            reports = CheckpointReports(store, self._loop, self.incarnation, self._session.report_checkpoint)
+            self._checkpoints = self._checkpointer(store, reports)
+            self._checkpoint_commands = CheckpointCommands(self._checkpoints, store, reports)
         self._description = self._describe(engine, fingerprint)
         self._intake = Intake(
             node_id=settings.node_id,
@@ -131,7 +139,7 @@ class NodeAgent:
             clock=self._clock,
         )
 
-    def _checkpointer(self, store: CheckpointStore) -> Checkpointer:
+    def _checkpointer(self, store: CheckpointStore, reports: CheckpointReports) -> Checkpointer:
         settings = self._settings
         limits = CheckpointLimits(
             every_steps=settings.checkpoint_every_steps,
@@ -146,7 +154,7 @@ class NodeAgent:
             clock=self._clock,
             limits=limits,
             finish=lambda outcome: self._intake.finish(outcome),
-            report=self._session.report_checkpoint,
+            reports=reports,
         )
 
     # ------------------------------------------------------------- life cycle
@@ -221,8 +229,8 @@ class NodeAgent:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         await self._loop.stop()
-        if self._checkpoints is not None:
-            await self._checkpoints.close()
+        if self._checkpoint_commands is not None:
+            await self._checkpoint_commands.close()
         await self._intake.flush(_FLUSH_S)
         self._hub.end_all()
         await self._server.stop(self._settings.shutdown_grace_s)
@@ -324,8 +332,8 @@ class NodeAgent:
 
     def on_checkpoint(self, command: scheduler_pb2.CheckpointCommand) -> None:
         """See session.Commands."""
-        if self._checkpoints is not None:
-            self._checkpoints.start(command)
+        if self._checkpoint_commands is not None:
+            self._checkpoint_commands.start(command)
             return
         error = LemixError(ErrorCode.CONFLICT, f"node {self._settings.node_id} keeps no checkpoints")
         report = scheduler_pb2.CheckpointReport(request_id=command.request_id, error=error.to_proto())

@@ -1,11 +1,61 @@
 """What others are told about checkpoints."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
-from services.node_agent.checkpoint_store import CorruptedCheckpoint, Manifest, count_of, read_manifest
+from services.node_agent.checkpoint_store import (
+    CheckpointStore,
+    CorruptedCheckpoint,
+    Manifest,
+    count_of,
+    read_manifest,
+)
+from services.node_agent.loop import AgentLoop
+
+
+class CheckpointReports:
+    """Tells the scheduler, by `send`, what became of a checkpoint and which ones the node holds then.
+
+    request_id: of the command that a report answers; empty: the node did it by itself.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        loop: AgentLoop,
+        incarnation: int,
+        send: Callable[[scheduler_pb2.CheckpointReport], None],
+    ) -> None:
+        self._store = store
+        self._loop = loop
+        self._incarnation = incarnation
+        self._send = send
+
+    def held(self) -> list[types_pb2.Checkpoint]:
+        """Checkpoints on disk, the newest first."""
+        return [to_proto(manifest) for manifest in self._store.manifests()]
+
+    def success(self, request_id: str, manifest: Manifest, *, path: str = "") -> None:
+        """This one was saved, or exported to `path`."""
+        report = self._report(request_id)
+        report.checkpoint.CopyFrom(to_proto(manifest))
+        report.path = path
+        self._send(report)
+
+    def failure(self, request_id: str, error: LemixError) -> None:
+        """It could not be done."""
+        report = self._report(request_id)
+        report.error.CopyFrom(error.to_proto())
+        self._send(report)
+
+    def _report(self, request_id: str) -> scheduler_pb2.CheckpointReport:
+        step = self._loop.ages.newest_step
+        version = types_pb2.WeightVersion(node_id=self._loop.node_id, incarnation=self._incarnation, step=step)
+        return scheduler_pb2.CheckpointReport(request_id=request_id, held=self.held(), version=version)
 
 
 def to_proto(manifest: Manifest) -> types_pb2.Checkpoint:

@@ -123,7 +123,7 @@ async def test_no_gradient_outlives_a_publication(tmp_path: Path) -> None:
 async def test_published_weights_are_in_place_although_they_cannot_be_saved_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.node_agent.checkpoints._RETRY_S", 0.01)
+    monkeypatch.setattr("services.node_agent.checkpoint_schedule._RETRY_S", 0.01)
     disk = Disk()
     disk.full = True
     async with cluster(tmp_path) as made, life(made, tmp_path / "a", checkpoint_every_steps=2) as source:
@@ -140,7 +140,7 @@ async def test_published_weights_are_in_place_although_they_cannot_be_saved_yet(
 async def test_a_rollback_that_cannot_be_saved_yet_is_saved_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.node_agent.checkpoints._RETRY_S", 0.01)
+    monkeypatch.setattr("services.node_agent.checkpoint_schedule._RETRY_S", 0.01)
     disk = Disk()
     async with cluster(tmp_path) as made, life(made, tmp_path / "saved", checkpoint_every_steps=2, tamper=disk):
         await train_and_save(made, 2)

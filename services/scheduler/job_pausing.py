@@ -45,7 +45,7 @@ class JobPausing:
     async def _check(self, state: JobState) -> None:
         if state.status == types_pb2.JOB_STATUS_SUCCEEDED:
             raise LemixError(ErrorCode.CONFLICT, f"job {state.job_id} has succeeded", param="job_id")
-        file = await self._jobs.get_file(state.file_id)
+        file = await self._jobs.get_file(state.file_id, param="training_file")
         if state.endless:
             state.grow(file.num_examples)
         self._jobs.check_room()

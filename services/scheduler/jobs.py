@@ -144,7 +144,7 @@ class JobRegistry:
         """Make a durable job. Raises INVALID_REQUEST, NOT_FOUND, MODEL_NOT_FOUND, OVERLOADED, UNAVAILABLE."""
         if models and request.model and request.model not in models:
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"no node serves model {request.model!r}", param="model")
-        file = await self.get_file(request.training_file)
+        file = await self.get_file(request.training_file, param="training_file")
         job = new_job(request, file, created_unix_s=self._clock.unix_s())
         if request.validation_file:
             await self._check_validation(request.validation_file)
@@ -264,11 +264,11 @@ class JobRegistry:
                 raise LemixError(ErrorCode.UNAVAILABLE, "the scheduler stops", retry_after_s=_RETRY_AFTER_S)
             await changed.wait()
 
-    async def get_file(self, file_id: str) -> work_pb2.FileRecord:
-        """A stored file. Raises NOT_FOUND, UNAVAILABLE."""
+    async def get_file(self, file_id: str, *, param: str) -> work_pb2.FileRecord:
+        """A stored file, which this field of a request names. Raises NOT_FOUND, UNAVAILABLE."""
         file = await self._guard.once(lambda: self._ledger.get_file(file_id))
         if file is None:
-            raise LemixError(ErrorCode.NOT_FOUND, f"no file {file_id[:200]!r}", param="training_file")
+            raise LemixError(ErrorCode.NOT_FOUND, f"no file {file_id[:200]!r}", param=param)
         return file
 
     async def submit_feedback(self, example: work_pb2.TrainingExample, request_id: str, model: str) -> tuple[str, int]:

@@ -125,7 +125,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
 
     async def GetFile(self, request: pb.GetFileRequest, context: Context) -> pb.GetFileResponse:  # noqa: N802
         """A stored file."""
-        return pb.GetFileResponse(file=await self._jobs.get_file(request.file_id))
+        return pb.GetFileResponse(file=await self._jobs.get_file(request.file_id, param="file_id"))
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: Context) -> pb.CreateJobResponse:  # noqa: N802
         """A new job."""

@@ -55,11 +55,16 @@ async def watch(gateway: FakeGateway, job_id: str, after: int = 0) -> list[pb.Wa
     return [message async for message in gateway.stub.WatchJob(request, timeout=10.0)]
 
 
-async def fails(call: Any) -> ErrorCode:
-    """Code a call fails with."""
+async def failure(call: Any) -> LemixError:
+    """What a call fails with."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    return LemixError.from_rpc(caught.value).code
+    return LemixError.from_rpc(caught.value)
+
+
+async def fails(call: Any) -> ErrorCode:
+    """Code a call fails with."""
+    return (await failure(call)).code
 
 
 async def test_a_job_trains_every_example_of_every_epoch_and_succeeds(cluster: Cluster) -> None:
@@ -109,12 +114,14 @@ async def test_what_cannot_be_a_job(cluster: Cluster) -> None:
     assert await fails(gateway.stub.CreateJob(pb.CreateJobRequest(request=request))) is ErrorCode.MODEL_NOT_FOUND
     await create(gateway, file_id)
     assert await fails(create(gateway, file_id)) is ErrorCode.OVERLOADED
-    for method, message in (
-        (gateway.stub.GetJob, pb.GetJobRequest(job_id="none")),
-        (gateway.stub.CancelJob, pb.CancelJobRequest(job_id="none")),
-        (gateway.stub.GetFile, pb.GetFileRequest(file_id="none")),
+    assert (await failure(create(gateway, "file-none"))).param == "training_file"
+    for method, message, param in (
+        (gateway.stub.GetJob, pb.GetJobRequest(job_id="none"), "job_id"),
+        (gateway.stub.CancelJob, pb.CancelJobRequest(job_id="none"), "job_id"),
+        (gateway.stub.GetFile, pb.GetFileRequest(file_id="none"), "file_id"),
     ):
-        assert await fails(method(message)) is ErrorCode.NOT_FOUND
+        error = await failure(method(message))
+        assert (error.code, error.param) == (ErrorCode.NOT_FOUND, param)
 
 
 async def test_a_cancelled_job_leaves_its_nodes(cluster: Cluster) -> None:

@@ -63,13 +63,13 @@ class Feeder:
         while len(cuts) < room and num_examples < _MAX_READ_EXAMPLES and (offer := self._take_offer()) is not None:
             took = True
             state, sequence = offer
-            if not (state.may_have_run(sequence) and await self._is_known(state, sequence)):
+            if not (state.microbatches.may_have_run(sequence) and await self._is_known(state, sequence)):
                 cuts.append(_Cut(state, sequence, self._positions(state, sequence)))
                 num_examples += len(cuts[-1].positions)
         examples = await self._read(cuts)
         for cut in cuts:
             if cut.state.paused:
-                cut.state.release(cut.sequence)
+                cut.state.microbatches.release(cut.sequence)
             elif not cut.state.ended:
                 await self._offer(cut, examples[cut.state.job_id])
         return took

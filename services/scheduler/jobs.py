@@ -98,7 +98,7 @@ class JobRegistry:
         self._changed()
 
     async def _read_history(self, state: JobState) -> None:
-        state.restore_events(await self._guard.until_done(lambda: self._ledger.read_job_events(state.job_id)))
+        state.events.restore(await self._guard.until_done(lambda: self._ledger.read_job_events(state.job_id)))
         if state.endless:
             file = await self._guard.until_done(lambda: self._ledger.get_file(state.file_id))
             state.grow(0 if file is None else file.num_examples)
@@ -121,12 +121,12 @@ class JobRegistry:
                     self._ending.pop(state.job_id, None)
 
     async def _store(self, state: JobState) -> None:
-        events = state.unsaved_events()
+        events = state.events.unsaved()
         record = state.durable_record()
         state.dirty = False
         try:
             await self._ledger.append_job_events(state.job_id, events)
-            state.events_saved(len(events))
+            state.events.saved(len(events))
             await self._ledger.put_job(record)
         except BaseException:
             state.dirty = True
@@ -136,7 +136,7 @@ class JobRegistry:
         """End every watch because this scheduler stops."""
         self._closing = True
         for state in self._running.values():
-            state.wake_watchers()
+            state.events.wake_watchers()
 
     # ------------------------------------------------------------- calls
 
@@ -254,11 +254,11 @@ class JobRegistry:
         """
         state = await self.state_of(job_id)
         while True:
-            changed = state.changed
-            for event in state.events_after(after_sequence):
+            changed = state.events.changed
+            for event in state.events.after(after_sequence):
                 after_sequence = event.sequence
                 yield event, state.view()
-            if existing_only or (state.ended and not state.events_after(after_sequence)):
+            if existing_only or (state.ended and not state.events.after(after_sequence)):
                 return
             if self._closing:
                 raise LemixError(ErrorCode.UNAVAILABLE, "the scheduler stops", retry_after_s=_RETRY_AFTER_S)
@@ -317,7 +317,7 @@ class JobRegistry:
 
     def num_waiting(self) -> int:
         """Micro-batches offered that no node has."""
-        return sum(len(state.waiting) for state in self._running.values())
+        return sum(len(state.microbatches.waiting) for state in self._running.values())
 
     async def fail(self, state: JobState, error: LemixError) -> None:
         """End a job that cannot go on."""
@@ -344,7 +344,7 @@ class JobRegistry:
         state = self._running.get(work.job_id)
         if state is None:
             return []
-        state.release(work.sequence)
+        state.microbatches.release(work.sequence)
         # Too many wait: it is offered again after the next change, not in a loop.
         return [] if error.code is ErrorCode.OVERLOADED else self._fail_now(state, error)
 
@@ -352,7 +352,7 @@ class JobRegistry:
         """The core gave it back because its job is paused; by now it may go on."""
         state = self._running.get(item.training.job_id)
         if state is not None:
-            state.release(item.training.sequence)
+            state.microbatches.release(item.training.sequence)
             self._ask_to_save(state)
             self._changed()
 
@@ -368,7 +368,7 @@ class JobRegistry:
             return self._skipped(state, outcome)
         if training.HasField("error"):
             return self._fail_now(state, LemixError.from_proto(training.error))
-        is_saved_now = state.is_unsaved(training.sequence)
+        is_saved_now = state.microbatches.is_unsaved(training.sequence)
         if state.trained(outcome):
             metrics.TRAINED.inc()
             if state.complete:
@@ -396,9 +396,9 @@ class JobRegistry:
     def _ask_to_save(self, state: JobState) -> None:
         """Ask for checkpoints when nothing else is left to do, or nothing more may be offered before."""
         if state.only_to_save:
-            for node_id in sorted(state.unsaved_nodes):
+            for node_id in sorted(state.microbatches.unsaved_nodes):
                 self._checkpoints.tell(node_id, "job_end")
-        elif (blocking_id := state.node_to_save()) is not None:
+        elif (blocking_id := state.microbatches.node_to_save()) is not None:
             self._checkpoints.tell(blocking_id, "interval")
         for node_id in sorted(state.nodes_to_save_paused()):
             self._checkpoints.tell(node_id, "pause")
@@ -415,7 +415,7 @@ class JobRegistry:
     def on_node_away(self, node_id: str, wait_s: float, failover: str = "") -> None:
         """A node is lost; see `driver_ports.TrainingJobs`."""
         for state in self._running.values():
-            if node_id in state.unsaved_nodes or node_id in state.view().steps_per_node:
+            if node_id in state.microbatches.unsaved_nodes or node_id in state.view().steps_per_node:
                 state.node_away(node_id, wait_s, self._checkpoints.newest_of_lost(node_id), failover)
         self._changed()
 
@@ -450,7 +450,7 @@ class JobRegistry:
     async def save_checkpoint(self, job_id: str) -> list[types_pb2.Checkpoint]:
         """Save on every node that trained the job. Raises NOT_FOUND, CONFLICT, and what a node answers."""
         state = await self.state_of(job_id)
-        return await self._checkpoints.save({*state.unsaved_nodes, *state.view().steps_per_node})
+        return await self._checkpoints.save({*state.microbatches.unsaved_nodes, *state.view().steps_per_node})
 
     # ------------------------------------------------------------- helpers
 
@@ -469,7 +469,7 @@ class JobRegistry:
         if record is None:
             return None
         state = JobState(record, self._clock)
-        state.restore_events(await self._guard.once(lambda: self._ledger.read_job_events(job_id)))
+        state.events.restore(await self._guard.once(lambda: self._ledger.read_job_events(job_id)))
         return self.known(job_id) or state  # another call may have taken it up meanwhile
 
     def _end(self, state: JobState, status: types_pb2.JobStatus, level: str, message: str) -> None:

@@ -15,8 +15,8 @@ from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.core.events import JobEnded
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Inbox
-from services.scheduler.job_state import WINDOW
 from services.scheduler.jobs import JobRegistry
+from services.scheduler.microbatches import WINDOW
 
 
 class SlowLedger(MemoryLedger):

@@ -13,7 +13,8 @@ from services.ledger.types import MAX_JOB_EVENTS
 from services.runtime.clock import FakeClock
 from services.scheduler.feeder import shuffled
 from services.scheduler.hyperparameters import resolve
-from services.scheduler.job_state import WINDOW, JobState
+from services.scheduler.job_state import JobState
+from services.scheduler.microbatches import WINDOW
 
 
 def state(total: int, *, next_sequence: int = 0, resumed: bool = False, file: str = "f") -> JobState:
@@ -42,9 +43,9 @@ def test_skipped_microbatches_count_as_done_but_not_as_trained() -> None:
     job = state(4)
     assert job.skipped(skip(1))
     assert not job.skipped(skip(1)), "known"
-    assert (job.num_trained, job.num_skipped, job.backlog) == (0, 1, 3)
+    assert (job.num_trained, job.microbatches.num_skipped, job.backlog) == (0, 1, 3)
     assert job.trained(outcome(0))
-    assert (job.num_trained, job.num_skipped, job.view().skipped_microbatches) == (1, 1, 1)
+    assert (job.num_trained, job.microbatches.num_skipped, job.view().skipped_microbatches) == (1, 1, 1)
     assert job.durable_record().next_sequence == 2
     assert not job.skipped(skip(1)), "stored"
     job.trained(outcome(2))
@@ -78,8 +79,8 @@ def test_everything_is_offered_once_and_what_comes_back_again() -> None:
     assert offers(job) == [0, 1, 2, 3]
     for sequence in range(4):
         job.held(sequence, waiting=True)
-    job.release(2)
-    job.release(1)
+    job.microbatches.release(2)
+    job.microbatches.release(1)
     assert offers(job) == [1, 2]
 
 
@@ -114,10 +115,10 @@ def test_what_is_stored_at_any_time_is_a_prefix_and_the_view_is_everything(order
 
 
 def test_after_a_restart_the_ledger_is_asked_about_what_may_have_run() -> None:
-    assert not state(5).may_have_run(0)
+    assert not state(5).microbatches.may_have_run(0)
     job = state(5000, next_sequence=3, resumed=True)
-    assert job.may_have_run(3)
-    assert not job.may_have_run(3 + WINDOW)
+    assert job.microbatches.may_have_run(3)
+    assert not job.microbatches.may_have_run(3 + WINDOW)
 
 
 def test_steps_are_counted_per_node() -> None:
@@ -152,7 +153,7 @@ def test_a_job_is_queued_until_a_node_has_a_microbatch() -> None:
     assert job.status == types_pb2.JOB_STATUS_QUEUED
     job.held(0, waiting=False)
     assert job.status == types_pb2.JOB_STATUS_RUNNING
-    assert job.waiting == set()
+    assert job.microbatches.waiting == set()
 
 
 def test_an_ended_job_offers_nothing_and_stores_all_its_progress() -> None:
@@ -167,17 +168,17 @@ def test_an_ended_job_offers_nothing_and_stores_all_its_progress() -> None:
 
 async def test_watchers_wake_and_history_is_bounded() -> None:
     job = state(1)
-    before = job.changed
+    before = job.events.changed
     for number in range(MAX_JOB_EVENTS + 5):
         job.add_event("info", str(number))
     assert before.is_set()
-    kept = job.events_after(0)
+    kept = job.events.after(0)
     assert len(kept) == MAX_JOB_EVENTS
     assert [event.sequence for event in kept] == list(range(6, MAX_JOB_EVENTS + 6))
-    unsaved = job.unsaved_events()
+    unsaved = job.events.unsaved()
     job.add_event("info", "during the save")
-    job.events_saved(len(unsaved) - 1)  # the bound has dropped one meanwhile
-    assert job.unsaved_events()[-1].message == "during the save"
+    job.events.saved(len(unsaved) - 1)  # the bound has dropped one meanwhile
+    assert job.events.unsaved()[-1].message == "during the save"
 
 
 def test_replays_agree_on_the_order_of_an_epoch() -> None:
@@ -221,11 +222,11 @@ def test_a_hyperparameter_out_of_range_is_named(field: str, value: float | str) 
 def test_a_history_that_was_stored_twice_is_told_once() -> None:
     job = state(4)
     events = [types_pb2.JobEvent(sequence=number) for number in (1, 2, 1, 2, 3)]
-    job.restore_events(events)
-    assert [event.sequence for event in job.events_after(0)] == [1, 2, 3]
+    job.events.restore(events)
+    assert [event.sequence for event in job.events.after(0)] == [1, 2, 3]
     job.add_event("info", "next")
-    assert [event.sequence for event in job.events_after(2)] == [3, 4]
-    assert job.events_after(4) == []
+    assert [event.sequence for event in job.events.after(2)] == [3, 4]
+    assert job.events.after(4) == []
 
 
 def test_what_is_in_no_checkpoint_counts_as_trained_and_may_come_back() -> None:
@@ -239,7 +240,7 @@ def test_what_is_in_no_checkpoint_counts_as_trained_and_may_come_back() -> None:
     assert job.view().steps_per_node == {"n": 2}
     assert job.only_to_save
     assert not job.complete
-    assert job.unsaved_nodes == {"n"}
+    assert job.microbatches.unsaved_nodes == {"n"}
     job.held(3, waiting=True)  # its node did not come back
     assert (job.num_trained, job.only_to_save) == (3, False)
     assert offers(job) == []
@@ -257,12 +258,12 @@ def test_what_is_in_no_checkpoint_is_not_stored_as_trained() -> None:
     assert job.durable_record().next_sequence == 1
     assert job.durable_record().job.trained_microbatches == 1
     assert job.view().trained_microbatches == 2
-    assert [event.message for event in job.events_after(0)] == [
+    assert [event.message for event in job.events.after(0)] == [
         "trained 1 of 3 micro-batches",
         "trained 2 of 3 micro-batches",
     ]
     job.trained(outcome(1, step=2))
-    assert len(job.events_after(0)) == 2  # saving it is no news of its own
+    assert len(job.events.after(0)) == 2  # saving it is no news of its own
 
 
 def test_the_loss_of_a_node_is_told_with_what_it_took_along() -> None:
@@ -270,7 +271,7 @@ def test_the_loss_of_a_node_is_told_with_what_it_took_along() -> None:
     job.trained_unsaved(outcome(0))
     job.node_away("n", 30.0)
     job.node_away("n", 0.0, "n:1:5")
-    told = [(event.level, event.message) for event in job.events_after(1)]
+    told = [(event.level, event.message) for event in job.events.after(1)]
     assert [level for level, _ in told] == ["warn", "error"]
     assert told[0][1].startswith("n was lost: 1 micro-batches since its newest checkpoint are trained again")
     assert told[1][1].startswith("n did not come back: other nodes train 1 micro-batches again")
@@ -281,21 +282,21 @@ def test_a_full_window_waits_for_the_checkpoint_of_the_node_that_has_its_first()
     job = state(3 * WINDOW)
     assert len(offers(job)) == WINDOW
     for sequence in range(WINDOW):
-        assert job.node_to_save() is None, "there is room, or the first is not trained"
+        assert job.microbatches.node_to_save() is None, "there is room, or the first is not trained"
         job.trained_unsaved(outcome(sequence, node="a" if sequence < 2 else "b"))
     assert offers(job) == []
-    assert job.node_to_save() == "a"
-    assert job.node_to_save() is None, "asked already"
+    assert job.microbatches.node_to_save() == "a"
+    assert job.microbatches.node_to_save() is None, "asked already"
     job.trained(outcome(0, node="a"))
     job.trained(outcome(1, node="a"))
-    assert job.node_to_save() is None
+    assert job.microbatches.node_to_save() is None
     for sequence in offers(job):
         job.trained_unsaved(outcome(sequence, node="a"))
-    assert job.node_to_save() == "b"
+    assert job.microbatches.node_to_save() == "b"
     job.held(2, waiting=True)  # its node was lost
-    assert job.node_to_save() is None
+    assert job.microbatches.node_to_save() is None
     job.trained_unsaved(outcome(2, node="c"))
-    assert job.node_to_save() == "c"
+    assert job.microbatches.node_to_save() == "c"
 
 
 def gated(tolerance: float = 0.1, max_bad: int = 2) -> JobState:
@@ -380,7 +381,7 @@ def test_a_paused_job_offers_nothing_and_goes_on_with_what_was_taken_back() -> N
     job.held(0, waiting=False)
     job.pause()
     for sequence in (1, 2, 3):
-        job.release(sequence)
+        job.microbatches.release(sequence)
     assert offers(job) == []
     job.trained(outcome(0))
     assert (job.paused, job.ended, job.view().trained_microbatches) == (True, False, 1)
@@ -391,7 +392,7 @@ def test_a_paused_job_offers_nothing_and_goes_on_with_what_was_taken_back() -> N
         assert either.status == types_pb2.JOB_STATUS_RUNNING
         assert either.task_id(1) == "j/1", "nothing of it is remembered as ended"
         assert offers(either) == [1, 2, 3]
-    assert job.events_after(0)[-1].message == "the job was paused; it goes on with micro-batch 1"
+    assert job.events.after(0)[-1].message == "the job was paused; it goes on with micro-batch 1"
 
 
 def test_the_nodes_of_a_paused_job_save_once_when_nothing_is_under_way() -> None:
@@ -436,7 +437,7 @@ def test_a_job_goes_on_after_its_end_and_counts_nothing_twice(from_ledger: bool)
     for either in (job, restarted):
         assert not either.complete
         assert either.trained(outcome(1))
-        assert (either.complete, either.num_trained, either.num_skipped) == (True, 4, 1)
+        assert (either.complete, either.num_trained, either.microbatches.num_skipped) == (True, 4, 1)
         assert either.durable_record().next_sequence == 5
         assert not either.durable_record().done_ahead
 
@@ -450,7 +451,7 @@ def test_the_owner_hears_of_a_node_that_no_longer_had_the_optimizer_state() -> N
         return made
 
     def warnings() -> list[str]:
-        return [event.message.partition(" ")[0] for event in job.events_after(0) if event.level == "warn"]
+        return [event.message.partition(" ")[0] for event in job.events.after(0) if event.level == "warn"]
 
     job.trained(fresh(0, "n"))
     job.trained_unsaved(fresh(1, "m"))

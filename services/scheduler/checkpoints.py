@@ -11,6 +11,7 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
+from services.scheduler.job_state import JobState
 from services.scheduler.lineage import CHECKPOINT_PREFIX, Lineage
 
 _log = structlog.get_logger()
@@ -134,6 +135,16 @@ class CheckpointDesk:
     def tell(self, node_id: str, reason: str) -> None:
         """Let a node save a checkpoint; nobody waits for it."""
         self.send(node_id, _command("", "save", reason))
+
+    def ask_to_save(self, state: JobState) -> None:
+        """Ask for checkpoints when nothing else is left to do, or nothing more may be offered before."""
+        if state.only_to_save:
+            for node_id in sorted(state.microbatches.unsaved_nodes):
+                self.tell(node_id, "job_end")
+        elif (blocking_id := state.microbatches.node_to_save()) is not None:
+            self.tell(blocking_id, "interval")
+        for node_id in sorted(state.nodes_to_save_paused()):
+            self.tell(node_id, "pause")
 
     async def ask(self, node_id: str, action: Action, value: str) -> pb.CheckpointReport:
         """Let a node do something and wait for it.

@@ -12,6 +12,7 @@ from lemix.internal.v1 import work_pb2
 from services.ledger import TaskState
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Ended, Inbox, Offered
+from services.scheduler.job_lifecycle import JobLifecycle
 from services.scheduler.job_state import JobState
 from services.scheduler.jobs import JobRegistry
 
@@ -33,9 +34,12 @@ class _Cut:
 class Feeder:
     """Jobs take turns, one micro-batch each."""
 
-    def __init__(self, *, jobs: JobRegistry, guard: LedgerGuard, inbox: Inbox, look_ahead: int) -> None:
+    def __init__(
+        self, *, jobs: JobRegistry, lifecycle: JobLifecycle, guard: LedgerGuard, inbox: Inbox, look_ahead: int
+    ) -> None:
         """look_ahead: most micro-batches offered that no node has."""
         self._jobs = jobs
+        self._lifecycle = lifecycle
         self._guard = guard
         self._ledger = guard.ledger
         self._inbox = inbox
@@ -99,7 +103,7 @@ class Feeder:
             read = await self._guard.until_done(functools.partial(self._ledger.read_examples, state.file_id, wanted))
             if len(read) < len(wanted):
                 error = LemixError(ErrorCode.NOT_FOUND, f"file {state.file_id} has lost examples or has expired")
-                await self._jobs.fail(state, error)
+                await self._lifecycle.fail(state, error)
             else:
                 examples[state.job_id] = dict(zip(wanted, read, strict=True))
         return examples

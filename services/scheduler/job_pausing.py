@@ -5,6 +5,7 @@ import asyncio
 from lemix.errors import ErrorCode, LemixError
 from lemix.v1 import types_pb2
 from services.scheduler.adapters import model_of
+from services.scheduler.job_lifecycle import JobLifecycle
 from services.scheduler.job_state import JobState
 from services.scheduler.jobs import JobRegistry
 
@@ -12,8 +13,9 @@ from services.scheduler.jobs import JobRegistry
 class JobPausing:
     """What owners ask for; at most `max_paused` jobs are paused at once."""
 
-    def __init__(self, jobs: JobRegistry, *, max_paused: int) -> None:
+    def __init__(self, *, jobs: JobRegistry, lifecycle: JobLifecycle, max_paused: int) -> None:
         self._jobs = jobs
+        self._lifecycle = lifecycle
         self._max_paused = max_paused
         #: One change at a time: what was checked must hold when the job changes.
         self._lock = asyncio.Lock()
@@ -28,7 +30,7 @@ class JobPausing:
             if not state.paused:
                 if self._jobs.num_paused() >= self._max_paused:
                     raise LemixError(ErrorCode.OVERLOADED, f"{self._max_paused} jobs are paused already")
-                await self._jobs.pause(state)
+                await self._lifecycle.pause(state)
             return state.view()
 
     async def resume(self, job_id: str) -> types_pb2.TrainingJob:
@@ -39,7 +41,7 @@ class JobPausing:
             state = await self._jobs.state_of(job_id)
             if state.paused or state.ended:
                 await self._check(state)
-                await self._jobs.go_on(state)
+                await self._lifecycle.go_on(state)
             return state.view()
 
     async def _check(self, state: JobState) -> None:
@@ -48,7 +50,7 @@ class JobPausing:
         file = await self._jobs.get_file(state.file_id, param="training_file")
         if state.endless:
             state.grow(file.num_examples)
-        self._jobs.check_room()
+        self._lifecycle.check_room()
         job = state.view()
         if state.is_isolated and not job.served_model:
             if state.num_trained:

@@ -21,10 +21,9 @@ from services.scheduler.explain.convert import decision_to_proto, waits_to_proto
 from services.scheduler.explain.decisions import Decisions
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
-from services.scheduler.job_pausing import JobPausing
-from services.scheduler.jobs import JobRegistry
 from services.scheduler.nodes import NodeRegistry
 from services.scheduler.quality import QualityGate
+from services.scheduler.training import Training
 
 _log = structlog.get_logger()
 
@@ -46,8 +45,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         core: Core,
         nodes: NodeRegistry,
         gateways: GatewayRegistry,
-        jobs: JobRegistry,
-        pausing: JobPausing,
+        training: Training,
         checkpoints: CheckpointDesk,
         quality: QualityGate,
         guard: LedgerGuard,
@@ -58,8 +56,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self._core = core
         self._nodes = nodes
         self._gateways = gateways
-        self._jobs = jobs
-        self._pausing = pausing
+        self._training = training
         self._checkpoints = checkpoints
         self._quality = quality
         self._guard = guard
@@ -125,42 +122,42 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
 
     async def GetFile(self, request: pb.GetFileRequest, context: Context) -> pb.GetFileResponse:  # noqa: N802
         """A stored file."""
-        return pb.GetFileResponse(file=await self._jobs.get_file(request.file_id, param="file_id"))
+        return pb.GetFileResponse(file=await self._training.jobs.get_file(request.file_id, param="file_id"))
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: Context) -> pb.CreateJobResponse:  # noqa: N802
         """A new job."""
-        return pb.CreateJobResponse(job=await self._jobs.create(request.request, self._nodes.models))
+        return pb.CreateJobResponse(job=await self._training.calls.create(request.request, self._nodes.models))
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:  # noqa: N802
         """One job."""
-        return pb.GetJobResponse(job=await self._jobs.get(request.job_id))
+        return pb.GetJobResponse(job=await self._training.calls.get(request.job_id))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:  # noqa: N802
         """The newest jobs."""
-        return pb.ListJobsResponse(jobs=await self._jobs.newest(request.limit or 20))
+        return pb.ListJobsResponse(jobs=await self._training.jobs.newest(request.limit or 20))
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:  # noqa: N802
         """Stop a job."""
-        return pb.CancelJobResponse(job=await self._jobs.cancel(request.job_id))
+        return pb.CancelJobResponse(job=await self._training.calls.cancel(request.job_id))
 
     async def PauseJob(self, request: pb.PauseJobRequest, context: Context) -> pb.PauseJobResponse:  # noqa: N802
         """Hold a job."""
-        return pb.PauseJobResponse(job=await self._pausing.pause(request.job_id))
+        return pb.PauseJobResponse(job=await self._training.pausing.pause(request.job_id))
 
     async def ResumeJob(self, request: pb.ResumeJobRequest, context: Context) -> pb.ResumeJobResponse:  # noqa: N802
         """Let a job go on."""
-        return pb.ResumeJobResponse(job=await self._pausing.resume(request.job_id))
+        return pb.ResumeJobResponse(job=await self._training.pausing.resume(request.job_id))
 
     async def DeleteModel(self, request: pb.DeleteModelRequest, context: Context) -> pb.DeleteModelResponse:  # noqa: N802
         """The model of an isolated job is no longer served."""
-        await self._jobs.delete_model(request.model)
+        await self._training.calls.delete_model(request.model)
         return pb.DeleteModelResponse()
 
     async def WatchJob(  # noqa: N802  the name of the RPC
         self, request: pb.WatchJobRequest, context: Context
     ) -> AsyncIterator[pb.WatchJobResponse]:
         """Follow a job."""
-        watch = self._jobs.watch(request.job_id, request.after_sequence, existing_only=request.existing_only)
+        watch = self._training.calls.watch(request.job_id, request.after_sequence, existing_only=request.existing_only)
         async with aclosing(watch) as events:
             async for event, job in events:
                 yield pb.WatchJobResponse(event=event, job=job)
@@ -169,14 +166,14 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self, request: pb.SubmitFeedbackRequest, context: Context
     ) -> pb.SubmitFeedbackResponse:
         """One example to learn from."""
-        job_id, sequence = await self._jobs.submit_feedback(request.example, request.request_id, request.model)
+        job_id, sequence = await self._training.feedback.submit(request.example, request.request_id, request.model)
         return pb.SubmitFeedbackResponse(job_id=job_id, sequence=sequence)
 
     async def SaveCheckpoint(  # noqa: N802  the name of the RPC
         self, request: pb.SaveCheckpointRequest, context: Context
     ) -> pb.SaveCheckpointResponse:
         """Checkpoints of the nodes that trained a job."""
-        return pb.SaveCheckpointResponse(checkpoints=await self._jobs.save_checkpoint(request.job_id))
+        return pb.SaveCheckpointResponse(checkpoints=await self._training.calls.save_checkpoint(request.job_id))
 
     async def ListCheckpoints(  # noqa: N802  the name of the RPC
         self, request: pb.ListCheckpointsRequest, context: Context
@@ -212,7 +209,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         """The cluster now."""
         snapshot = self._core.snapshot()
         status = status_to_proto(snapshot, self._not_ready_reason(len(snapshot.nodes)))
-        return pb.GetClusterStateResponse(status=status, adapters=self._jobs.adapters.models())
+        return pb.GetClusterStateResponse(status=status, adapters=self._training.adapters.models())
 
     async def ExplainTask(  # noqa: N802  the name of the RPC
         self, request: pb.ExplainTaskRequest, context: Context

@@ -32,12 +32,11 @@ from services.scheduler.feeder import Feeder
 from services.scheduler.gateways import GatewayRegistry
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Delivered, Inbox, NodeGone
-from services.scheduler.job_pausing import JobPausing
-from services.scheduler.jobs import JobRegistry
 from services.scheduler.nodes import NodeRegistry
 from services.scheduler.profiles import ProfilerClient, ProfileSource, StoredProfile
 from services.scheduler.quality import QualityGate
 from services.scheduler.server import SchedulerServicer
+from services.scheduler.training import Training
 
 _log = structlog.get_logger()
 
@@ -93,11 +92,12 @@ class SchedulerService:
             default_slo=settings.core.to_core().default_slo,
             max_queued_messages=settings.max_queued_messages,
         )
-        self.jobs = JobRegistry(
+        self.training = Training(
             guard=self.guard,
             inbox=self.inbox,
             clock=clock,
             max_running=settings.max_running_jobs,
+            max_paused=settings.max_paused_jobs,
             max_feedback_backlog=settings.max_feedback_backlog,
             feedback_learning_rate=settings.feedback_learning_rate,
             derive_sync_interval=settings.core.sync_every_steps < 0,
@@ -105,9 +105,13 @@ class SchedulerService:
             checkpoints=self.checkpoints,
             adapters=adapters,
         )
-        self.quality = QualityGate(jobs=self.jobs, desk=self.checkpoints, guard=self.guard)
+        self.quality = QualityGate(jobs=self.training.jobs, desk=self.checkpoints, guard=self.guard)
         self.feeder = Feeder(
-            jobs=self.jobs, guard=self.guard, inbox=self.inbox, look_ahead=settings.core.max_waiting_training
+            jobs=self.training.jobs,
+            lifecycle=self.training.lifecycle,
+            guard=self.guard,
+            inbox=self.inbox,
+            look_ahead=settings.core.max_waiting_training,
         )
         self.failover = Failover(self.checkpoints, on=settings.checkpoint_failover)
         live = LiveTasks()
@@ -123,7 +127,7 @@ class SchedulerService:
             guard=self.guard,
             nodes=self.nodes,
             gateways=self.gateways,
-            jobs=self.jobs,
+            jobs=self.training.progress,
             failover=self.failover,
             clock=self._clock,
             event_log=self._event_log,
@@ -137,8 +141,7 @@ class SchedulerService:
             core=self._core,
             nodes=self.nodes,
             gateways=self.gateways,
-            jobs=self.jobs,
-            pausing=JobPausing(self.jobs, max_paused=self._settings.max_paused_jobs),
+            training=self.training,
             checkpoints=self.checkpoints,
             quality=self.quality,
             guard=self.guard,
@@ -170,7 +173,7 @@ class SchedulerService:
             orphaned = await self._ledger.node_ids()
         except LedgerUnavailable as error:
             raise StartupError(str(error)) from error
-        await self.jobs.resume()  # before any node tells of micro-batches
+        await self.training.lifecycle.resume()  # before any node tells of micro-batches
         self.driver.lead(token)
         self.nodes.lead(token)
         changed = asyncio.Event()
@@ -184,7 +187,7 @@ class SchedulerService:
             "driver": self.driver.run(),
             "ledger reader": self._read_ledger(),
             "feeder": self.feeder.run(),
-            "job saver": self.jobs.run_saver(),
+            "job saver": self.training.jobs.run_saver(),
             "health": self._report_health(changed),
             "metrics": self._report_metrics(),
             "orphans": self._reclaim(orphaned),
@@ -209,7 +212,7 @@ class SchedulerService:
         """Tell peers, stop the loops, store the newest progress; nodes keep their work."""
         self.nodes.close()
         self.gateways.close()
-        self.jobs.close()
+        self.training.calls.close()
         await self._server.stop(grace_s)
         await self.quality.close()
         await self.failover.close()
@@ -218,7 +221,7 @@ class SchedulerService:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
             async with asyncio.timeout(_FINAL_SAVE_TIMEOUT_S):
-                await self.jobs.save()
+                await self.training.jobs.save()
         except (LedgerUnavailable, TimeoutError) as error:
             _log.warning("newest job progress not stored; it will be found in the outcomes", error=str(error))
         if self._event_log is not None:

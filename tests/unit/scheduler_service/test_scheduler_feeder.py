@@ -11,7 +11,7 @@ from services.runtime.clock import FakeClock
 from services.scheduler.feeder import Feeder
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Inbox, Offered, Told
-from services.scheduler.jobs import JobRegistry
+from services.scheduler.training import Training
 
 LOOK_AHEAD = 8
 
@@ -37,27 +37,34 @@ class Fed:
         self.ledger = CountingLedger()
         guard = LedgerGuard(self.ledger)
         self.inbox = Inbox(1024)
-        self.jobs = JobRegistry(
+        self.training = Training(
             guard=guard,
             inbox=self.inbox,
             clock=FakeClock(),
             max_running=4,
+            max_paused=4,
             max_feedback_backlog=4,
             derive_sync_interval=False,
             feedback_learning_rate=2e-3,
             save_interval_s=0.01,
         )
-        self.feeder = Feeder(jobs=self.jobs, guard=guard, inbox=self.inbox, look_ahead=LOOK_AHEAD)
+        self.feeder = Feeder(
+            jobs=self.training.jobs,
+            lifecycle=self.training.lifecycle,
+            guard=guard,
+            inbox=self.inbox,
+            look_ahead=LOOK_AHEAD,
+        )
 
     async def job(self, num_examples: int, *, stored: int | None = None, batch_size: int = 1) -> str:
         """A new job; of its examples so many are stored."""
-        file_id = f"f-{len(self.ledger.reads)}-{len(self.jobs.running())}"
+        file_id = f"f-{len(self.ledger.reads)}-{len(self.training.jobs.running())}"
         examples = [work_pb2.TrainingExample(token_ids=[number, 1]) for number in range(num_examples)]
         await self.ledger.put_file(work_pb2.FileRecord(file_id=file_id), examples)
         request = training_service_pb2.CreateJobRequest(
             training_file=file_id, hyperparameters=types_pb2.Hyperparameters(batch_size=batch_size, num_epochs=1)
         )
-        created = await self.jobs.create(request, {"m"})
+        created = await self.training.calls.create(request, {"m"})
         if stored is not None:
             del self.ledger.store.examples[file_id][stored:]
         return created.job_id
@@ -77,7 +84,7 @@ class Fed:
     def placed(self, works: list[work_pb2.TrainingWork]) -> None:
         """Nodes took these."""
         for work in works:
-            self.jobs.on_held(work, waiting=False)
+            self.training.progress.on_held(work, waiting=False)
 
 
 @asynccontextmanager
@@ -134,4 +141,4 @@ async def test_a_job_whose_file_has_lost_examples_fails_alone() -> None:
     async with feeding() as fed:
         lost, whole = await fed.job(4, stored=1), await fed.job(4)
         assert {work.job_id for work in await fed.offers()} == {whole}
-        assert (await fed.jobs.get(lost)).status == types_pb2.JOB_STATUS_FAILED
+        assert (await fed.training.calls.get(lost)).status == types_pb2.JOB_STATUS_FAILED

@@ -15,8 +15,8 @@ from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.core.events import JobEnded
 from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Inbox
-from services.scheduler.jobs import JobRegistry
 from services.scheduler.microbatches import WINDOW
+from services.scheduler.training import Training
 
 
 class SlowLedger(MemoryLedger):
@@ -34,13 +34,14 @@ class SlowLedger(MemoryLedger):
         await super().append_job_events(job_id, events)
 
 
-def registry(ledger: MemoryLedger, desk: CheckpointDesk | None = None) -> JobRegistry:
-    """A registry over this ledger."""
-    return JobRegistry(
+def training(ledger: MemoryLedger, desk: CheckpointDesk | None = None) -> Training:
+    """Training jobs over this ledger."""
+    return Training(
         guard=LedgerGuard(ledger),
         inbox=Inbox(64),
         clock=FakeClock(),
         max_running=4,
+        max_paused=4,
         max_feedback_backlog=4,
         derive_sync_interval=False,
         feedback_learning_rate=2e-3,
@@ -49,14 +50,14 @@ def registry(ledger: MemoryLedger, desk: CheckpointDesk | None = None) -> JobReg
     )
 
 
-async def new_job(jobs: JobRegistry, ledger: MemoryLedger, num_examples: int = 2) -> str:
+async def new_job(made: Training, ledger: MemoryLedger, num_examples: int = 2) -> str:
     """A job over a file of so many examples, one in a micro-batch."""
     examples = [work_pb2.TrainingExample(token_ids=[number, 1]) for number in range(num_examples)]
     await ledger.put_file(work_pb2.FileRecord(file_id="f", num_examples=num_examples), examples)
     request = training_service_pb2.CreateJobRequest(
         training_file="f", hyperparameters=types_pb2.Hyperparameters(batch_size=1, num_epochs=1)
     )
-    return (await jobs.create(request, {"m"})).job_id
+    return (await made.calls.create(request, {"m"})).job_id
 
 
 class Saves:
@@ -67,7 +68,7 @@ class Saves:
         self.desk = CheckpointDesk()
         self.desk.send = self._send
         self.asked: list[tuple[str, str]] = []
-        self.jobs = registry(self.ledger, self.desk)
+        self.training = training(self.ledger, self.desk)
 
     def _send(self, node_id: str, message: pb.NodeSessionResponse) -> bool:
         self.asked.append((node_id, message.checkpoint.save))
@@ -78,15 +79,17 @@ class Saves:
         training = work_pb2.TrainingOutcome(job_id=job_id, sequence=sequence, loss=1.0, weight_step=1)
         outcome = work_pb2.WorkOutcome(task_id=f"{job_id}/{sequence}", node_id=node_id, training=training)
         if saved:
-            told = self.jobs.on_outcome(outcome)
-            assert told == ([] if job_id in {state.job_id for state in self.jobs.running()} else [JobEnded(job_id)])
+            told = self.training.progress.on_outcome(outcome)
+            assert told == (
+                [] if job_id in {state.job_id for state in self.training.jobs.running()} else [JobEnded(job_id)]
+            )
         else:
-            self.jobs.on_trained(outcome)
+            self.training.progress.on_trained(outcome)
 
 
 async def test_the_last_micro_batch_on_a_node_without_checkpoints_asks_the_others_to_save() -> None:
     made = Saves()
-    job_id = await new_job(made.jobs, made.ledger, 4)
+    job_id = await new_job(made.training, made.ledger, 4)
     made.tell(job_id, 0, "a", saved=False)
     made.tell(job_id, 1, "a", saved=False)
     made.tell(job_id, 2, "b", saved=False)
@@ -97,13 +100,13 @@ async def test_the_last_micro_batch_on_a_node_without_checkpoints_asks_the_other
     made.tell(job_id, 1, "a", saved=True)
     assert len(made.asked) == 2, "what a checkpoint brings asks for none"
     made.tell(job_id, 2, "b", saved=True)
-    assert (await made.jobs.get(job_id)).status == types_pb2.JOB_STATUS_SUCCEEDED
+    assert (await made.training.calls.get(job_id)).status == types_pb2.JOB_STATUS_SUCCEEDED
 
 
 async def test_a_job_does_not_stand_still_behind_a_micro_batch_that_no_checkpoint_contains() -> None:
     made = Saves()
-    job_id = await new_job(made.jobs, made.ledger, WINDOW + 2)
-    (state,) = made.jobs.running()
+    job_id = await new_job(made.training, made.ledger, WINDOW + 2)
+    (state,) = made.training.jobs.running()
     made.tell(job_id, 0, "slow", saved=False)
     while (sequence := state.take_offer()) is not None:
         made.tell(job_id, sequence, "fast", saved=True)
@@ -114,11 +117,11 @@ async def test_a_job_does_not_stand_still_behind_a_micro_batch_that_no_checkpoin
 
 async def test_a_job_cancelled_while_it_is_being_stored_stays_cancelled() -> None:
     ledger = SlowLedger()
-    jobs = registry(ledger)
-    job_id = await new_job(jobs, ledger)
-    saving = asyncio.create_task(jobs.save())
+    made = training(ledger)
+    job_id = await new_job(made, ledger)
+    saving = asyncio.create_task(made.jobs.save())
     await ledger.appending.wait()
-    cancelling = asyncio.create_task(jobs.cancel(job_id))
+    cancelling = asyncio.create_task(made.calls.cancel(job_id))
     for _ in range(20):
         await asyncio.sleep(0)  # as far as it gets
     ledger.go.set()
@@ -132,13 +135,13 @@ async def test_a_job_cancelled_while_it_is_being_stored_stays_cancelled() -> Non
 
 async def test_a_model_whose_job_has_expired_can_be_deleted() -> None:
     """It is listed and takes a place on its node until then."""
-    jobs = registry(MemoryLedger(MemoryStore(), result_ttl_s=60.0, retention_s=60.0))
+    made = training(MemoryLedger(MemoryStore(), result_ttl_s=60.0, retention_s=60.0))
     freed: list[tuple[str, str]] = []
-    jobs.adapters.send = lambda node_id, message: freed.append((node_id, message.forget_adapter.adapter_id)) is None
-    jobs.adapters.joined("a", "m")
-    await jobs.adapters.told("a", [pb.HeldAdapter(adapter_id="old", isolated=True)])
-    assert [model.id for model in jobs.adapters.models()] == ["m:old"]
-    await jobs.delete_model("m:old")
+    made.adapters.send = lambda node_id, message: freed.append((node_id, message.forget_adapter.adapter_id)) is None
+    made.adapters.joined("a", "m")
+    await made.adapters.told("a", [pb.HeldAdapter(adapter_id="old", isolated=True)])
+    assert [model.id for model in made.adapters.models()] == ["m:old"]
+    await made.calls.delete_model("m:old")
     assert freed == [("a", "old")]
     with pytest.raises(LemixError, match="there is no model"):
-        await jobs.delete_model("m:unknown")
+        await made.calls.delete_model("m:unknown")

@@ -149,10 +149,8 @@ class JobState(JobFacts):
     def _note_fresh(self, outcome: work_pb2.WorkOutcome) -> None:
         """Say so when a node that trained this job before had to begin with a new optimizer state."""
         node_id = outcome.node_id
-        if outcome.training.fresh_optimizer and node_id in {
-            *self._record.job.steps_per_node,
-            *self.microbatches.unsaved_nodes,
-        }:
+        has_trained = {*self._record.job.steps_per_node, *self.microbatches.unsaved_nodes}
+        if outcome.training.fresh_optimizer and node_id in has_trained:
             lost = f"{node_id} no longer had the optimizer state of this job"
             self.add_event("warn", f"{lost}: it goes on with a fresh one, and its learning rate schedule begins anew")
 

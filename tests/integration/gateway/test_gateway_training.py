@@ -94,7 +94,8 @@ async def test_bad_uploads(gateway: Gateway) -> None:
     assert answer.json()["error"]["param"] == "file"
     answer = await _upload(gateway, b'{"text": "a"}\n' * 20_000)
     assert answer.status_code == 413
-    assert (await gateway.http.get("/v1/files/file-9")).json()["error"]["code"] == "not_found"
+    error = (await gateway.http.get("/v1/files/file-9")).json()["error"]
+    assert (error["code"], error["param"]) == ("not_found", "file_id")
 
 
 async def test_uploads_beyond_the_bound_get_429(gateway: Gateway) -> None:

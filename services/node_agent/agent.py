@@ -82,15 +82,7 @@ class NodeAgent:
             max_optimizer_states=settings.max_optimizer_states,
             max_adapters=settings.max_adapters,
         )
-        self._session = SchedulerSession(
-            channel=scheduler,
-            hello=lambda: self._description.hello(),
-            vitals=lambda: self._description.vitals(draining=self._draining),
-            commands=self,
-            clock=clock,
-            trace_flush_s=settings.trace_flush_s,
-            welcome_timeout_s=settings.welcome_timeout_s,
-        )
+        self._session = self._open_session(scheduler)
         self._checkpoints: Checkpointer | None = None
         self._checkpoint_commands: CheckpointCommands | None = None
         if store is not None:
@@ -126,6 +118,17 @@ class NodeAgent:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._draining = False
+
+    def _open_session(self, scheduler: grpc.aio.Channel) -> SchedulerSession:
+        return SchedulerSession(
+            channel=scheduler,
+            hello=lambda: self._description.hello(),
+            vitals=lambda: self._description.vitals(draining=self._draining),
+            commands=self,
+            clock=self._clock,
+            trace_flush_s=self._settings.trace_flush_s,
+            welcome_timeout_s=self._settings.welcome_timeout_s,
+        )
 
     def _describe(self, engine: Engine, fingerprint: str) -> NodeDescription:
         return NodeDescription(

@@ -13,12 +13,17 @@ import pickle
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Protocol, cast
 
 from services.node_agent.engine.base import EngineConfig, StageResult
 from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.wire import FRAME, Ready, StartFailed, WorkerSetup
+
+#: A worker looks for its next op for so long before it sleeps. Most come within this time, and to wake up with cold
+#: caches takes as long as all else between two ops.
+_AWAKE_S = 0.001
 
 
 class Executor(Protocol):
@@ -59,7 +64,7 @@ def serve(make: Callable[[WorkerSetup], Executor]) -> None:
     gc.freeze()
     try:
         _send(connection, ready)
-        while (op := _receive(connection)) is not None:
+        while (op := _next_op(connection)) is not None:
             _send(connection, executor.run(cast(StageOp, op)))
     except (BrokenPipeError, ConnectionResetError):
         pass  # The parent is gone; so is everything that could use an answer.
@@ -91,6 +96,17 @@ def _limit_process(config: EngineConfig, stage: int) -> None:
         os.nice(config.nice)
     if config.cpus and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {config.cpus[stage]})
+
+
+def _next_op(connection: socket.socket) -> object:
+    """The next op, awaited awake for a short time; None when the parent closed the connection."""
+    end_s = time.monotonic() + _AWAKE_S
+    while time.monotonic() < end_s:
+        with contextlib.suppress(BlockingIOError):
+            connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            break
+        os.sched_yield()
+    return _receive(connection)
 
 
 def _send(connection: socket.socket, message: object) -> None:

@@ -1,5 +1,6 @@
 """Drives an engine's stages through whole-model operations, as the node agent does, one operation at a time."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ from services.node_agent.engine.training_ops import (
 )
 from services.node_agent.engine.weight_ops import LoadWeights, Snapshot
 
+#: Where the stages compute; the references stay on the CPU.
+DEVICE = os.environ.get("LEMIX_TEST_DEVICE", "cpu")
+
 
 @dataclass
 class Pipeline:
@@ -38,7 +42,8 @@ class Pipeline:
     @classmethod
     def load(cls, path: Path, stages: int = 1, *, dtype: str = "float64", **config: object) -> "Pipeline":
         """All stages in this process."""
-        settings = EngineConfig(model_path=str(path), num_stages=stages, dtype=dtype, **config)  # type: ignore[arg-type]
+        given: dict[str, object] = {"devices": (DEVICE,), **config}
+        settings = EngineConfig(model_path=str(path), num_stages=stages, dtype=dtype, **given)  # type: ignore[arg-type]
         return cls(load_inprocess_engine(settings))
 
     @property
@@ -156,8 +161,9 @@ class Pipeline:
         project = stage.logits
 
         def logits(rows: Tensor) -> Tensor:
-            recorded.append(project(rows))
-            return recorded[-1]
+            output = project(rows)
+            recorded.append(output.cpu())
+            return output
 
         stage.logits = logits  # type: ignore[method-assign]
         return recorded
@@ -166,7 +172,9 @@ class Pipeline:
         """Current parameters of all stages by full-model name."""
         named: dict[str, Tensor] = {}
         for executor in self.executors:
-            named |= {name: part.clone() for name, part in executor.stage.weights.named(with_borrowed=False).items()}
+            named |= {
+                name: part.clone().cpu() for name, part in executor.stage.weights.named(with_borrowed=False).items()
+            }
         return named
 
     def adapter(self, adapter_id: str) -> dict[str, Tensor]:
@@ -174,7 +182,7 @@ class Pipeline:
         named: dict[str, Tensor] = {}
         for executor in self.executors:
             weights = executor.stage.adapters.get(adapter_id).weights
-            named |= {name: part.clone() for name, part in weights.named(with_borrowed=False).items()}
+            named |= {name: part.clone().cpu() for name, part in weights.named(with_borrowed=False).items()}
         return named
 
     def adapter_gradients(self, adapter_id: str, group: int = 0) -> dict[str, Tensor]:
@@ -183,7 +191,7 @@ class Pipeline:
         for executor in self.executors:
             weights = executor.stage.adapters.get(adapter_id).weights
             for weight, gradient in zip(weights.owned, executor.training.gradients[group], strict=True):
-                named |= dict(weight.parts(gradient))
+                named |= dict(weight.parts(gradient.cpu()))
         return named
 
     def gradients(self, group: int = 0) -> dict[str, Tensor]:
@@ -192,7 +200,7 @@ class Pipeline:
         for executor in self.executors:
             held = executor.training.gradients[group]
             for weight, gradient in zip(executor.stage.weights.owned, held, strict=True):
-                named |= dict(weight.parts(gradient))
+                named |= dict(weight.parts(gradient.cpu()))
         return named
 
 

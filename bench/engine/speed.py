@@ -25,6 +25,9 @@ TRAIN_TOKENS, TRAIN_STEPS = 128, 2
 PROMPT_TOKENS, OUTPUT_TOKENS = 32, 64
 _OPTIMIZER = OptimizerSpec(learning_rate=1e-4)
 
+#: Tokens per second of each side, one per round.
+Rates = dict[str, tuple[float, ...]]
+
 
 class Speeds(NamedTuple):
     """Figures of one run, and the number of parameters of its model."""
@@ -86,7 +89,7 @@ async def _compare(node: Node, plain: PlainModel, peer: VllmPeer | None, pairs: 
     return [*_figures(rates, cpu_rates), *(_beside(peer, rates, cpu_rates) if peer is not None else ())]
 
 
-def _figures(rates: "Rates", cpu_rates: "Rates") -> list[Figure]:
+def _figures(rates: Rates, cpu_rates: Rates) -> list[Figure]:
     return [
         Figure("training", "tokens/s", rates["train"]),
         Figure("training, plain loop", "tokens/s", rates["plain train"]),
@@ -101,15 +104,12 @@ def _figures(rates: "Rates", cpu_rates: "Rates") -> list[Figure]:
     ]
 
 
-def _beside(peer: VllmPeer, rates: "Rates", cpu_rates: "Rates") -> list[Figure]:
+def _beside(peer: VllmPeer, rates: Rates, cpu_rates: Rates) -> list[Figure]:
     return [
         Figure(f"vLLM {peer.version} on the CPU, batch 8", "tokens/s", rates["vllm"]),
         Figure("decode / vLLM", "", ratios(rates["decode"], rates["vllm"])),
         Figure("  by CPU time", "", ratios(cpu_rates["decode"], cpu_rates["vllm"])),
     ]
-
-
-Rates = dict[str, tuple[float, ...]]
 
 
 async def _in_turns(

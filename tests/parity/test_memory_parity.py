@@ -69,15 +69,7 @@ async def run(
     """Requests and micro-batches at once on a node with so much memory per stage. turns: requests that go on from the
     one of their name's first letters, and when; without them no request has a session."""
     pipeline = Pipeline.load(path, stages, kv_block_tokens=BLOCK, can_offload=True)
-    info = pipeline.engine.info
-    memory = MemoryConfig(
-        peak_bytes=peak_bytes,
-        kv_bytes_per_token=info.kv_bytes_per_token,
-        activation_bytes_per_token=info.activation_bytes_per_token,
-        kappa=1.0,
-        max_wait_s=0.02,
-        max_forward_wait_s=0.02,
-    )
+    memory = _memory(pipeline, peak_bytes)
     settings: dict[str, object] = {
         "kv_block_tokens": BLOCK,
         "max_batch": 4,
@@ -99,7 +91,26 @@ async def run(
     for name in cancel:
         node.at(0.07, lambda name=name: node.loop.cancel(name))
     await node.finish()
-    peaks = [max(ran.result.held_bytes for ran in node.ran if ran.stage == stage) for stage in range(stages)]
+    return _look_at(node, pipeline, memory)
+
+
+def _memory(pipeline: Pipeline, peak_bytes: int) -> MemoryConfig:
+    info = pipeline.engine.info
+    return MemoryConfig(
+        peak_bytes=peak_bytes,
+        kv_bytes_per_token=info.kv_bytes_per_token,
+        activation_bytes_per_token=info.activation_bytes_per_token,
+        kappa=1.0,
+        max_wait_s=0.02,
+        max_forward_wait_s=0.02,
+    )
+
+
+def _look_at(node: VirtualNode, pipeline: Pipeline, memory: MemoryConfig) -> Run:
+    """What a finished run left, and that the account is that of the engine."""
+    peaks = [
+        max(ran.result.held_bytes for ran in node.ran if ran.stage == stage) for stage in range(len(pipeline.executors))
+    ]
     snapshot = node.loop.snapshot()
     counters = snapshot.memory
     assert counters is not None

@@ -16,9 +16,8 @@ from torch.nn import functional
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows (T, inputs), weight (outputs, inputs), bias (outputs,) -> (T, outputs)."""
-    if rows.dtype != torch.float32 or weight.dtype != torch.float32 or rows.device.type != "cpu" or not uses_onednn():
-        return functional.linear(rows, weight, bias)
-    if torch.is_autocast_enabled("cpu") or rows.numel() == 0:
+    is_float32 = rows.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not is_float32 or rows.device.type != "cpu" or rows.numel() == 0 or not uses_onednn():
         return functional.linear(rows, weight, bias)
     if torch.is_grad_enabled():
         output: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]

@@ -29,21 +29,69 @@ OP_KIND_OFFLOAD: OpKind
 OP_KIND_RELOAD: OpKind
 
 class Measurement(_message.Message):
-    __slots__ = ("stage", "op", "batch", "length", "durations_s")
+    __slots__ = ("stage", "op", "batch", "length", "durations_s", "cached_tokens", "decodes", "decode_length", "num_bytes", "busy", "outliers")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     DURATIONS_S_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODES_FIELD_NUMBER: _ClassVar[int]
+    DECODE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    OUTLIERS_FIELD_NUMBER: _ClassVar[int]
     stage: int
     op: OpKind
     batch: int
     length: int
     durations_s: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[OpKind, str]] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., durations_s: _Optional[_Iterable[float]] = ...) -> None: ...
+    cached_tokens: int
+    decodes: int
+    decode_length: int
+    num_bytes: int
+    busy: OpKind
+    outliers: int
+    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[OpKind, str]] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., durations_s: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_length: _Optional[int] = ..., num_bytes: _Optional[int] = ..., busy: _Optional[_Union[OpKind, str]] = ..., outliers: _Optional[int] = ...) -> None: ...
+
+class LatencyTable(_message.Message):
+    __slots__ = ("batches", "lengths", "durations_s")
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    DURATIONS_S_FIELD_NUMBER: _ClassVar[int]
+    batches: _containers.RepeatedScalarFieldContainer[int]
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    durations_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, batches: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., durations_s: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Interference(_message.Message):
+    __slots__ = ("stage", "op", "busy", "slowdown", "std")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    OP_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    SLOWDOWN_FIELD_NUMBER: _ClassVar[int]
+    STD_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    op: OpKind
+    busy: OpKind
+    slowdown: float
+    std: float
+    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[OpKind, str]] = ..., busy: _Optional[_Union[OpKind, str]] = ..., slowdown: _Optional[float] = ..., std: _Optional[float] = ...) -> None: ...
+
+class HostLink(_message.Message):
+    __slots__ = ("stage", "offload_bytes_per_s", "reload_bytes_per_s", "fixed_s")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    FIXED_S_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    offload_bytes_per_s: float
+    reload_bytes_per_s: float
+    fixed_s: float
+    def __init__(self, stage: _Optional[int] = ..., offload_bytes_per_s: _Optional[float] = ..., reload_bytes_per_s: _Optional[float] = ..., fixed_s: _Optional[float] = ...) -> None: ...
 
 class LatencyFit(_message.Message):
-    __slots__ = ("stage", "op", "model", "coefficients", "mape", "r2", "chosen", "interval_p90")
+    __slots__ = ("stage", "op", "model", "coefficients", "mape", "r2", "chosen", "interval_p90", "table")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +100,7 @@ class LatencyFit(_message.Message):
     R2_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_P90_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
     stage: int
     op: OpKind
     model: str
@@ -60,7 +109,8 @@ class LatencyFit(_message.Message):
     r2: float
     chosen: bool
     interval_p90: float
-    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[OpKind, str]] = ..., model: _Optional[str] = ..., coefficients: _Optional[_Iterable[float]] = ..., mape: _Optional[float] = ..., r2: _Optional[float] = ..., chosen: _Optional[bool] = ..., interval_p90: _Optional[float] = ...) -> None: ...
+    table: LatencyTable
+    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[OpKind, str]] = ..., model: _Optional[str] = ..., coefficients: _Optional[_Iterable[float]] = ..., mape: _Optional[float] = ..., r2: _Optional[float] = ..., chosen: _Optional[bool] = ..., interval_p90: _Optional[float] = ..., table: _Optional[_Union[LatencyTable, _Mapping]] = ...) -> None: ...
 
 class Distribution(_message.Message):
     __slots__ = ("count", "mean", "std", "p50", "p99")
@@ -77,7 +127,7 @@ class Distribution(_message.Message):
     def __init__(self, count: _Optional[int] = ..., mean: _Optional[float] = ..., std: _Optional[float] = ..., p50: _Optional[float] = ..., p99: _Optional[float] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("profile_id", "fingerprint", "version", "node_id", "created_unix_s", "num_stages", "model", "fits", "measurements", "loss", "length", "peak_memory_bytes")
+    __slots__ = ("profile_id", "fingerprint", "version", "node_id", "created_unix_s", "num_stages", "model", "fits", "measurements", "loss", "length", "peak_memory_bytes", "content_hash", "engine", "device", "dtype", "threads_per_stage", "interference", "host_links", "incomplete_reason", "source")
     PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +140,15 @@ class Profile(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_HASH_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    THREADS_PER_STAGE_FIELD_NUMBER: _ClassVar[int]
+    INTERFERENCE_FIELD_NUMBER: _ClassVar[int]
+    HOST_LINKS_FIELD_NUMBER: _ClassVar[int]
+    INCOMPLETE_REASON_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     profile_id: str
     fingerprint: str
     version: int
@@ -102,4 +161,13 @@ class Profile(_message.Message):
     loss: Distribution
     length: Distribution
     peak_memory_bytes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, profile_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., version: _Optional[int] = ..., node_id: _Optional[str] = ..., created_unix_s: _Optional[float] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., fits: _Optional[_Iterable[_Union[LatencyFit, _Mapping]]] = ..., measurements: _Optional[_Iterable[_Union[Measurement, _Mapping]]] = ..., loss: _Optional[_Union[Distribution, _Mapping]] = ..., length: _Optional[_Union[Distribution, _Mapping]] = ..., peak_memory_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+    content_hash: str
+    engine: str
+    device: str
+    dtype: str
+    threads_per_stage: int
+    interference: _containers.RepeatedCompositeFieldContainer[Interference]
+    host_links: _containers.RepeatedCompositeFieldContainer[HostLink]
+    incomplete_reason: str
+    source: str
+    def __init__(self, profile_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., version: _Optional[int] = ..., node_id: _Optional[str] = ..., created_unix_s: _Optional[float] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., fits: _Optional[_Iterable[_Union[LatencyFit, _Mapping]]] = ..., measurements: _Optional[_Iterable[_Union[Measurement, _Mapping]]] = ..., loss: _Optional[_Union[Distribution, _Mapping]] = ..., length: _Optional[_Union[Distribution, _Mapping]] = ..., peak_memory_bytes: _Optional[_Iterable[int]] = ..., content_hash: _Optional[str] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., threads_per_stage: _Optional[int] = ..., interference: _Optional[_Iterable[_Union[Interference, _Mapping]]] = ..., host_links: _Optional[_Iterable[_Union[HostLink, _Mapping]]] = ..., incomplete_reason: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...

@@ -21,7 +21,6 @@ from typing import Any
 from rich.console import Console
 
 from bench.demo import metrics, report, summary, terminal
-from bench.demo.client_process import Counts
 from bench.demo.config import POLICIES, ClusterConfig, DemoConfig, DemoError, ModelConfig, TrafficConfig, check
 from bench.demo.corpus import Corpus, load_corpus
 from bench.demo.model import cached_model
@@ -29,6 +28,8 @@ from bench.demo.profile import Promise
 from bench.demo.records import RunRecord
 from bench.demo.runner import OnProgress, Runner
 from bench.demo.workload import describe, plan, read_trace
+from bench.live.client_process import Counts
+from bench.live.errors import LiveError
 from bench.machine import git_commit, machine, usable_cores
 from bench.report.progress import Terminal
 from deploy.local.cluster import ClusterError
@@ -93,7 +94,7 @@ def parse(arguments: Sequence[str]) -> DemoConfig:
 
 
 async def run(config: DemoConfig, console: Console) -> dict[str, Any]:
-    """Everything; writes the summary and the report and returns the former. Raises DemoError, ClusterError."""
+    """Everything; writes the summary and the report and returns the former. Raises LiveError, ClusterError."""
     began_s, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     runs = len(config.policies) * config.repeat
     screen = Terminal(console, _MODEL_S + _PROFILE_S + runs * (_START_S + config.traffic.seconds))
@@ -208,7 +209,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         result = asyncio.run(_interruptible(config, console))
-    except (DemoError, ClusterError) as error:
+    except (LiveError, ClusterError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):

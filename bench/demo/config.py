@@ -4,9 +4,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.live.errors import LiveError
 
-class DemoError(RuntimeError):
-    """The demo cannot go on for a reason its user can mend or must know; one line, no traceback."""
+
+class DemoError(LiveError):
+    """The demo cannot go on."""
 
 
 @dataclass(frozen=True, slots=True)

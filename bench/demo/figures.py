@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from bench.demo.cpu import OTHERS
 from bench.demo.metrics import busy_shares, quantile
-from bench.demo.records import RequestRecord, RunRecord, Status
+from bench.demo.records import RunRecord
+from bench.live.requests import RequestRecord, Status
 from bench.report.colors import policy_color
 from bench.report.svg import Chart, Point, Scale, legend
 from services.latency import OpKind

@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.demo.records import OpRecord, RequestRecord, RunRecord, Slo, Status, TaskSpan
+from bench.demo.records import OpRecord, RunRecord, Slo, TaskSpan
+from bench.live.requests import RequestRecord, Status
 from services.latency import OpKind
 
 Interval = tuple[float, float]

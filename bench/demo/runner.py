@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.demo.client_process import ClientProcess, Counts
 from bench.demo.config import DemoConfig, DemoError, PolicyRun
 from bench.demo.corpus import Corpus, pieces
 from bench.demo.cpu import CpuMeter
 from bench.demo.event_log import read_event_log
-from bench.demo.plan_file import write_plan
 from bench.demo.profile import Promise, newest_profile, node_latency, profile_grid, promise
-from bench.demo.records import RequestRecord, RunRecord
-from bench.demo.training_jobs import TrainingJobs, connect
-from bench.demo.workload import Feedback, PlannedRequest, feedback_plan, mean_lengths, warmup_plan
+from bench.demo.records import RunRecord
+from bench.demo.workload import Feedback, feedback_plan, mean_lengths, warmup_plan
+from bench.live.client_process import ClientProcess, Counts
+from bench.live.plan_file import write_plan
+from bench.live.requests import PlannedRequest, RequestRecord
+from bench.live.training_jobs import TrainingJobs, connect
 from bench.machine import usable_cores
 from deploy.local.cluster import LocalCluster
 from deploy.local.settings import LocalClusterConfig
@@ -92,7 +93,14 @@ class Runner:
                 stack, name, policy=policy.policy, nodes=self._config.cluster.nodes, core=core
             )
             await self._warm_up(cluster, name, repetition)
-            jobs = TrainingJobs(connect(cluster.url), _MODEL_NAME, self._config.training)
+            training = self._config.training
+            jobs = TrainingJobs(
+                connect(cluster.url),
+                _MODEL_NAME,
+                batch_size=training.batch_size,
+                num_epochs=training.num_epochs,
+                learning_rate=training.learning_rate,
+            )
             stack.push_async_callback(jobs.close)
             measured = await self._measure(cluster, jobs, name, requests, on_progress)
         return self._outcome(policy.name, name, measured)

@@ -10,24 +10,12 @@ from typing import Any
 
 from bench.demo.config import DemoError, TrafficConfig
 from bench.demo.corpus import Corpus, sample_prompt
+from bench.live.requests import PlannedRequest
 from services.simulator import trace_file
 from services.simulator.trace_file import TraceError, TraceRow
 
 #: Undoes the rounding of a share: 0.9 is nine pieces of training per request.
 _ROUNDING = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRequest:
-    """One request: sent `at_s` after the start whatever the server does."""
-
-    request_id: str
-    at_s: float
-    prompt: str
-    reference: str
-    max_tokens: int
-    #: "docs" before the drift, "code" after it.
-    kind: str
 
 
 @dataclass(frozen=True, slots=True)

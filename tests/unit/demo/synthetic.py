@@ -8,7 +8,8 @@ from typing import Any
 from bench.demo import metrics, summary
 from bench.demo.config import DemoConfig, TrafficConfig, TrainingConfig
 from bench.demo.profile import Promise
-from bench.demo.records import OpRecord, RequestRecord, RunRecord, Slo, Status, TaskSpan
+from bench.demo.records import OpRecord, RunRecord, Slo, TaskSpan
+from bench.live.requests import RequestRecord, Status
 from services.latency import OpKind
 
 SLO = Slo(ttft_s=0.08, tpot_s=0.012)

@@ -3,7 +3,8 @@
 import pytest
 
 from bench.demo import metrics
-from bench.demo.records import OpRecord, RequestRecord, RunRecord, Slo, Status, TaskSpan
+from bench.demo.records import OpRecord, RunRecord, Slo, TaskSpan
+from bench.live.requests import RequestRecord, Status
 from services.latency import OpKind
 
 _SLO = Slo(ttft_s=0.1, tpot_s=0.01)

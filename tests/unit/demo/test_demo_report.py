@@ -8,9 +8,9 @@ import pytest
 
 from bench.demo import figures, report
 from bench.demo.config import ClusterConfig, DemoConfig
-from bench.demo.records import Status
 from bench.demo.summary import sharing_warnings, warnings
 from bench.demo.table import COLUMNS
+from bench.live.requests import Status
 from bench.report.colors import policy_color
 from bench.report.svg import Chart, Scale, number
 from bench.report.table import cell

@@ -5,8 +5,8 @@ import json
 import httpx
 import pytest
 
-from bench.demo.config import DemoError, TrainingConfig
-from bench.demo.training_jobs import TrainingJobs
+from bench.live.errors import LiveError
+from bench.live.training_jobs import TrainingJobs
 
 
 class FakeApi:
@@ -49,7 +49,7 @@ def api():
 @pytest.fixture
 async def jobs(api):
     http = httpx.AsyncClient(transport=httpx.MockTransport(api), base_url="http://server")
-    jobs = TrainingJobs(http, "demo", TrainingConfig())
+    jobs = TrainingJobs(http, "demo", batch_size=1, num_epochs=100, learning_rate=3e-4)
     yield jobs
     await jobs.close()
 
@@ -72,12 +72,12 @@ async def test_tokens_of_all_jobs_add_up(api, jobs):
 async def test_a_job_that_ended_by_itself_spoils_the_run(api, jobs, status):
     job_id = await jobs.start("file-1")
     api.jobs[job_id]["status"] = status
-    with pytest.raises(DemoError, match=f"{job_id} {status}"):
+    with pytest.raises(LiveError, match=f"{job_id} {status}"):
         await jobs.trained_tokens()
 
 
 async def test_an_http_error_is_told(jobs):
-    with pytest.raises(DemoError, match=r"POST /v1/fine_tuning/jobs/ghost/cancel answered HTTP 404.*no such job"):
+    with pytest.raises(LiveError, match=r"POST /v1/fine_tuning/jobs/ghost/cancel answered HTTP 404.*no such job"):
         await jobs.cancel("ghost")
 
 

@@ -9,10 +9,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from bench.demo.client import Answer, Client
-from bench.demo.plan_file import read_plan, read_records, write_plan, write_records
-from bench.demo.records import RequestRecord, Status
-from bench.demo.workload import PlannedRequest
+from bench.live.client import Answer, Client
+from bench.live.plan_file import read_plan, read_records, write_plan, write_records
+from bench.live.requests import PlannedRequest, RequestRecord, Status
 
 _REPORT = {
     "node_id": "node-1",

@@ -12,11 +12,10 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from bench.demo.client_process import ClientProcess
-from bench.demo.config import DemoError
-from bench.demo.plan_file import write_plan
-from bench.demo.records import Status
-from bench.demo.workload import PlannedRequest
+from bench.live.client_process import ClientProcess
+from bench.live.errors import LiveError
+from bench.live.plan_file import write_plan
+from bench.live.requests import PlannedRequest, Status
 
 
 async def _completions(request):
@@ -73,7 +72,7 @@ async def test_a_server_that_is_not_there_is_told_with_the_log(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         client = _plan(tmp_path, f"http://127.0.0.1:{free.getsockname()[1]}")
-        with pytest.raises(DemoError, match=r"could not start.*ClientConnectorError"):
+        with pytest.raises(LiveError, match=r"could not start.*ClientConnectorError"):
             await client.start()
         await client.stop()
 
@@ -83,5 +82,5 @@ async def test_stop_ends_a_client_that_waits(tmp_path):
         client = _plan(tmp_path, url)
         await client.start()
         await client.stop()
-        with pytest.raises(DemoError, match="exit code"):
+        with pytest.raises(LiveError, match="exit code"):
             await client.run(time.monotonic(), lambda counts: None)

@@ -1,6 +1,6 @@
 """The client: a process of its own that sends a plan through the REST API and notes when tokens come.
 
-`python -m bench.demo.client PLAN RECORDS`. It prints `ready`, reads the start (seconds of the machine's monotonic
+`python -m bench.live.client PLAN RECORDS`. It prints `ready`, reads the start (seconds of the machine's monotonic
 clock) from stdin, prints its progress as JSON lines and writes the records. Open loop: the next request is sent when it
 is due, however long the answers take.
 """
@@ -18,9 +18,8 @@ from typing import Any
 import aiohttp
 import uvloop
 
-from bench.demo.plan_file import read_plan, write_records
-from bench.demo.records import RequestRecord, Status
-from bench.demo.workload import PlannedRequest
+from bench.live.plan_file import read_plan, write_records
+from bench.live.requests import PlannedRequest, RequestRecord, Status
 
 _PROGRESS_S = 0.5
 _MAX_CONNECTIONS = 1024
@@ -79,7 +78,7 @@ class Client:
         except (aiohttp.ClientError, ValueError) as error:  # the latter: no JSON, or a line without an end
             answer.failed(f"{type(error).__name__}: {error}")
         except asyncio.CancelledError:
-            answer.status, answer.error = Status.UNFINISHED, "no end within the time the demo waits"
+            answer.status, answer.error = Status.UNFINISHED, "no end within the time the benchmark waits"
         ended = answer.finish(record, item.max_tokens)
         if ended.status is Status.OK:
             self.progress.ok += 1
@@ -96,7 +95,7 @@ class Client:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "lemix": {"reference": item.reference, "request_id": item.request_id},
+            "lemix": {"request_id": item.request_id, **({"reference": item.reference} if item.reference else {})},
         }
 
 
@@ -176,7 +175,7 @@ async def _main(plan_path: Path, records_path: Path) -> int:
         print("ready", flush=True)
         line = await asyncio.to_thread(sys.stdin.readline)
         if not line.strip():
-            return 1  # the demo is gone
+            return 1  # the benchmark is gone
         client = Client(http, header["model"], float(line))
         reporter = asyncio.create_task(_report(client))
         records = await client.run(requests, header["drain_s"])

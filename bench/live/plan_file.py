@@ -1,4 +1,4 @@
-"""The plan as a file for the client process, and the client's records as a file for the demo."""
+"""The plan as a file for the client process, and the client's records as a file for the benchmark."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -6,8 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.demo.records import RequestRecord, Status
-from bench.demo.workload import PlannedRequest
+from bench.live.requests import PlannedRequest, RequestRecord, Status
 
 
 def write_plan(path: Path, *, url: str, model: str, drain_s: float, requests: Sequence[PlannedRequest]) -> None:

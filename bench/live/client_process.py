@@ -1,4 +1,4 @@
-"""The demo's end of the client process."""
+"""The benchmark's end of the client process."""
 
 import asyncio
 import contextlib
@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench.demo.config import DemoError
-from bench.demo.plan_file import read_records
-from bench.demo.records import RequestRecord
+from bench.live.errors import LiveError
+from bench.live.plan_file import read_records
+from bench.live.requests import RequestRecord
 from deploy.local.process import ROOT
 
 _READY_S = 30.0
@@ -20,7 +20,7 @@ Counts = Mapping[str, int]
 
 
 class ClientProcess:
-    """Starts `bench.demo.client` on a plan; it dies with the demo."""
+    """Starts `bench.live.client` on a plan; it dies with the benchmark."""
 
     def __init__(self, plan: Path) -> None:
         self._plan = plan
@@ -34,10 +34,10 @@ class ClientProcess:
         return self._running().pid
 
     async def start(self) -> None:
-        """Return when the client has connected and waits for the start. Raises DemoError with its log."""
+        """Return when the client has connected and waits for the start. Raises LiveError with its log."""
         self._records.unlink(missing_ok=True)
         wrapper = [sys.executable, "-m", "deploy.local.child", str(os.getpid())]
-        command = [sys.executable, "-m", "bench.demo.client", str(self._plan), str(self._records)]
+        command = [sys.executable, "-m", "bench.live.client", str(self._plan), str(self._records)]
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *wrapper,
@@ -52,12 +52,12 @@ class ClientProcess:
         try:
             line = await asyncio.wait_for(self._read_line(), _READY_S)
         except TimeoutError:
-            raise DemoError(f"the client was not ready within {_READY_S:g} s; see {self._log}") from None
+            raise LiveError(f"the client was not ready within {_READY_S:g} s; see {self._log}") from None
         if line.strip() != b"ready":
-            raise DemoError(f"the client could not start: {self._tail()}")
+            raise LiveError(f"the client could not start: {self._tail()}")
 
     async def run(self, start_s: float, on_progress: Callable[[Counts], None]) -> list[RequestRecord]:
-        """Let it send; returns when it has ended. Raises DemoError with its log when it failed."""
+        """Let it send; returns when it has ended. Raises LiveError with its log when it failed."""
         process = self._running()
         assert process.stdin is not None
         with contextlib.suppress(ConnectionError):  # it has ended: its exit code tells below
@@ -66,7 +66,7 @@ class ClientProcess:
         while line := await self._read_line():
             on_progress(json.loads(line))
         if await process.wait() != 0:
-            raise DemoError(f"the client ended with exit code {process.returncode}: {self._tail()}")
+            raise LiveError(f"the client ended with exit code {process.returncode}: {self._tail()}")
         return read_records(self._records)
 
     async def stop(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from bench.demo.config import DemoError, TrainingConfig
+from bench.live.errors import LiveError
 
 _TIMEOUT_S = 60.0
 
@@ -17,12 +17,15 @@ def connect(url: str) -> httpx.AsyncClient:
 
 
 class TrainingJobs:
-    """Documentation until the drift, source code from then on: two files, one job at a time, or pieces as feedback."""
+    """Jobs over stored files, or pieces of text as feedback, and what they have trained so far."""
 
-    def __init__(self, http: httpx.AsyncClient, model: str, training: TrainingConfig) -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, model: str, *, batch_size: int, num_epochs: int, learning_rate: float
+    ) -> None:
         self._http = http
         self._model = model
-        self._training = training
+        self._hyperparameters = {"n_epochs": num_epochs, "batch_size": batch_size}
+        self._learning_rate = learning_rate
         self._jobs: list[str] = []
 
     async def close(self) -> None:
@@ -39,12 +42,11 @@ class TrainingJobs:
 
     async def start(self, file_id: str) -> str:
         """Start a job over a stored file; returns its id."""
-        training = self._training
         body = {
             "model": self._model,
             "training_file": file_id,
-            "hyperparameters": {"n_epochs": training.num_epochs, "batch_size": training.batch_size},
-            "lemix": {"learning_rate": training.learning_rate},
+            "hyperparameters": self._hyperparameters,
+            "lemix": {"learning_rate": self._learning_rate},
         }
         job_id = str(_checked(await self._http.post("/v1/fine_tuning/jobs", json=body))["id"])
         self._jobs.append(job_id)
@@ -62,13 +64,13 @@ class TrainingJobs:
         _checked(await self._http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel"))
 
     async def trained_tokens(self) -> int:
-        """Labels trained by all jobs of this run. Raises DemoError when a job failed or ran out of examples."""
+        """Labels trained by all jobs of this run. Raises LiveError when a job failed or ran out of examples."""
         total = 0
         for job_id in self._jobs:
             job = _checked(await self._http.get(f"/v1/fine_tuning/jobs/{job_id}"))
             if job["status"] in ("failed", "succeeded"):
                 why = job.get("error") or "its examples ran out, so the backlog was empty"
-                raise DemoError(f"training job {job_id} {job['status']}: {why}")
+                raise LiveError(f"training job {job_id} {job['status']}: {why}")
             total += int(job["lemix"]["trained_tokens"])  # OpenAI's own field is null until the end
         return total
 
@@ -76,7 +78,7 @@ class TrainingJobs:
 def _checked(response: httpx.Response) -> Any:
     if response.status_code != 200:
         request = response.request
-        raise DemoError(
+        raise LiveError(
             f"{request.method} {request.url.path} answered HTTP {response.status_code}: {response.text[:300]}"
         )
     return response.json()

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.report import page, svg
 from bench.report.colors import policy_color
+from services.charts import page, svg
 
 Row = Mapping[str, Any]
 

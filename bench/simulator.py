@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper.scenario import DECODE, Point, Run, cluster, configuration, work
-from bench.report import page, svg
 from bench.report.summary import run_facts, write_summary
+from services.charts import page, svg
 from services.simulator.cluster import Simulation
 
 SUBJECT = "lemix"

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.report import page
-from bench.report.svg import Chart, legend, text
+from services.charts import page
+from services.charts.svg import Chart, legend, text
 
 _COLORS = {
     "one_trainer": "#6b7780",

@@ -8,7 +8,7 @@ from bench.demo.metrics import busy_shares, quantile
 from bench.demo.records import RunRecord
 from bench.live.requests import RequestRecord, Status
 from bench.report.colors import policy_color
-from bench.report.svg import Chart, Point, Scale, legend
+from services.charts.svg import Chart, Point, Scale, legend
 from services.latency import OpKind
 
 #: Serving is blue, training orange, what changes the weights purple and green.

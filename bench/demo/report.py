@@ -7,9 +7,9 @@ from bench.demo import figures
 from bench.demo.records import RunRecord
 from bench.demo.table import COLUMNS
 from bench.demo.verdict import limit, meaning
-from bench.report.page import chip, configuration, document, facts, notice, table, tile
-from bench.report.svg import legend, text
 from bench.report.table import cell
+from services.charts.page import chip, configuration, document, facts, notice, table, tile
+from services.charts.svg import legend, text
 
 
 def render(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bench.report.svg import Chart, Scale, number
+from services.charts.svg import Chart, Scale, number
 
 _WIDTH = 1060
 

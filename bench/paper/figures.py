@@ -11,7 +11,7 @@ from bench.paper.config import BASELINE
 from bench.paper.outcome import Details
 from bench.paper.scenario import NODES, Point
 from bench.report.colors import policy_color
-from bench.report.svg import Chart, Scale, number
+from services.charts.svg import Chart, Scale, number
 
 _WIDTH = 1060
 _Value = Callable[[Mapping[str, Mapping[str, Any]], str], float]

@@ -11,9 +11,9 @@ from bench.paper.scenario import Point, Run
 from bench.paper.table import COLUMNS
 from bench.paper.variants import comparison, count
 from bench.report.colors import policy_color
-from bench.report.page import table
-from bench.report.svg import legend, text
 from bench.report.table import cell
+from services.charts.page import table
+from services.charts.svg import legend, text
 
 #: The point whose single runs are shown: rate, training share, mean forward.
 _SHOWN = Point(8.0, 0.5, 0.06)

@@ -9,8 +9,8 @@ from bench.paper.family import Family, Labelled, Row, Shown
 from bench.paper.traffic import LENGTHS, Lengths, spread_lengths
 from bench.paper.variants import captioned, compared, everywhere, size
 from bench.report.colors import policy_color
-from bench.report.svg import legend
 from bench.report.table import percent
+from services.charts.svg import legend
 
 NAME = "heterogeneity"
 POLICIES = (BASELINE, "round_robin", "paper_additive", SUBJECT)

@@ -10,9 +10,9 @@ from bench.paper.scenario import Point
 from bench.paper.series import over_seeds
 from bench.paper.variants import count, html
 from bench.report.colors import policy_color
-from bench.report.page import table
-from bench.report.svg import Chart, legend, text
 from bench.report.table import two, whole
+from services.charts.page import table
+from services.charts.svg import Chart, legend, text
 
 #: Figures of a point and their heads.
 _SHARES = {

@@ -11,8 +11,8 @@ from bench.paper.scenario import Run
 from bench.paper.traffic import Lengths
 from bench.paper.variants import compared, everywhere, html, size
 from bench.report.colors import policy_color
-from bench.report.svg import legend
 from bench.report.table import percent
+from services.charts.svg import legend
 from services.node_agent.core.types import MemoryConfig
 from services.simulator.lengths import LogNormal
 from services.simulator.types import SimulationResult

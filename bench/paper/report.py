@@ -6,8 +6,8 @@ from typing import Any
 from bench.paper.claims import limit, shown
 from bench.paper.config import PaperConfig
 from bench.paper.family import Family
-from bench.report.page import chip, configuration, document, facts, notice, table, tile
-from bench.report.svg import text
+from services.charts.page import chip, configuration, document, facts, notice, table, tile
+from services.charts.svg import text
 
 _TILES = {
     "throughput": "tasks per held node-second, lemix / separate, geometric mean",

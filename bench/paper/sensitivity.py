@@ -12,7 +12,7 @@ from bench.paper.knobs import KNOBS
 from bench.paper.series import geomean, grouped
 from bench.paper.variants import everywhere, html
 from bench.report.colors import policy_color
-from bench.report.svg import text
+from services.charts.svg import text
 
 NAME = "sensitivity"
 #: Knobs that cannot change a decision (docs/scheduler.md).

@@ -14,8 +14,8 @@ from bench.paper.scenario import DECODE, DECODE_BATCH, MAX_TRAINING_PARTS, NODE,
 from bench.paper.series import grouped, over_seeds
 from bench.paper.variants import captioned, count, everywhere, policy_of
 from bench.report.colors import policy_color
-from bench.report.svg import legend
 from bench.report.table import percent
+from services.charts.svg import legend
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.core.types import NodeCoreConfig
 from services.simulator.cluster import Simulation

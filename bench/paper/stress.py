@@ -10,8 +10,8 @@ from bench.paper.scenario import Point
 from bench.paper.series import grouped, over_seeds
 from bench.paper.variants import captioned, count, everywhere, policy_of
 from bench.report.colors import policy_color
-from bench.report.svg import legend, number
 from bench.report.table import percent
+from services.charts.svg import legend, number
 
 NAME = "stress"
 _SHARE, _FORWARD_S = 0.5, 0.01

@@ -14,7 +14,7 @@ from bench.paper.knobs import CONSISTENCY, OPEN_AT, Knob
 from bench.paper.series import geomean, grouped, over_seeds
 from bench.paper.variants import everywhere, html, size
 from bench.report.colors import policy_color
-from bench.report.svg import text
+from services.charts.svg import text
 
 NAME = "trends"
 GOAL = 0.8

@@ -11,9 +11,9 @@ from bench.paper.family import Family, Labelled, Row, Shown, nothing_more
 from bench.paper.scenario import Point, Run
 from bench.paper.table import COLUMNS
 from bench.report.colors import policy_color
-from bench.report.page import table
-from bench.report.svg import text
 from bench.report.table import Column, cell
+from services.charts.page import table
+from services.charts.svg import text
 
 Repetitions = Mapping[str, Sequence[Mapping[str, Any]]]
 #: What says little about single axes: the charts and claims of the grid have it.

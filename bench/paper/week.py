@@ -11,8 +11,8 @@ from bench.paper.family import Family, Labelled, Row, Shown
 from bench.paper.scenario import Point, Run
 from bench.paper.variants import everywhere, html
 from bench.report.colors import policy_color
-from bench.report.svg import legend
 from bench.report.table import percent
+from services.charts.svg import legend
 from services.simulator.arrivals import DAY_S
 from services.simulator.types import SimulationResult, TaskRecord
 

@@ -12,8 +12,8 @@ from bench.demo.summary import sharing_warnings, warnings
 from bench.demo.table import COLUMNS
 from bench.live.requests import Status
 from bench.report.colors import policy_color
-from bench.report.svg import Chart, Scale, number
 from bench.report.table import cell
+from services.charts.svg import Chart, Scale, number
 from tests.unit.demo import synthetic
 from tests.unit.pages import assert_self_contained, charts
 

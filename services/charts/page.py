@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.report.svg import text
+from services.charts.svg import text
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1c2329;--soft:#5b6770;--edge:#dfe3e6;--track:#eceff1;

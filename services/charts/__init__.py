@@ -1,0 +1,1 @@
+"""Pages of results: one HTML file each, with charts as inline SVG, and nothing to fetch."""

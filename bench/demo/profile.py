@@ -1,6 +1,5 @@
 """What the latency profile promises: capacity of a node and the SLO, fixed before any policy runs."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,17 +7,9 @@ from typing import Any
 from bench.demo.config import DemoError, TrainingConfig
 from bench.demo.records import Slo
 from lemix.internal.v1 import profile_pb2
-from services.latency import LatencyModel, NodeLatency, OpKind
+from services.latency import NodeLatency, OpKind
 from services.profiler.store import CorruptProfile, load_profile
 
-_KINDS = {
-    profile_pb2.OP_KIND_PREFILL: OpKind.PREFILL,
-    profile_pb2.OP_KIND_DECODE: OpKind.DECODE,
-    profile_pb2.OP_KIND_TRAIN_FORWARD: OpKind.TRAIN_FORWARD,
-    profile_pb2.OP_KIND_TRAIN_BACKWARD: OpKind.TRAIN_BACKWARD,
-    profile_pb2.OP_KIND_OPTIMIZER_STEP: OpKind.OPTIMIZER_STEP,
-    profile_pb2.OP_KIND_WEIGHT_SYNC: OpKind.WEIGHT_SYNC,
-}
 #: Tokens of the largest prefill that is measured: about a full batch of mean prompts.
 _MAX_POINT_TOKENS = 1024
 
@@ -66,19 +57,6 @@ def newest_profile(directory: Path, num_stages: int) -> profile_pb2.Profile:
     if not found:
         raise DemoError(f"the profiler left no profile for {num_stages} stages in {directory} {'; '.join(problems)}")
     return max(found, key=lambda profile: profile.created_unix_s)
-
-
-def node_latency(profile: profile_pb2.Profile) -> NodeLatency:
-    """The chosen models of a profile."""
-    return NodeLatency(tuple(_stage_models(profile.fits, stage) for stage in range(profile.num_stages)))
-
-
-def _stage_models(fits: Iterable[profile_pb2.LatencyFit], stage: int) -> dict[OpKind, LatencyModel]:
-    return {
-        _KINDS[fit.op]: LatencyModel(fit.model, tuple(fit.coefficients), fit.mape, fit.interval_p90)
-        for fit in fits
-        if fit.stage == stage and fit.chosen and fit.op in _KINDS
-    }
 
 
 def promise(

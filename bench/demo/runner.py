@@ -14,7 +14,7 @@ from bench.demo.config import DemoConfig, DemoError, PolicyRun
 from bench.demo.corpus import Corpus, pieces
 from bench.demo.cpu import CpuMeter
 from bench.demo.event_log import read_event_log
-from bench.demo.profile import Promise, newest_profile, node_latency, profile_grid, promise
+from bench.demo.profile import Promise, newest_profile, profile_grid, promise
 from bench.demo.records import RunRecord
 from bench.demo.workload import Feedback, feedback_plan, mean_lengths, warmup_plan
 from bench.live.client_process import ClientProcess, Counts
@@ -24,6 +24,7 @@ from bench.live.training_jobs import TrainingJobs, connect
 from bench.machine import usable_cores
 from deploy.local.cluster import LocalCluster
 from deploy.local.settings import LocalClusterConfig
+from services.profile_messages import latency_from_profile
 
 _MODEL_NAME = "demo"
 #: From the moment everything is ready to the first planned moment of the traffic.
@@ -65,7 +66,7 @@ class Runner:
         mean_prompt, mean_output = mean_lengths(config.traffic)
         return promise(
             profile.profile_id,
-            node_latency(profile),
+            latency_from_profile(profile),
             mean_prompt=mean_prompt,
             mean_output=mean_output,
             reference_tokens=config.traffic.reference_tokens,

@@ -4,52 +4,42 @@ Source: paper section 4 (quadratic form); the richer forms are LeMix's own, beca
 memory-bound sequences do not follow a square law.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+
+from services.latency.table import LatencyTable
+
+#: Quantile of the standard normal distribution that bounds a 90 % interval.
+_SIGMAS_OF_90 = 1.645
+
+TABULATED = "tabulated"
 
 
-class OpKind(StrEnum):
-    """Kinds of operation a stage runs, one at a time."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    TRAIN_FORWARD = "train_forward"
-    TRAIN_BACKWARD = "train_backward"
-    OPTIMIZER_STEP = "optimizer_step"
-    WEIGHT_SYNC = "weight_sync"
-    #: KV caches or activations go to host memory, or come back. Their time is bytes / bandwidth, no latency model.
-    OFFLOAD = "offload"
-    RELOAD = "reload"
+def _quadratic(batch: float, length: float, cached: float = 0.0) -> tuple[float, ...]:
+    return (batch * length * (length + 2.0 * cached),)
 
 
-#: Kinds that no latency model is fitted for.
-MOVES = frozenset((OpKind.OFFLOAD, OpKind.RELOAD))
-
-
-def _quadratic(batch: float, length: float) -> tuple[float, ...]:
-    return (batch * length * length,)
-
-
-def _affine(batch: float, length: float) -> tuple[float, ...]:
+def _affine(batch: float, length: float, cached: float = 0.0) -> tuple[float, ...]:
+    del cached
     return (1.0, batch * length)
 
 
-def _full(batch: float, length: float) -> tuple[float, ...]:
-    return (1.0, batch * length, batch * length * length)
+def _full(batch: float, length: float, cached: float = 0.0) -> tuple[float, ...]:
+    return (1.0, batch * length, batch * length * (length + 2.0 * cached))
 
 
-def _full_decode(batch: float, length: float) -> tuple[float, ...]:
+def _full_decode(batch: float, length: float, cached: float = 0.0) -> tuple[float, ...]:
+    del cached
     return (1.0, batch, batch * length)
 
 
-def _constant(batch: float, length: float) -> tuple[float, ...]:
-    del batch, length
+def _constant(batch: float, length: float, cached: float = 0.0) -> tuple[float, ...]:
+    del batch, length, cached
     return (1.0,)
 
 
-#: Form name -> features of (batch, length); a duration is the dot product with the coefficients.
-#: `quadratic` is the paper's. Decode's length is the mean context per sequence.
+#: Form name -> features of (batch, length, cached); a duration is the dot product with the coefficients.
+#: `quadratic` is the paper's. Decode's length is the mean context per sequence. Behind `cached` tokens what grows with
+#: the square of the length costs (cached + length)^2 - cached^2.
 FORMS = {
     "quadratic": _quadratic,
     "affine": _affine,
@@ -61,45 +51,58 @@ FORMS = {
 
 @dataclass(frozen=True, slots=True)
 class LatencyModel:
-    """A fitted form. `interval_p90` is the half width of the 90 % interval of the relative residual (fraction)."""
+    """A fitted form: one of FORMS with its coefficients, or "tabulated" with a table.
+
+    mape: mean absolute error on held-out points (a fraction). residual_p5, residual_p95: 5 % and 95 % quantiles of
+    measured / predicted - 1 over repetitions of held-out points; 0 when nothing is known of them.
+    """
 
     form: str
     coefficients: tuple[float, ...]
     mape: float = 0.0
-    interval_p90: float = 0.0
+    residual_p5: float = 0.0
+    residual_p95: float = 0.0
+    table: LatencyTable | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"unknown latency form {self.form!r}; known: {', '.join(sorted(FORMS))}")
-        expected = len(FORMS[self.form](1.0, 1.0))
+        if (self.form == TABULATED) != (self.table is not None):
+            raise ValueError(f"form {self.form} {'needs a' if self.table is None else 'takes no'} table")
+        if self.form != TABULATED and self.form not in FORMS:
+            known = ", ".join(sorted((*FORMS, TABULATED)))
+            raise ValueError(f"unknown latency form {self.form!r}; known: {known}")
+        expected = 0 if self.form == TABULATED else len(FORMS[self.form](1.0, 1.0))
         if len(self.coefficients) != expected:
             raise ValueError(f"form {self.form} takes {expected} coefficients, got {len(self.coefficients)}")
 
-    def predict_s(self, batch: float, length: float) -> float:
-        """Duration in seconds, never negative, for `batch` sequences of `length` tokens each."""
-        features = FORMS[self.form](batch, length)
+    def predict_s(self, batch: float, length: float, cached: float = 0.0) -> float:
+        """Duration in seconds, never negative, for `batch` sequences of `length` tokens each.
+
+        cached: tokens per sequence that are there already and come before those computed (prefill).
+        """
+        if self.table is not None:
+            return _behind(self.table, batch, length, cached)
+        features = FORMS[self.form](batch, length, cached)
         total = 0.0
         for coefficient, feature in zip(self.coefficients, features, strict=True):
             total += coefficient * feature
         return total if total > 0.0 else 0.0
 
-
-@dataclass(frozen=True, slots=True)
-class NodeLatency:
-    """Models of one node: `models[stage][op]`. Coefficients are per node, so a slow node is predicted as slow."""
-
-    models: tuple[Mapping[OpKind, LatencyModel], ...]
+    def interval_s(self, batch: float, length: float, cached: float = 0.0) -> tuple[float, float]:
+        """Between these two durations in seconds lie 90 % of the measurements."""
+        predicted_s = self.predict_s(batch, length, cached)
+        return max(0.0, predicted_s * (1.0 + self.residual_p5)), predicted_s * (1.0 + self.residual_p95)
 
     @property
-    def num_stages(self) -> int:
-        """Pipeline stages described."""
-        return len(self.models)
+    def noise(self) -> float:
+        """Relative standard deviation of durations about the prediction, as wide as its 90 % interval."""
+        return max(0.0, self.residual_p95 - self.residual_p5) / (2.0 * _SIGMAS_OF_90)
 
-    def op_s(self, stage: int, op: OpKind, batch: float, length: float) -> float:
-        """Duration in seconds of `op` on `stage`; 0 for an operation the profile does not hold."""
-        model = self.models[stage].get(op)
-        return model.predict_s(batch, length) if model is not None else 0.0
 
-    def node_s(self, op: OpKind, batch: float, length: float) -> float:
-        """Sum of the operation's durations over all stages, seconds."""
-        return sum(self.op_s(stage, op, batch, length) for stage in range(len(self.models)))
+def _behind(table: LatencyTable, batch: float, length: float, cached: float) -> float:
+    """What the whole takes more than its cached part; for a polynomial the same as its square rule."""
+    alone_s = table.at_s(batch, length)
+    if cached <= 0.0:
+        return alone_s
+    whole_s = table.at_s(batch, cached + length) - table.at_s(batch, cached) + table.at_s(batch, 0.0)
+    # Tokens that attend to more tokens never take less; a table measured with noise may say so.
+    return max(alone_s, whole_s)

@@ -31,7 +31,7 @@ def timings_from_proto(measurements: Iterable[profile_pb2.Measurement]) -> dict[
 
 def fit_to_proto(fit: Fit) -> profile_pb2.LatencyFit:
     """The stored form of a fit."""
-    return profile_pb2.LatencyFit(
+    stored = profile_pb2.LatencyFit(
         stage=fit.stage,
         op=_NUMBERS[fit.op],
         model=fit.form,
@@ -39,5 +39,11 @@ def fit_to_proto(fit: Fit) -> profile_pb2.LatencyFit:
         mape=fit.mape,
         r2=fit.r2,
         chosen=fit.chosen,
-        interval_p90=fit.interval_p90,
+        residual_p5=fit.residual_p5,
+        residual_p95=fit.residual_p95,
     )
+    if fit.table is not None:
+        stored.table.batches.extend(fit.table.batches)
+        stored.table.lengths.extend(fit.table.lengths)
+        stored.table.durations_s.extend(fit.table.durations_s)
+    return stored

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.optimize
 
-from services.latency import FORMS, OpKind
+from services.latency import FORMS, LatencyTable, OpKind
 
 _Array = npt.NDArray[np.float64]
 
@@ -50,8 +50,8 @@ class Timing:
 class Fit:
     """One form fitted to one operation of one stage.
 
-    mape and r2 are over held-out points; interval_p90 is the half width of the 90 % interval of
-    (measured - predicted) / predicted over every repetition of the held-out points (a fraction).
+    mape and r2 are over held-out points; residual_p5 and residual_p95 are quantiles of measured / predicted - 1 over
+    every repetition of the held-out points (fractions).
     """
 
     stage: int
@@ -60,8 +60,10 @@ class Fit:
     coefficients: tuple[float, ...]
     mape: float
     r2: float
-    interval_p90: float
+    residual_p5: float
+    residual_p95: float
     chosen: bool = False
+    table: LatencyTable | None = None
 
 
 def fit_all(timings: Mapping[tuple[int, OpKind], Sequence[Timing]]) -> list[Fit]:
@@ -113,7 +115,7 @@ def _fit_form(stage: int, op: OpKind, form: str, points: Sequence[Timing]) -> Fi
     held_out = _held_out_predictions(features, measured)
     relative = np.abs(held_out - measured) / measured
     spread = [
-        abs(duration - predicted) / predicted
+        duration / predicted - 1.0
         for point, predicted in zip(points, held_out, strict=True)
         for duration in point.durations_s
     ]
@@ -124,7 +126,8 @@ def _fit_form(stage: int, op: OpKind, form: str, points: Sequence[Timing]) -> Fi
         coefficients=tuple(float(value) for value in _solve(features, measured)),
         mape=float(np.mean(relative)),
         r2=_r2(measured, held_out),
-        interval_p90=float(np.quantile(spread, 0.9)),
+        residual_p5=float(np.quantile(spread, 0.05)),
+        residual_p95=float(np.quantile(spread, 0.95)),
     )
 
 

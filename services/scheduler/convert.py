@@ -4,49 +4,22 @@ from collections.abc import Iterable
 from typing import Any
 
 from lemix.errors import ErrorCode, LemixError
-from lemix.internal.v1 import profile_pb2, scheduler_service_pb2, work_pb2
+from lemix.internal.v1 import scheduler_service_pb2, work_pb2
 from lemix.v1 import cluster_service_pb2, types_pb2
-from services.latency import LatencyModel, NodeLatency, OpKind
+from services.latency import NodeLatency
+from services.profile_messages import KIND_OF_PROTO
 from services.scheduler.core.commands import SyncMode
 from services.scheduler.core.events import OpFinished, TaskEnded
 from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.status import CoreSnapshot
 from services.scheduler.core.tasks import InferenceTask, SloTarget, Task, TrainingTask
 
-_OPS = {
-    profile_pb2.OP_KIND_PREFILL: OpKind.PREFILL,
-    profile_pb2.OP_KIND_DECODE: OpKind.DECODE,
-    profile_pb2.OP_KIND_TRAIN_FORWARD: OpKind.TRAIN_FORWARD,
-    profile_pb2.OP_KIND_TRAIN_BACKWARD: OpKind.TRAIN_BACKWARD,
-    profile_pb2.OP_KIND_OPTIMIZER_STEP: OpKind.OPTIMIZER_STEP,
-    profile_pb2.OP_KIND_WEIGHT_SYNC: OpKind.WEIGHT_SYNC,
-    profile_pb2.OP_KIND_OFFLOAD: OpKind.OFFLOAD,
-    profile_pb2.OP_KIND_RELOAD: OpKind.RELOAD,
-}
 _SYNC_MODES = {
     SyncMode.REPLACE: scheduler_service_pb2.SYNC_MODE_REPLACE,
     SyncMode.AVERAGE: scheduler_service_pb2.SYNC_MODE_AVERAGE,
 }
 
 # --------------------------------------------------------------------------- nodes
-
-
-def latency_from_profile(profile: profile_pb2.Profile) -> NodeLatency:
-    """The chosen fits of a profile. Raises ValueError when a stage has none or a fit makes no sense."""
-    stages: list[dict[OpKind, LatencyModel]] = [{} for _ in range(profile.num_stages)]
-    for fit in profile.fits:
-        if not fit.chosen or fit.op not in _OPS:
-            continue
-        if fit.stage >= len(stages):
-            raise ValueError(f"profile {profile.profile_id} has {len(stages)} stages and a fit for stage {fit.stage}")
-        op = _OPS[fit.op]
-        stages[fit.stage][op] = LatencyModel(fit.model, tuple(fit.coefficients), fit.mape, fit.interval_p90)
-    for stage, models in enumerate(stages):
-        if OpKind.PREFILL not in models:
-            raise ValueError(f"profile {profile.profile_id} has no chosen fit for prefill on stage {stage}")
-    if not stages:
-        raise ValueError(f"profile {profile.profile_id} has no stages")
-    return NodeLatency(tuple(stages))
 
 
 def spec_from_hello(hello: scheduler_service_pb2.NodeHello, latency: NodeLatency, offset_s: float) -> NodeSpec:
@@ -87,7 +60,7 @@ def ops_from_traces(
         OpFinished(
             node_id=node_id,
             stage=op.stage,
-            op=_OPS[op.op],
+            op=KIND_OF_PROTO[op.op],
             begin_s=op.begin_monotonic_s + offset_s,
             end_s=op.begin_monotonic_s + offset_s + op.duration_s,
             task_ids=tuple(op.task_ids),
@@ -104,7 +77,7 @@ def ops_from_traces(
             job_id=op.job_id,
         )
         for op in ops
-        if op.op in _OPS
+        if op.op in KIND_OF_PROTO
     )
 
 

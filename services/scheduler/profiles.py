@@ -10,8 +10,8 @@ from google.protobuf import json_format
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import profile_pb2, profiler_service_pb2, profiler_service_pb2_grpc, scheduler_service_pb2
 from services.latency import NodeLatency
+from services.profile_messages import latency_from_profile
 from services.runtime.app import StartupError
-from services.scheduler.convert import latency_from_profile
 
 if TYPE_CHECKING:
     from lemix.internal.v1.profiler_service_pb2_grpc import ProfilerServiceAsyncStub

@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from services.latency import LatencyModel, NodeLatency, OpKind
+from services.latency import HostLink, Interference, LatencyModel, LatencyTable, MixedCost, NodeLatency, OpKind
 
 _Place = tuple[int | str, ...]
 
 _PREFIX = "OP_KIND_"
 _KINDS = {f"{_PREFIX}{kind.name}": kind for kind in OpKind}
-#: Half widths of a 90 % interval in one standard deviation.
-_P90_SIGMAS = 1.645
 #: A profile so uncertain says nothing about single operations.
 _MOST_NOISE = 0.5
 
@@ -44,16 +42,24 @@ class Profile(NamedTuple):
     measured: Mapping[OpKind, Grid]
 
 
-class _Fit(BaseModel):
-    """Protobuf's JSON leaves out what is 0, false or empty."""
+class _Table(BaseModel):
+    """Protobuf's JSON leaves out what is 0, false or empty, here and below."""
 
+    batches: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    durations_s: tuple[FiniteFloat, ...] = ()
+
+
+class _Fit(BaseModel):
     stage: int = Field(default=0, ge=0)
     op: str = ""
     model: str = ""
     coefficients: tuple[FiniteFloat, ...] = ()
     mape: float = 0.0
-    interval_p90: float = 0.0
+    residual_p5: float = 0.0
+    residual_p95: float = 0.0
     chosen: bool = False
+    table: _Table | None = None
 
 
 class _Measurement(BaseModel):
@@ -62,12 +68,40 @@ class _Measurement(BaseModel):
     length: int = 0
 
 
+class _Interference(BaseModel):
+    stage: int = 0
+    op: str = ""
+    busy: str = ""
+    slowdown: FiniteFloat = 0.0
+    std: float = 0.0
+
+
+class _HostLink(BaseModel):
+    stage: int = 0
+    offload_bytes_per_s: FiniteFloat = 0.0
+    reload_bytes_per_s: FiniteFloat = 0.0
+    fixed_s: FiniteFloat = 0.0
+
+
+class _Mixed(BaseModel):
+    stage: int = 0
+    prefill: FiniteFloat = 0.0
+    decode: FiniteFloat = 0.0
+    shared: FiniteFloat = 0.0
+    mape: float = 0.0
+    residual_p5: float = 0.0
+    residual_p95: float = 0.0
+
+
 class _Artifact(BaseModel):
     profile_id: str = ""
     model: str = ""
     num_stages: int = Field(default=0, ge=1, le=64, validate_default=True)
     fits: tuple[_Fit, ...] = ()
     measurements: tuple[_Measurement, ...] = ()
+    interference: tuple[_Interference, ...] = ()
+    host_links: tuple[_HostLink, ...] = ()
+    mixed: tuple[_Mixed, ...] = ()
 
 
 def read_profile(path: Path, *, model: str = "", num_stages: int = 0) -> Profile:
@@ -91,8 +125,35 @@ def read_profile(path: Path, *, model: str = "", num_stages: int = 0) -> Profile
     for stage, known in enumerate(models):
         if OpKind.PREFILL not in known:
             raise _error(path, text, ("fits",), f"no fit is chosen for {_PREFIX}PREFILL on stage {stage}")
-    latency = NodeLatency(tuple(models))
+    latency = _together(path, text, artifact, tuple(models))
     return Profile(artifact.profile_id, artifact.model, latency, _noise(models), _measured(artifact))
+
+
+def _together(
+    path: Path, text: str, artifact: _Artifact, models: tuple[Mapping[OpKind, LatencyModel], ...]
+) -> NodeLatency:
+    """The models with what operations cost beside and within each other."""
+    field = "interference"
+    try:
+        beside = tuple(
+            Interference(item.stage, _KINDS[item.op], _KINDS[item.busy], item.slowdown, item.std)
+            for item in artifact.interference
+            if item.op in _KINDS and item.busy in _KINDS
+        )
+        field = "host_links"
+        links = tuple(
+            HostLink(link.offload_bytes_per_s, link.reload_bytes_per_s, link.fixed_s)
+            for link in sorted(artifact.host_links, key=lambda link: link.stage)
+        )
+        NodeLatency(models, beside, links)
+        field = "mixed"
+        mixed = tuple(
+            MixedCost(cost.prefill, cost.decode, cost.shared, cost.mape, cost.residual_p5, cost.residual_p95)
+            for cost in sorted(artifact.mixed, key=lambda cost: cost.stage)
+        )
+        return NodeLatency(models, beside, links, mixed)
+    except ValueError as error:
+        raise _error(path, text, (field,), str(error)) from error
 
 
 def _models(path: Path, text: str, artifact: _Artifact) -> list[dict[OpKind, LatencyModel]]:
@@ -110,10 +171,17 @@ def _models(path: Path, text: str, artifact: _Artifact) -> list[dict[OpKind, Lat
         if min(fit.coefficients, default=0.0) < 0.0:
             raise _error(path, text, (*place, "coefficients"), "must not be negative")
         try:
-            stages[fit.stage][kind] = LatencyModel(fit.model, fit.coefficients, fit.mape, fit.interval_p90)
+            stages[fit.stage][kind] = _model(fit)
         except ValueError as error:
             raise _error(path, text, (*place, "model"), str(error)) from error
     return stages
+
+
+def _model(fit: _Fit) -> LatencyModel:
+    table = None
+    if fit.table is not None:
+        table = LatencyTable(fit.table.batches, fit.table.lengths, fit.table.durations_s)
+    return LatencyModel(fit.model, fit.coefficients, fit.mape, fit.residual_p5, fit.residual_p95, table)
 
 
 def _measured(artifact: _Artifact) -> dict[OpKind, Grid]:
@@ -133,10 +201,10 @@ def _grid(points: Sequence[tuple[int, int]]) -> Grid:
 
 def _noise(models: list[dict[OpKind, LatencyModel]]) -> float:
     """Mean over the operations that depend on a length: the others are single, rare measurements."""
-    halves = [model.interval_p90 for known in models for model in known.values() if model.form != "constant"]
-    if not halves:
+    known = [model.noise for stage in models for model in stage.values() if model.form != "constant"]
+    if not known:
         return 0.0
-    noise = sum(halves) / len(halves) / _P90_SIGMAS
+    noise = sum(known) / len(known)
     # Not a number, too: a fit may have no interval.
     return min(noise, _MOST_NOISE) if noise >= 0.0 else 0.0
 

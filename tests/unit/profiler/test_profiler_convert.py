@@ -35,11 +35,14 @@ def test_an_unknown_operation_is_refused():
 
 @pytest.mark.parametrize("op", sorted(set(OpKind) - MOVES))
 def test_every_measured_operation_has_its_number(op):
-    fit = Fit(stage=3, op=op, form="affine", coefficients=(1.0, 2.0), mape=0.1, r2=0.9, interval_p90=0.2, chosen=True)
+    spread = {"mape": 0.1, "r2": 0.9, "residual_p5": -0.1, "residual_p95": 0.2}
+    fit = Fit(stage=3, op=op, form="affine", coefficients=(1.0, 2.0), chosen=True, **spread)
     message = fit_to_proto(fit)
     assert profile_pb2.OpKind.Name(message.op) == f"OP_KIND_{op.name}"
     assert (message.stage, message.model, list(message.coefficients)) == (3, "affine", [1.0, 2.0])
-    assert (message.mape, message.r2, message.interval_p90, message.chosen) == (0.1, 0.9, 0.2, True)
+    assert {name: getattr(message, name) for name in spread} == spread
+    assert message.chosen
+    assert not message.HasField("table")
 
 
 def test_distribution():

@@ -89,7 +89,7 @@ def test_whatever_was_measured_no_prediction_is_negative(durations, op):
         assert all(value >= 0.0 and math.isfinite(value) for value in fit.coefficients)
         assert fit.mape >= 0.0
         assert fit.r2 <= 1.0
-        assert fit.interval_p90 >= 0.0
+        assert fit.residual_p5 <= fit.residual_p95
         assert LatencyModel(fit.form, fit.coefficients).predict_s(64, 4096) >= 0.0
 
 
@@ -119,7 +119,7 @@ def test_the_interval_covers_nine_of_ten_new_measurements():
     model = LatencyModel(fit.form, fit.coefficients)
     fresh = timings(form, coefficients, noise=0.2, seed=2, repetitions=20)
     inside = [
-        abs(duration / model.predict_s(point.batch, point.length) - 1.0) <= fit.interval_p90
+        fit.residual_p5 <= duration / model.predict_s(point.batch, point.length) - 1.0 <= fit.residual_p95
         for point in fresh
         for duration in point.durations_s
     ]

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.latency import FORMS, LatencyModel, NodeLatency, OpKind
+from services.latency import (
+    FORMS,
+    HostLink,
+    Interference,
+    LatencyModel,
+    LatencyTable,
+    MixedCost,
+    NodeLatency,
+    OpKind,
+)
 from services.scheduler.core import commands, events, tasks
 from services.scheduler.core.codec import (
     command_from_json,
@@ -31,7 +40,10 @@ models = st.sampled_from(sorted(FORMS)).flatmap(
         number,
     )
 )
-latencies = st.builds(
+table = LatencyModel("tabulated", (), 0.1, -0.2, 0.3, LatencyTable((1, 4), (16, 64), (0.1, 0.2, 0.3, 0.5)))
+beside = Interference(0, OpKind.DECODE, OpKind.TRAIN_BACKWARD, 0.25, 0.1)
+whole = NodeLatency(({OpKind.PREFILL: table},), (beside,), (HostLink(1e9, 2e9, 1e-5),), (MixedCost(1.0, 0.9, 0.5),))
+latencies = st.just(whole) | st.builds(
     NodeLatency, st.lists(st.dictionaries(st.sampled_from(OpKind), models, max_size=3), max_size=3).map(tuple)
 )
 for cls, strategy in ((NodeLatency, latencies), (float, number)):

@@ -9,12 +9,12 @@ from lemix.internal.v1 import profile_pb2, work_pb2
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.v1 import types_pb2
 from services.latency import OpKind
+from services.profile_messages import latency_from_profile
 from services.runtime.config import ConfigError
 from services.scheduler.config import CoreSettings, SchedulerSettings
 from services.scheduler.convert import (
     ended_from_outcome,
     failed_outcome,
-    latency_from_profile,
     ops_from_traces,
     queue_by,
     spec_from_hello,

@@ -17,16 +17,17 @@ def artifact(**changes: Any) -> dict[str, Any]:
             "op": "OP_KIND_PREFILL",
             "model": "affine",
             "coefficients": [0.01, 0.0001],
-            "interval_p90": 0.1,
+            "residual_p5": -0.1,
+            "residual_p95": 0.1,
             "chosen": True,
         },
-        {"op": "OP_KIND_PREFILL", "model": "quadratic", "coefficients": [1e-7], "interval_p90": 9.0},
+        {"op": "OP_KIND_PREFILL", "model": "quadratic", "coefficients": [1e-7], "residual_p95": 9.0},
         {"op": "OP_KIND_DECODE", "model": "full_decode", "coefficients": [0.005, 0.0, 1e-6], "chosen": True},
         {
             "op": "OP_KIND_OPTIMIZER_STEP",
             "model": "constant",
             "coefficients": [0.02],
-            "interval_p90": 5,
+            "residual_p95": 5,
             "chosen": True,
         },
         {"op": "OP_KIND_LATER", "model": "cubic", "coefficients": [1.0], "chosen": True},
@@ -56,7 +57,7 @@ def test_the_noise_is_the_spread_of_what_depends_on_a_length(tmp_path: Path) -> 
 @pytest.mark.parametrize("interval", ["NaN", "Infinity", 40.0])
 def test_an_interval_that_says_nothing_gives_bounded_noise(tmp_path: Path, interval: float | str) -> None:
     content = artifact()
-    content["fits"][0]["interval_p90"] = interval
+    content["fits"][0]["residual_p95"] = interval
     assert 0.0 <= read_profile(write(tmp_path, content)).noise <= 0.5
 
 

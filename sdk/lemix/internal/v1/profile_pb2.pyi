@@ -91,7 +91,7 @@ class HostLink(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., offload_bytes_per_s: _Optional[float] = ..., reload_bytes_per_s: _Optional[float] = ..., fixed_s: _Optional[float] = ...) -> None: ...
 
 class LatencyFit(_message.Message):
-    __slots__ = ("stage", "op", "model", "coefficients", "mape", "r2", "chosen", "interval_p90", "table")
+    __slots__ = ("stage", "op", "model", "coefficients", "mape", "r2", "chosen", "table", "residual_p5", "residual_p95")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -99,8 +99,9 @@ class LatencyFit(_message.Message):
     MAPE_FIELD_NUMBER: _ClassVar[int]
     R2_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
-    INTERVAL_P90_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_P5_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_P95_FIELD_NUMBER: _ClassVar[int]
     stage: int
     op: OpKind
     model: str
@@ -108,9 +109,28 @@ class LatencyFit(_message.Message):
     mape: float
     r2: float
     chosen: bool
-    interval_p90: float
     table: LatencyTable
-    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[OpKind, str]] = ..., model: _Optional[str] = ..., coefficients: _Optional[_Iterable[float]] = ..., mape: _Optional[float] = ..., r2: _Optional[float] = ..., chosen: _Optional[bool] = ..., interval_p90: _Optional[float] = ..., table: _Optional[_Union[LatencyTable, _Mapping]] = ...) -> None: ...
+    residual_p5: float
+    residual_p95: float
+    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[OpKind, str]] = ..., model: _Optional[str] = ..., coefficients: _Optional[_Iterable[float]] = ..., mape: _Optional[float] = ..., r2: _Optional[float] = ..., chosen: _Optional[bool] = ..., table: _Optional[_Union[LatencyTable, _Mapping]] = ..., residual_p5: _Optional[float] = ..., residual_p95: _Optional[float] = ...) -> None: ...
+
+class MixedCost(_message.Message):
+    __slots__ = ("stage", "prefill", "decode", "shared", "mape", "residual_p5", "residual_p95")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    MAPE_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_P5_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_P95_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    prefill: float
+    decode: float
+    shared: float
+    mape: float
+    residual_p5: float
+    residual_p95: float
+    def __init__(self, stage: _Optional[int] = ..., prefill: _Optional[float] = ..., decode: _Optional[float] = ..., shared: _Optional[float] = ..., mape: _Optional[float] = ..., residual_p5: _Optional[float] = ..., residual_p95: _Optional[float] = ...) -> None: ...
 
 class Distribution(_message.Message):
     __slots__ = ("count", "mean", "std", "p50", "p99")
@@ -127,7 +147,7 @@ class Distribution(_message.Message):
     def __init__(self, count: _Optional[int] = ..., mean: _Optional[float] = ..., std: _Optional[float] = ..., p50: _Optional[float] = ..., p99: _Optional[float] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("profile_id", "fingerprint", "version", "node_id", "created_unix_s", "num_stages", "model", "fits", "measurements", "loss", "length", "peak_memory_bytes", "content_hash", "engine", "device", "dtype", "threads_per_stage", "interference", "host_links", "incomplete_reason", "source")
+    __slots__ = ("profile_id", "fingerprint", "version", "node_id", "created_unix_s", "num_stages", "model", "fits", "measurements", "loss", "length", "peak_memory_bytes", "content_hash", "engine", "device", "dtype", "threads_per_stage", "interference", "host_links", "incomplete_reason", "source", "mixed")
     PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +169,7 @@ class Profile(_message.Message):
     HOST_LINKS_FIELD_NUMBER: _ClassVar[int]
     INCOMPLETE_REASON_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    MIXED_FIELD_NUMBER: _ClassVar[int]
     profile_id: str
     fingerprint: str
     version: int
@@ -170,4 +191,5 @@ class Profile(_message.Message):
     host_links: _containers.RepeatedCompositeFieldContainer[HostLink]
     incomplete_reason: str
     source: str
-    def __init__(self, profile_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., version: _Optional[int] = ..., node_id: _Optional[str] = ..., created_unix_s: _Optional[float] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., fits: _Optional[_Iterable[_Union[LatencyFit, _Mapping]]] = ..., measurements: _Optional[_Iterable[_Union[Measurement, _Mapping]]] = ..., loss: _Optional[_Union[Distribution, _Mapping]] = ..., length: _Optional[_Union[Distribution, _Mapping]] = ..., peak_memory_bytes: _Optional[_Iterable[int]] = ..., content_hash: _Optional[str] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., threads_per_stage: _Optional[int] = ..., interference: _Optional[_Iterable[_Union[Interference, _Mapping]]] = ..., host_links: _Optional[_Iterable[_Union[HostLink, _Mapping]]] = ..., incomplete_reason: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+    mixed: _containers.RepeatedCompositeFieldContainer[MixedCost]
+    def __init__(self, profile_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., version: _Optional[int] = ..., node_id: _Optional[str] = ..., created_unix_s: _Optional[float] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., fits: _Optional[_Iterable[_Union[LatencyFit, _Mapping]]] = ..., measurements: _Optional[_Iterable[_Union[Measurement, _Mapping]]] = ..., loss: _Optional[_Union[Distribution, _Mapping]] = ..., length: _Optional[_Union[Distribution, _Mapping]] = ..., peak_memory_bytes: _Optional[_Iterable[int]] = ..., content_hash: _Optional[str] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., threads_per_stage: _Optional[int] = ..., interference: _Optional[_Iterable[_Union[Interference, _Mapping]]] = ..., host_links: _Optional[_Iterable[_Union[HostLink, _Mapping]]] = ..., incomplete_reason: _Optional[str] = ..., source: _Optional[str] = ..., mixed: _Optional[_Iterable[_Union[MixedCost, _Mapping]]] = ...) -> None: ...

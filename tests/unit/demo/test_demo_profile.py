@@ -4,9 +4,10 @@ import pytest
 from google.protobuf import json_format
 
 from bench.demo.config import DemoError, TrainingConfig
-from bench.demo.profile import newest_profile, node_latency, profile_grid, promise
+from bench.demo.profile import newest_profile, profile_grid, promise
 from lemix.internal.v1 import profile_pb2 as pb
 from services.latency import OpKind
+from services.profile_messages import latency_from_profile
 from services.profiler.config import GridSettings
 
 
@@ -26,7 +27,7 @@ def _profile(version=1, created=1.0, stages=2, decode=0.002):
 
 def _promise(profile, **more):
     values = {"mean_prompt": 90.0, "mean_output": 21.0, "reference_tokens": 10, "max_batch": 4, "slo_units": 5.0}
-    return promise(profile.profile_id, node_latency(profile), **{**values, **more})
+    return promise(profile.profile_id, latency_from_profile(profile), **{**values, **more})
 
 
 def test_slo_is_five_times_the_mean_request_alone():
@@ -48,7 +49,7 @@ def test_stages_that_share_cores_halve_capacity_but_not_the_promise():
 
 
 def test_only_chosen_models_predict():
-    assert node_latency(_profile()).op_s(0, OpKind.PREFILL, 1, 100) == pytest.approx(0.011)
+    assert latency_from_profile(_profile()).op_s(0, OpKind.PREFILL, 1, 100) == pytest.approx(0.011)
 
 
 def test_a_profile_that_predicts_nothing_is_refused():

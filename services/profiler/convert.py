@@ -1,39 +1,18 @@
 """Protobuf to fitting types and back."""
 
-from collections import defaultdict
-from collections.abc import Iterable
-
 from lemix.internal.v1 import profile_pb2
-from services.latency import OpKind
-from services.profiler.fit import Fit, Timing
+from services.latency import HostLink, Interference, MixedCost
+from services.profile_messages import KIND_OF_PROTO
+from services.profiler.fit import Fit
 
-_KINDS = {
-    profile_pb2.OP_KIND_PREFILL: OpKind.PREFILL,
-    profile_pb2.OP_KIND_DECODE: OpKind.DECODE,
-    profile_pb2.OP_KIND_TRAIN_FORWARD: OpKind.TRAIN_FORWARD,
-    profile_pb2.OP_KIND_TRAIN_BACKWARD: OpKind.TRAIN_BACKWARD,
-    profile_pb2.OP_KIND_OPTIMIZER_STEP: OpKind.OPTIMIZER_STEP,
-    profile_pb2.OP_KIND_WEIGHT_SYNC: OpKind.WEIGHT_SYNC,
-}
-_NUMBERS = {kind: number for number, kind in _KINDS.items()}
-
-
-def timings_from_proto(measurements: Iterable[profile_pb2.Measurement]) -> dict[tuple[int, OpKind], list[Timing]]:
-    """Timings by (stage, operation). Raises ValueError for an operation this version does not know."""
-    timings: dict[tuple[int, OpKind], list[Timing]] = defaultdict(list)
-    for item in measurements:
-        if item.op not in _KINDS:
-            raise ValueError(f"unknown operation {item.op}")
-        timing = Timing(batch=item.batch, length=item.length, durations_s=tuple(item.durations_s))
-        timings[item.stage, _KINDS[item.op]].append(timing)
-    return dict(timings)
+PROTO_OF_KIND = {kind: number for number, kind in KIND_OF_PROTO.items()}
 
 
 def fit_to_proto(fit: Fit) -> profile_pb2.LatencyFit:
     """The stored form of a fit."""
     stored = profile_pb2.LatencyFit(
         stage=fit.stage,
-        op=_NUMBERS[fit.op],
+        op=PROTO_OF_KIND[fit.op],
         model=fit.form,
         coefficients=fit.coefficients,
         mape=fit.mape,
@@ -47,3 +26,37 @@ def fit_to_proto(fit: Fit) -> profile_pb2.LatencyFit:
         stored.table.lengths.extend(fit.table.lengths)
         stored.table.durations_s.extend(fit.table.durations_s)
     return stored
+
+
+def interference_to_proto(item: Interference) -> profile_pb2.Interference:
+    """The stored form of a slowdown."""
+    return profile_pb2.Interference(
+        stage=item.stage,
+        op=PROTO_OF_KIND[item.op],
+        busy=PROTO_OF_KIND[item.busy],
+        slowdown=item.slowdown,
+        std=item.std,
+    )
+
+
+def host_link_to_proto(stage: int, link: HostLink) -> profile_pb2.HostLink:
+    """The stored form of a host link."""
+    return profile_pb2.HostLink(
+        stage=stage,
+        offload_bytes_per_s=link.offload_bytes_per_s,
+        reload_bytes_per_s=link.reload_bytes_per_s,
+        fixed_s=link.fixed_s,
+    )
+
+
+def mixed_to_proto(stage: int, cost: MixedCost) -> profile_pb2.MixedCost:
+    """The stored form of what mixed operations cost."""
+    return profile_pb2.MixedCost(
+        stage=stage,
+        prefill=cost.prefill,
+        decode=cost.decode,
+        shared=cost.shared,
+        mape=cost.mape,
+        residual_p5=cost.residual_p5,
+        residual_p95=cost.residual_p95,
+    )

@@ -4,19 +4,19 @@ Source: paper section 4 (the quadratic form). Coefficients are found by non-nega
 error, so that a prediction is never negative and short operations count as much as long ones. Pure: no clock, no I/O.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import scipy.optimize
 
-from services.latency import FORMS, LatencyTable, OpKind
+from services.latency import FORMS, TABULATED, LatencyModel, LatencyTable, OpKind
+from services.profiler.residuals import Array, HeldOut, held_out, medians
+from services.profiler.tabulate import held_out_s, tabulate
 
-_Array = npt.NDArray[np.float64]
-
-#: Forms tried per operation, simplest first.
+#: Forms tried per operation, simplest first; a table comes last.
 CANDIDATES: Mapping[OpKind, tuple[str, ...]] = {
     OpKind.PREFILL: ("quadratic", "affine", "full"),
     OpKind.DECODE: ("quadratic", "affine", "full_decode"),
@@ -32,18 +32,31 @@ MAX_FOLDS = 20
 #: A form with more coefficients must beat a simpler one by this fraction of its held-out error.
 PARSIMONY = 0.05
 
+#: A table must beat the best polynomial by this fraction: beyond its grid it only goes on straight.
+TABLE_MARGIN = 0.2
+#: And by this much of the duration.
+TABLE_GAIN = 0.005
+
 
 class FitError(ValueError):
     """Timings that no latency model can be fitted to; the message says why."""
 
 
+class TooFewPointsError(FitError):
+    """The timings are sound, but they do not fix the coefficients of any form."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Repeated timings of one grid point: `batch` sequences of `length` tokens, durations in seconds."""
+    """Repeated timings of one grid point: `batch` sequences of `length` tokens, durations in seconds.
+
+    cached: tokens per sequence that were there already and came before those computed.
+    """
 
     batch: int
     length: int
     durations_s: tuple[float, ...]
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +78,26 @@ class Fit:
     chosen: bool = False
     table: LatencyTable | None = None
 
+    @property
+    def model(self) -> LatencyModel:
+        """What predicts with it."""
+        return LatencyModel(
+            self.form, self.coefficients, self.mape, self.residual_p5, self.residual_p95, table=self.table
+        )
 
-def fit_all(timings: Mapping[tuple[int, OpKind], Sequence[Timing]]) -> list[Fit]:
-    """Every form of every (stage, operation), in that order, exactly one of each chosen. Raises FitError."""
+
+def fit_all(timings: Mapping[tuple[int, OpKind], Sequence[Timing]], *, skip_too_few: bool = False) -> list[Fit]:
+    """Every form of every (stage, operation), in that order, exactly one of each chosen. Raises FitError.
+
+    skip_too_few: leave out an operation whose points fix no form.
+    """
     fits: list[Fit] = []
     for (stage, op), points in sorted(timings.items()):
-        fits.extend(fit_op(stage, op, points))
+        try:
+            fits.extend(fit_op(stage, op, points))
+        except TooFewPointsError:
+            if not skip_too_few:
+                raise
     return fits
 
 
@@ -79,7 +106,7 @@ def fit_op(stage: int, op: OpKind, timings: Sequence[Timing]) -> list[Fit]:
 
     Points measured more than once are merged. A form whose coefficients the points cannot tell apart is left out
     (a node that takes one sequence at a time says nothing about batches). Raises FitError naming stage and operation
-    when no form is left (too few points, or all the same), or when a duration is not a positive number.
+    when a duration is not a positive number, TooFewPointsError when no form is left (too few points, or all the same).
     """
     where = f"stage {stage}, {op.value}"
     merged = _merge(timings, where)
@@ -88,51 +115,81 @@ def fit_op(stage: int, op: OpKind, timings: Sequence[Timing]) -> list[Fit]:
         # A constant has no grid to hold points out of: every repetition is a point of its own.
         durations = [duration for point in merged for duration in point.durations_s]
         merged = [Timing(1, index, (duration,)) for index, duration in enumerate(durations, start=1)]
-    fits = [_fit_form(stage, op, form, merged) for form in forms if _is_determined(form, merged)]
+    fits = [_fit_form(stage, op, form, merged) for form in forms if form != TABULATED and _is_determined(form, merged)]
     if not fits:
-        raise FitError(f"{where}: {len(merged)} different point(s) are too few to fit a latency model")
+        raise TooFewPointsError(f"{where}: {len(merged)} different point(s) are too few to fit a latency model")
     best = _choose(fits)
+    if TABULATED in forms:
+        table, is_better = _fit_table(best, merged)
+        fits += [table] if table else []
+        best = table if table and is_better else best
     return [replace(fit, chosen=fit is best) for fit in fits]
 
 
 def _merge(timings: Iterable[Timing], where: str) -> list[Timing]:
-    durations: dict[tuple[int, int], list[float]] = defaultdict(list)
+    durations: dict[tuple[int, int, int], list[float]] = defaultdict(list)
     for timing in timings:
-        if timing.batch < 1 or timing.length < 1:
+        if timing.batch < 1 or timing.length < 1 or timing.cached < 0:
             raise FitError(f"{where}: batch {timing.batch} and length {timing.length} must be at least 1")
-        durations[timing.batch, timing.length].extend(timing.durations_s)
-    for (batch, length), values in durations.items():
-        if not values:
-            raise FitError(f"{where}: no duration for batch {batch}, length {length}")
-        if not all(np.isfinite(value) and value > 0.0 for value in values):
-            raise FitError(f"{where}: a duration for batch {batch}, length {length} is not a positive number")
-    return [Timing(batch, length, tuple(values)) for (batch, length), values in sorted(durations.items())]
+        durations[timing.batch, timing.length, timing.cached].extend(timing.durations_s)
+    for (batch, length, cached), values in durations.items():
+        behind = f" behind {cached} tokens" if cached else ""
+        check_durations(values, where, f"batch {batch}, length {length}{behind}")
+    return [Timing(batch, length, tuple(known), cached) for (batch, length, cached), known in sorted(durations.items())]
+
+
+def check_durations(durations_s: Sequence[float], where: str, point: str) -> None:
+    """Raises FitError naming the point when there is no duration, or one is not a positive number."""
+    if not durations_s:
+        raise FitError(f"{where}: no duration for {point}")
+    for duration_s in durations_s:
+        if not (math.isfinite(duration_s) and duration_s > 0.0):
+            raise FitError(f"{where}: a duration for {point} is not a positive number: {duration_s}")
 
 
 def _fit_form(stage: int, op: OpKind, form: str, points: Sequence[Timing]) -> Fit:
     features = _features(form, points)
-    measured = np.array([float(np.median(point.durations_s)) for point in points], dtype=np.float64)
-    held_out = _held_out_predictions(features, measured)
-    relative = np.abs(held_out - measured) / measured
-    spread = [
-        duration / predicted - 1.0
-        for point, predicted in zip(points, held_out, strict=True)
-        for duration in point.durations_s
-    ]
+    durations_s = [point.durations_s for point in points]
+    measured = medians(durations_s)
+    error = held_out(held_out_predictions(features, measured), durations_s)
+    return _fit(stage, op, form, solve(features, measured), error)
+
+
+def _fit(stage: int, op: OpKind, form: str, coefficients: Iterable[float], error: HeldOut) -> Fit:
     return Fit(
         stage=stage,
         op=op,
         form=form,
-        coefficients=tuple(float(value) for value in _solve(features, measured)),
-        mape=float(np.mean(relative)),
-        r2=_r2(measured, held_out),
-        residual_p5=float(np.quantile(spread, 0.05)),
-        residual_p95=float(np.quantile(spread, 0.95)),
+        coefficients=tuple(float(value) for value in coefficients),
+        mape=error.mape,
+        r2=error.r2,
+        residual_p5=error.residual_p5,
+        residual_p95=error.residual_p95,
     )
 
 
-def _features(form: str, points: Sequence[Timing]) -> _Array:
-    return np.array([FORMS[form](point.batch, point.length) for point in points], dtype=np.float64)
+def _fit_table(best: Fit, points: Sequence[Timing]) -> tuple[Fit | None, bool]:
+    """The tabulated form, and whether it is better than the best polynomial where both can be judged."""
+    durations_s = [point.durations_s for point in points]
+    measured = medians(durations_s)
+    known = {(p.batch, p.length): float(m) for p, m in zip(points, measured, strict=True) if not p.cached}
+    table = tabulate(known, best.model)
+    if table is None:
+        return None, False
+    predicted = held_out_s(known, table, [(point.batch, point.length, point.cached) for point in points])
+    judged = [index for index, value in enumerate(predicted) if value is not None]
+    if not judged:
+        return None, False
+    seen = [durations_s[index] for index in judged]
+    error = held_out(np.array([predicted[index] for index in judged], dtype=np.float64), seen)
+    smooth = held_out_predictions(_features(best.form, points), measured)[judged]
+    fit = replace(_fit(best.stage, best.op, TABULATED, (), error), table=table)
+    other = held_out(smooth, seen).mape
+    return fit, error.mape < min(other * (1.0 - TABLE_MARGIN), other - TABLE_GAIN)
+
+
+def _features(form: str, points: Sequence[Timing]) -> Array:
+    return np.array([FORMS[form](point.batch, point.length, point.cached) for point in points], dtype=np.float64)
 
 
 def _is_determined(form: str, points: Sequence[Timing]) -> bool:
@@ -145,27 +202,21 @@ def _is_determined(form: str, points: Sequence[Timing]) -> bool:
     return bool(len(points) > coefficients and rank == coefficients)
 
 
-def _solve(features: _Array, measured: _Array) -> _Array:
-    """Coefficients >= 0 with the smallest sum of squared relative errors."""
+def solve(features: Array, measured: Array) -> Array:
+    """Coefficients >= 0 with the smallest sum of squared relative errors; features have one row per measurement."""
     scale = features.max(axis=0)  # columns differ by many orders of magnitude: C * l^2 against 1
     solution, _ = scipy.optimize.nnls(features / scale / measured[:, None], np.ones(len(measured)))
     return np.asarray(solution / scale, dtype=np.float64)
 
 
-def _held_out_predictions(features: _Array, measured: _Array) -> _Array:
+def held_out_predictions(features: Array, measured: Array) -> Array:
     """Prediction of every point by a fit that did not see it."""
     folds = np.arange(len(measured)) % min(len(measured), MAX_FOLDS)
     predicted = np.empty_like(measured)
     for fold in np.unique(folds):
         out = folds == fold
-        predicted[out] = features[out] @ _solve(features[~out], measured[~out])
+        predicted[out] = features[out] @ solve(features[~out], measured[~out])
     return predicted
-
-
-def _r2(measured: _Array, predicted: _Array) -> float:
-    """Coefficient of determination; 0 when the measurements do not vary, as for a constant."""
-    total = float(np.sum((measured - measured.mean()) ** 2))
-    return 1.0 - float(np.sum((measured - predicted) ** 2)) / total if total > 0.0 else 0.0
 
 
 def _choose(fits: Sequence[Fit]) -> Fit:

@@ -11,8 +11,8 @@ from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from lemix.internal.v1 import node_agent_service_pb2_grpc as node_grpc
 from lemix.internal.v1 import profile_pb2, work_pb2
 from services.profiler.config import ProfilerSettings
-from services.profiler.convert import fit_to_proto, timings_from_proto
-from services.profiler.fit import FitError, fit_all
+from services.profiler.fit import FitError
+from services.profiler.fit_profile import fit_profile
 from services.profiler.grid import grid_points
 from services.profiler.statistics import distribution
 from services.runtime.clock import Clock
@@ -87,20 +87,19 @@ def _profile(
     samples: Sequence[work_pb2.TrainingExample],
     clock: Clock,
 ) -> profile_pb2.Profile:
-    try:
-        fits = fit_all(timings_from_proto(measured.measurements))
-    except FitError as error:
-        raise LemixError(ErrorCode.INTERNAL, f"the timings of node {info.node_id} are unusable: {error}") from error
     profile = profile_pb2.Profile(
         fingerprint=info.profile_fingerprint,
         node_id=info.node_id,
         created_unix_s=clock.unix_s(),
         num_stages=info.num_stages,
         model=info.model,
-        fits=[fit_to_proto(fit) for fit in fits],
         measurements=measured.measurements,
         peak_memory_bytes=measured.peak_memory_bytes,
     )
+    try:
+        fit_profile(profile)
+    except FitError as error:
+        raise LemixError(ErrorCode.INTERNAL, f"the timings of node {info.node_id} are unusable: {error}") from error
     if samples:
         profile.loss.CopyFrom(distribution(measured.sample_losses))
         profile.length.CopyFrom(distribution([len(sample.token_ids) for sample in samples]))

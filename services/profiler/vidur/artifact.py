@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from lemix.internal.v1 import profile_pb2
-from services.profiler.convert import fit_to_proto, timings_from_proto
-from services.profiler.fit import fit_all
+from services.profiler.fit_profile import fit_profile
 from services.profiler.vidur.stage_times import HOST_COPY_FIXED_S, TRAINED_BYTES, StageTimes
 from services.profiler.vidur.tables import Spread
 
@@ -22,14 +21,13 @@ def profile_of(
 ) -> profile_pb2.Profile:
     """The artifact of a node with these stages; `name` is its fingerprint, of which it is the first version."""
     measurements = [point for times in stages for point in _points(times)]
-    return profile_pb2.Profile(
+    profile = profile_pb2.Profile(
         profile_id=f"{name}-1",
         fingerprint=name,
         version=1,
         created_unix_s=created_unix_s,
         num_stages=len(stages),
         model=model,
-        fits=[fit_to_proto(fit) for fit in fit_all(timings_from_proto(measurements))],
         measurements=measurements,
         peak_memory_bytes=[times.parameters * TRAINED_BYTES for times in stages],
         engine="emulated",
@@ -38,6 +36,8 @@ def profile_of(
         host_links=[_host_link(times) for times in stages],
         source=source,
     )
+    fit_profile(profile)
+    return profile
 
 
 def _points(times: StageTimes) -> Iterator[profile_pb2.Measurement]:

@@ -4,33 +4,9 @@ import pytest
 
 from lemix.internal.v1 import profile_pb2
 from services.latency import MOVES, OpKind
-from services.profiler.convert import fit_to_proto, timings_from_proto
+from services.profiler.convert import fit_to_proto
 from services.profiler.fit import Fit
 from services.profiler.statistics import distribution
-
-
-def measurement(stage, op, batch=1, length=16, durations=(1e-3, 2e-3)):
-    return profile_pb2.Measurement(stage=stage, op=op, batch=batch, length=length, durations_s=durations)
-
-
-def test_measurements_are_grouped_by_stage_and_operation():
-    timings = timings_from_proto(
-        [
-            measurement(0, profile_pb2.OP_KIND_PREFILL),
-            measurement(1, profile_pb2.OP_KIND_PREFILL, length=32),
-            measurement(0, profile_pb2.OP_KIND_PREFILL, length=64),
-        ]
-    )
-    assert {key: [t.length for t in points] for key, points in timings.items()} == {
-        (0, OpKind.PREFILL): [16, 64],
-        (1, OpKind.PREFILL): [32],
-    }
-    assert timings[1, OpKind.PREFILL][0].durations_s == (1e-3, 2e-3)
-
-
-def test_an_unknown_operation_is_refused():
-    with pytest.raises(ValueError, match="unknown operation 0"):
-        timings_from_proto([measurement(0, profile_pb2.OP_KIND_UNSPECIFIED)])
 
 
 @pytest.mark.parametrize("op", sorted(set(OpKind) - MOVES))

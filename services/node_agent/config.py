@@ -28,10 +28,16 @@ class NodeAgentSettings(ServiceSettings):
     model_path: str = ""
     #: Id the model is served under. Empty: the directory's name.
     model_name: str = ""
-    #: "torch": the real pipeline. "emulated": no neural network, chosen latencies (`emulated_latency`).
+    #: "torch": the real pipeline. "emulated": no neural network, chosen latencies.
     engine: Literal["torch", "emulated"] = "torch"
     #: Latency by op kind ("prefill", "decode", "train_forward", ...), the same on every stage. Missing kinds: no time.
     emulated_latency: dict[str, OpLatency] = Field(default_factory=dict)
+    #: Profile artifact whose latencies the emulated engine has, stage by stage, instead of `emulated_latency`.
+    emulated_profile: str = ""
+    #: Whether emulated durations spread as the profile says, or are exactly as predicted.
+    emulated_noise: bool = True
+    #: How many times as long emulated operations take. Promises and arrivals must be scaled by whoever makes them.
+    time_scale: float = Field(1.0, gt=0.0, le=1000.0)
     num_stages: int = Field(1, ge=1, le=64)
     #: One device per stage, or one for all.
     devices: tuple[str, ...] = ("cpu",)

@@ -1,10 +1,16 @@
 """Loads the engine that the settings name."""
 
-from services.latency import LatencyModel, OpKind
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from lemix.internal.v1 import profile_pb2
+from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.config import NodeAgentSettings
 from services.node_agent.engine.base import Engine, EngineConfig, WorkerDied
 from services.node_agent.engine.emulated.engine import emulated_fingerprint, load_emulated_engine
 from services.node_agent.engine.emulated.timing import EmulatedTiming
+from services.profile_messages import latency_from_profile
 from services.runtime.app import StartupError
 
 
@@ -18,10 +24,9 @@ async def load(settings: NodeAgentSettings) -> tuple[Engine, str]:
     config = _engine_config(settings)
     try:
         if settings.engine == "emulated":
-            if settings.stage_memory_bytes:
-                raise StartupError("stage_memory_bytes must be 0: the emulated engine holds no tensors")
-            timing = _timing(settings)
-            return load_emulated_engine(config, timing), emulated_fingerprint(config, timing)
+            timing = EmulatedTiming(_emulated_latency(settings), settings.time_scale)
+            seed = f"{settings.seed}/{settings.node_id}" if settings.emulated_noise else None
+            return load_emulated_engine(config, timing, noise_seed=seed), emulated_fingerprint(config, timing)
         # Imported here so that emulated nodes run without torch.
         from services.node_agent.engine.torch.engine import load_engine, profile_fingerprint
 
@@ -51,11 +56,23 @@ def _engine_config(settings: NodeAgentSettings) -> EngineConfig:
     )
 
 
-def _timing(settings: NodeAgentSettings) -> EmulatedTiming:
-    """Raises ValueError for an unknown kind or form."""
-    return EmulatedTiming(
-        {
+def _emulated_latency(settings: NodeAgentSettings) -> NodeLatency:
+    """Raises StartupError for a profile that cannot be used, ValueError for an unknown kind or form."""
+    if not settings.emulated_profile:
+        models = {
             OpKind(kind): LatencyModel(latency.form, latency.coefficients)
             for kind, latency in settings.emulated_latency.items()
         }
-    )
+        return NodeLatency((models,) * settings.num_stages)
+    if settings.emulated_latency:
+        raise StartupError("set emulated_profile or emulated_latency, not both")
+    path = Path(settings.emulated_profile)
+    try:
+        profile = json_format.Parse(path.read_text(encoding="utf-8"), profile_pb2.Profile())
+        latency = latency_from_profile(profile)
+    except (OSError, ValueError, json_format.ParseError) as error:
+        raise StartupError(f"emulated_profile: {path} is not a usable profile: {error}") from error
+    if latency.num_stages != settings.num_stages:
+        message = f"{path} is of {latency.num_stages} stages, num_stages is {settings.num_stages}"
+        raise StartupError(f"emulated_profile: {message}")
+    return latency

@@ -22,6 +22,11 @@ REPORTS_DROPPED = prometheus.Counter(
     "lemix_node_reports_dropped_total", "Reports dropped while the scheduler was away; outcomes stay in the ledger"
 )
 CHECKPOINTS = prometheus.Counter("lemix_node_checkpoints_total", "Checkpoints", ["result"])
+CLOCK_SLIP = prometheus.Histogram(
+    "lemix_node_clock_slip_ratio",
+    "Emulated engine: how late an op's end was noticed, by the op's time",
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+)
 UNSAVED = prometheus.Gauge("lemix_node_unsaved_microbatches", "Micro-batches trained that no checkpoint has", ["node"])
 
 # Looking a child up by its labels costs more than counting does; what is counted with every op is looked up once.

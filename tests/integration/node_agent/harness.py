@@ -23,6 +23,7 @@ from services.ledger import Ledger, open_ledger
 from services.node_agent.agent import NodeAgent
 from services.node_agent.config import NodeAgentSettings
 from services.node_agent.engine.base import EngineConfig
+from services.node_agent.engine.emulated.device_timer import device_timer
 from services.node_agent.engine.emulated.engine import EmulatedEngine, Tamper, load_emulated_engine
 from services.node_agent.engine.emulated.timing import EmulatedTiming
 from services.node_agent.engine.emulated.worker import next_token
@@ -195,13 +196,18 @@ class ScriptedScheduler(Watched, scheduler_grpc.SchedulerServiceServicer):
 
 
 class Gate:
-    """Holds ops up: use `sleep` as the engine's sleep and give ops a duration. Open at first."""
+    """Holds ops up: use `timer` as the engine's timer and give ops a duration. Open at first."""
 
     def __init__(self) -> None:
         self._open = asyncio.Event()
         self._open.set()
         self.waiting = 0
         self._watched = Watched()
+        self._held: set[asyncio.Task[None]] = set()
+
+    def timer(self) -> "GateTimer":
+        """For one engine."""
+        return GateTimer(self)
 
     def close(self) -> None:
         """Ops that start from now on wait."""
@@ -211,8 +217,14 @@ class Gate:
         """Let everything go on."""
         self._open.set()
 
-    async def sleep(self, seconds: float) -> None:
-        """An op's time."""
+    def hold(self, call: Callable[[], None]) -> asyncio.Task[None]:
+        """Call when the gate is open."""
+        task = asyncio.create_task(self._hold(call))
+        self._held.add(task)
+        task.add_done_callback(self._held.discard)
+        return task
+
+    async def _hold(self, call: Callable[[], None]) -> None:
         self.waiting += 1
         await self._watched.changed()
         try:
@@ -220,10 +232,29 @@ class Gate:
             await asyncio.sleep(0)
         finally:
             self.waiting -= 1
+        call()
 
     async def until_waiting(self) -> None:
         """Return when an op is held up."""
         await self._watched.until(lambda: self.waiting > 0 and not self._open.is_set(), "an op that waits")
+
+
+class GateTimer:
+    """Ends ops when a gate is open, whatever time they take."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def call_at(self, time_s: float, call: Callable[[], None]) -> None:
+        """See device_timer.Timer."""
+        del time_s
+        self._tasks.append(self._gate.hold(call))
+
+    def close(self) -> None:
+        """See device_timer.Timer."""
+        for task in self._tasks:
+            task.cancel()
 
 
 class Node:
@@ -300,11 +331,12 @@ class Cluster:
             shutdown_grace_s=0.0,
             **settings,
         )
-        timing = EmulatedTiming({kind: LatencyModel("constant", (1.0,)) for kind in OpKind} if gate else {})
+        latency = {kind: LatencyModel("constant", (1e-6,)) for kind in OpKind} if gate else {}
+        timing = EmulatedTiming.alike(latency, num_stages)
         config = EngineConfig(
             model_path=str(self.model), num_stages=num_stages, kv_capacity_tokens=values.kv_capacity_tokens
         )
-        engine = load_emulated_engine(config, timing, sleep=gate.sleep if gate else asyncio.sleep, tamper=tamper)
+        engine = load_emulated_engine(config, timing, timer=gate.timer if gate else device_timer, tamper=tamper)
         stack.push_async_callback(engine.close)
         channel = await stack.enter_async_context(open_channel(self.scheduler.address))
         agent = NodeAgent(

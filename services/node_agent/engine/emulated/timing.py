@@ -1,66 +1,100 @@
 """How long emulated operations take."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from services.latency import LatencyModel, OpKind
+from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill
-from services.node_agent.engine.ops import Measure, StageOp
+from services.node_agent.engine.ops import Offload, Reload, StageOp
 from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
 from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint, SaveCheckpoint, Snapshot
+
+_KINDS: Mapping[type, OpKind] = {
+    Prefill: OpKind.PREFILL,
+    Decode: OpKind.DECODE,
+    TrainForward: OpKind.TRAIN_FORWARD,
+    TrainBackward: OpKind.TRAIN_BACKWARD,
+    OptimizerStep: OpKind.OPTIMIZER_STEP,
+    Snapshot: OpKind.WEIGHT_SYNC,
+    LoadWeights: OpKind.WEIGHT_SYNC,
+    SaveCheckpoint: OpKind.WEIGHT_SYNC,
+    RestoreCheckpoint: OpKind.WEIGHT_SYNC,
+    Offload: OpKind.OFFLOAD,
+    Reload: OpKind.RELOAD,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class EmulatedTiming:
-    """Latency models by kind, the same on every stage; a kind without one takes no time."""
+    """Latency of a node, and how many times as long its operations take here. A kind without a model takes no time."""
 
-    models: Mapping[OpKind, LatencyModel] = field(default_factory=dict)
+    latency: NodeLatency
+    time_scale: float = 1.0
 
-    def predict_s(self, kind: OpKind, batch: int, length: float) -> float:
-        """Seconds for `batch` sequences of `length` tokens (decode: context tokens)."""
-        model = self.models.get(kind)
-        return model.predict_s(batch, length) if model is not None else 0.0
+    @classmethod
+    def alike(cls, models: Mapping[OpKind, LatencyModel], num_stages: int = 1) -> "EmulatedTiming":
+        """The same models on every stage."""
+        return cls(NodeLatency((models,) * num_stages))
 
-    def op_s(self, op: StageOp, train_shapes: Mapping[str, tuple[int, int, int]]) -> float:
-        """Seconds for this op. train_shapes: of the micro-batches a backward may name, see `train_shape`."""
+    def predict_s(self, stage: int, kind: OpKind, batch: int, length: float, cached: float = 0.0) -> float:
+        """Seconds for `batch` sequences of `length` tokens (decode: context tokens) behind `cached` others."""
+        return self.latency.op_s(stage, kind, batch, length, cached) * self.time_scale
+
+    def op_s(self, stage: int, op: StageOp, *, shape: tuple[int, int, int] = (0, 0, 1), num_bytes: int = 0) -> float:
+        """Seconds for this op.
+
+        shape: of the micro-batch that a backward names, see `train_shape`. num_bytes: what an offload or reload moves.
+        """
         match op:
             case Prefill():
-                return self._prefill_s(op)
+                return self._prefill_s(stage, op)
             case Decode():
-                return self._decode_s(op.sequences)
+                return self._decode_s(stage, op.sequences)
             case TrainForward():
                 batch, length, parts = train_shape(op)
-                return self.predict_s(OpKind.TRAIN_FORWARD, batch, length) / parts
+                return self.predict_s(stage, OpKind.TRAIN_FORWARD, batch, length) / parts
             case TrainBackward():
-                batch, length, parts = train_shapes.get(op.task_id, (0, 0, 1))
-                return self.predict_s(OpKind.TRAIN_BACKWARD, batch, length) / parts
-            case OptimizerStep():
-                return self.predict_s(OpKind.OPTIMIZER_STEP, 1, 1)
-            case Snapshot() | LoadWeights() | SaveCheckpoint() | RestoreCheckpoint():
-                return self.predict_s(OpKind.WEIGHT_SYNC, 1, 1)
-            case Measure():
-                # Once is enough: every repetition would take the same.
-                return sum(self.predict_s(kind, op.batch, op.length) for kind in measured_kinds(op.kind))
+                batch, length, parts = shape
+                return self.predict_s(stage, OpKind.TRAIN_BACKWARD, batch, length) / parts
+            case Offload() | Reload():
+                return self._move_s(stage, kind_of(op), num_bytes)
             case _:
-                return 0.0
+                kind = kind_of(op)
+                return self.predict_s(stage, kind, 1, 1) if kind is not None else 0.0
 
-    def _prefill_s(self, op: Prefill) -> float:
-        """A prefill of tokens that follow cached ones takes what the whole takes more than they do."""
+    def slowdown(self, stage: int, kind: OpKind, busy: Iterable[OpKind]) -> float:
+        """What an op takes longer while other stages run these: the most that one of them alone costs it."""
+        return max((self.latency.slowdown(stage, kind, other) for other in busy), default=0.0)
+
+    def noise(self, stage: int, kind: OpKind) -> float:
+        """Relative standard deviation of an operation's durations."""
+        model = self.latency.models[stage].get(kind)
+        return model.noise if model is not None else 0.0
+
+    def _prefill_s(self, stage: int, op: Prefill) -> float:
         sequences = [sequence for sequence in op.sequences if not sequence.shares]
-        batch = len(sequences)
-        tokens = sum(sequence.end_token or len(sequence.token_ids) for sequence in sequences)
-        references = (len(s.reference_ids) for s in sequences if s.end_token in (0, len(s.token_ids)))
-        whole_s = self.predict_s(OpKind.PREFILL, batch, (tokens + sum(references)) / max(1, batch))
-        whole_s += self._decode_s(op.decodes) if op.decodes else 0.0
-        cached_tokens = sum(sequence.cached_tokens for sequence in sequences)
-        if not cached_tokens:
-            return whole_s
-        saved_s = self.predict_s(OpKind.PREFILL, batch, cached_tokens / batch)
-        return whole_s - saved_s + self.predict_s(OpKind.PREFILL, batch, 0)
+        batch = max(1, len(sequences))
+        cached = sum(sequence.cached_tokens for sequence in sequences)
+        tokens = sum(sequence.end_token or len(sequence.token_ids) for sequence in sequences) - cached
+        tokens += sum(len(s.reference_ids) for s in sequences if s.end_token in (0, len(s.token_ids)))
+        prefill_s = self.predict_s(stage, OpKind.PREFILL, batch, tokens / batch, cached / batch)
+        if not op.decodes:
+            return prefill_s
+        return self.latency.mixed_s(stage, prefill_s, self._decode_s(stage, op.decodes))
 
-    def _decode_s(self, sequences: tuple[DecodeSequence, ...]) -> float:
-        contexts = [sequence.position + 1 for sequence in sequences]
-        return self.predict_s(OpKind.DECODE, len(contexts), sum(contexts) / max(1, len(contexts)))
+    def _decode_s(self, stage: int, sequences: tuple[DecodeSequence, ...]) -> float:
+        contexts = sum(sequence.position + 1 for sequence in sequences)
+        return self.predict_s(stage, OpKind.DECODE, len(sequences), contexts / max(1, len(sequences)))
+
+    def _move_s(self, stage: int, kind: OpKind | None, num_bytes: int) -> float:
+        if kind is None or not self.latency.host_links:
+            return 0.0
+        return self.latency.host_links[stage].move_s(kind, num_bytes) * self.time_scale
+
+
+def kind_of(op: StageOp) -> OpKind | None:
+    """The kind an op is timed as; None for one that takes no time."""
+    return _KINDS.get(type(op))
 
 
 def train_shape(op: TrainForward) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """The books of one emulated stage, and the results of its ops."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from services.node_agent.checkpoint_files import state_file, weights_file, weights_files
-from services.node_agent.engine.base import ModelInfo, StageResult
-from services.node_agent.engine.emulated.timing import EmulatedTiming, measured_kinds, train_shape
+from services.node_agent.engine.base import EngineConfig, ModelInfo, StageResult
+from services.node_agent.engine.emulated.durations import StageDurations
+from services.node_agent.engine.emulated.memory import EmulatedMemory
+from services.node_agent.engine.emulated.timing import measured_kinds, train_shape
 from services.node_agent.engine.handle import Handle
 from services.node_agent.engine.inference_ops import (
     Decode,
@@ -23,15 +25,13 @@ from services.node_agent.engine.inference_ops import (
     SampledToken,
     Sampling,
 )
-from services.node_agent.engine.ops import Forget, Measure, StageOp, VersionedChange
+from services.node_agent.engine.ops import Forget, Measure, Offload, Reload, StageOp, VersionedChange
 from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
 from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint, SaveCheckpoint, Snapshot, round_of
 
 _INITIAL_WEIGHT = 4.0
 _ELEMENTS = 4
 _MAX_SNAPSHOTS = 2
-#: What a measurement says of an op that takes no time.
-_SHORTEST_S = 1e-6
 
 
 class BookkeepingError(RuntimeError):
@@ -52,27 +52,29 @@ class EmulatedStage:
     """
 
     def __init__(
-        self,
-        index: int,
-        num_stages: int,
-        info: ModelInfo,
-        kv_capacity_tokens: int,
-        directory: Path,
-        timing: EmulatedTiming,
+        self, index: int, config: EngineConfig, info: ModelInfo, directory: Path, durations: StageDurations
     ) -> None:
         self.index = index
         self.is_first = index == 0
-        self.is_last = index == num_stages - 1
+        self.is_last = index == config.num_stages - 1
         self.version = 0
         self.kv_tokens: dict[str, int] = {}
         self.train_shapes: dict[str, tuple[int, int, int]] = {}
         self.grad_norms_sq: dict[int, float] = {}
         self.clip_norms_sq: list[float | None] = []
-        self._num_stages = num_stages
+        self.memory = EmulatedMemory(
+            self.kv_tokens,
+            self.train_shapes,
+            kv_bytes_per_token=info.kv_bytes_per_token,
+            activation_bytes_per_token=info.activation_bytes_per_token,
+            kv_block_tokens=config.kv_block_tokens,
+        )
+        self._num_stages = config.num_stages
         self._info = info
-        self._kv_capacity_tokens = kv_capacity_tokens
+        self._kv_capacity_tokens = config.kv_capacity_tokens
+        self._can_offload = config.can_offload
         self._directory = directory
-        self._timing = timing
+        self._durations = durations
         #: By request: how it is sampled, and the tokens of its prompt.
         self._samplings: dict[str, tuple[Sampling, int]] = {}
         #: Pieces of a micro-batch that have run, of forward and backward together.
@@ -93,6 +95,8 @@ class EmulatedStage:
             SaveCheckpoint: self._save_checkpoint,
             RestoreCheckpoint: self._restore_checkpoint,
             Forget: self._forget,
+            Offload: self._offload,
+            Reload: self._reload,
             Measure: self._measure,
         }
 
@@ -106,6 +110,10 @@ class EmulatedStage:
         """Versions an op can run with, the current one last."""
         return tuple(self._weights)
 
+    def bytes_to_move(self, op: Offload | Reload) -> int:
+        """Bytes that an offload or reload copies."""
+        return self.memory.bytes_to_move(op.task_ids, to_host=isinstance(op, Offload))
+
     def perform(self, op: StageOp, begin_s: float, end_s: float) -> StageResult:
         """Do the op's bookkeeping; one that breaks it, or cannot be done, is returned as failed."""
         try:
@@ -114,11 +122,15 @@ class EmulatedStage:
             fields = {"error": f"{type(error).__name__}: {error}"}
         if isinstance(op, VersionedChange) and op.version == self.version:
             self._advance(op)
-        return StageResult(op_id=op.op_id, begin_s=begin_s, end_s=end_s, version=self.version, **fields)
+        held_bytes = self.memory.device_bytes() if self._can_offload else 0
+        return StageResult(
+            op_id=op.op_id, begin_s=begin_s, end_s=end_s, version=self.version, held_bytes=held_bytes, **fields
+        )
 
     # ------------------------------------------------------------- serving
 
     def _prefill(self, op: Prefill) -> dict[str, Any]:
+        self._check_on_device(name for s in op.sequences for name in (s.request_id, s.continues))
         partial = self._partial(op)
         ended = []
         for sequence in op.sequences:
@@ -160,6 +172,7 @@ class EmulatedStage:
         return {"tokens": self._next_tokens(op.sequences)}
 
     def _append(self, sequences: tuple[DecodeSequence, ...]) -> None:
+        self._check_on_device(sequence.request_id for sequence in sequences)
         for sequence in sequences:
             if self.kv_tokens.get(sequence.request_id) != sequence.position:
                 held = self.kv_tokens.get(sequence.request_id)
@@ -192,7 +205,21 @@ class EmulatedStage:
             raise BookkeepingError(f"the KV cache of {self._kv_capacity_tokens} tokens is full")
         self.kv_tokens[request_id] = self.kv_tokens.get(request_id, 0) + tokens
 
+    def _check_on_device(self, task_ids: Iterable[str]) -> None:
+        missing = self.memory.missing(task_ids)
+        if missing:
+            raise BookkeepingError(f"{', '.join(missing)} is in host memory")
+
+    def _offload(self, op: Offload) -> dict[str, Any]:
+        self.memory.offload(task_id for task_id in op.task_ids if self.memory.task_bytes(task_id))
+        return {}
+
+    def _reload(self, op: Reload) -> dict[str, Any]:
+        self.memory.reload(op.task_ids)
+        return {}
+
     def _forget(self, op: Forget) -> dict[str, Any]:
+        self.memory.reload(op.task_ids)
         for task_id in op.task_ids:
             self.kv_tokens.pop(task_id, None)
             self._samplings.pop(task_id, None)
@@ -224,6 +251,7 @@ class EmulatedStage:
             raise BookkeepingError("a gradient comes from the next stage with the first piece, and only from there")
         if op.task_id not in self.train_shapes:
             raise BookkeepingError(f"{op.task_id} has no saved activations")
+        self._check_on_device((op.task_id,))
         parts = self.train_shapes[op.task_id][2]
         self._count_piece(op.task_id, parts + op.part)
         if op.part + 1 < parts:
@@ -301,9 +329,8 @@ class EmulatedStage:
         kinds = measured_kinds(op.kind)
         if not kinds:
             raise ValueError(f"cannot measure {op.kind!r}")
-        one_s = {kind: max(_SHORTEST_S, self._timing.predict_s(kind, op.batch, op.length)) for kind in kinds}
         return {
-            "durations_s": tuple((kind.value, (one_s[kind],) * op.repetitions) for kind in kinds),
+            "durations_s": tuple((kind.value, self._durations.measured_s(kind, op)) for kind in kinds),
             "resident_bytes": (self.index + 1) << 20,
         }
 

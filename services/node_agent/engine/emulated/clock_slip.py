@@ -1,0 +1,59 @@
+"""How late the ends of emulated operations are noticed: the error of an emulation in real time."""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from services.node_agent import metrics
+
+#: Upper bounds of the buckets, as a share of the operation's own time; each is an eighth more than the one before.
+_SMALLEST, _GROWTH, _BUCKETS = 1e-5, 1.125, 120
+_BOUNDS = tuple(_SMALLEST * _GROWTH**index for index in range(_BUCKETS))
+
+
+@dataclass(frozen=True, slots=True)
+class SlipFigures:
+    """Clock slip since the start: late noticed ends by the time of the operation that ended. Shares, not per cent.
+
+    Quantiles are of the operations' own shares, and at most an eighth too high. total: all lateness by all time.
+    """
+
+    ops: int = 0
+    p50: float = 0.0
+    p99: float = 0.0
+    worst_s: float = 0.0
+    total: float = 0.0
+
+
+class ClockSlip:
+    """Counts the clock slip of a node's stages."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (_BUCKETS + 1)
+        self._ops = 0
+        self._late_s = self._duration_s = self._worst_s = 0.0
+
+    def observe(self, late_s: float, duration_s: float) -> None:
+        """An operation of `duration_s` was noticed to have ended `late_s` after its end."""
+        share = late_s / duration_s
+        self._counts[bisect_left(_BOUNDS, share)] += 1
+        self._ops += 1
+        self._late_s += late_s
+        self._duration_s += duration_s
+        self._worst_s = max(self._worst_s, late_s)
+        metrics.CLOCK_SLIP.observe(share)
+
+    def figures(self) -> SlipFigures:
+        """What was counted so far."""
+        if not self._ops:
+            return SlipFigures()
+        total = self._late_s / self._duration_s
+        return SlipFigures(self._ops, self._quantile(0.5), self._quantile(0.99), self._worst_s, total)
+
+    def _quantile(self, share: float) -> float:
+        wanted = share * self._ops
+        seen = 0
+        for bound, count in zip(_BOUNDS, self._counts, strict=False):
+            seen += count
+            if seen >= wanted:
+                return bound
+        return _BOUNDS[-1]

@@ -120,7 +120,7 @@ class EmulatedWorker:
         device.running.pop(self._stage.index, None)
         if future.done() or self.closed:
             return
-        if end_s > begin_s:
+        if kind_of(op) is not None and end_s > begin_s:
             device.slip.observe(max(0.0, device.clock.monotonic_s() - end_s), end_s - begin_s)
         try:
             result = self._stage.perform(op, begin_s, end_s)

@@ -107,7 +107,7 @@ def _title(setting: Setting, what: str) -> str:
 
 
 def _print_notes(console: Console, setting: Setting, warnings: Sequence[str]) -> None:
-    terminal.say(console, f"{terminal.demand_line(setting.demand)}; durations vary by {setting.scenario.noise:.1%}")
+    terminal.say(console, f"{terminal.demand_line(setting.demand)}; durations vary by {setting.noise:.1%}")
     if setting.sample.num_requests < 100:
         terminal.say(console, f"p99 of {setting.sample.num_requests} requests is the slowest of them: simulate more")
     for line in warnings:

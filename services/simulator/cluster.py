@@ -301,7 +301,7 @@ class Simulation:
         for command in node.core.step(now_s, event):
             if type(command) is RunOp:
                 stage, op = command.stage, command.op
-                self._push(now_s + node.duration_s(stage, op), _OP_END, node, stage, (op, now_s))
+                self._push(now_s + node.begin(stage, op), _OP_END, node, stage, (op, now_s))
             elif type(command) is TaskDone:
                 self._task_done(node, command)
         wakeup_s = node.core.next_wakeup_s
@@ -328,6 +328,7 @@ class Simulation:
         if first_token:
             self._journal.first_tokens(now_s, op)
         self._report(convert.trace(node.node_id, stage, op, begin_s, now_s, first_token=first_token))
+        node.end(stage)
         self._step_node(node, OpDone(stage, op.op_id, node.stopped(stage, op)))
         if kind is OpKind.WEIGHT_SYNC and stage == node.top:
             self._sync_op_ended(node, op)

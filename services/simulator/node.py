@@ -1,15 +1,24 @@
-"""A virtual node: the production node core, with durations from latency models instead of an engine."""
+"""A virtual node: the production node core, with durations from latency models instead of an engine.
 
+What the node's other stages run when an operation begins slows it down by the share that the profile measured, if it
+did. Approximate in two ways: what begins or ends on them meanwhile changes nothing any more, and of several stages each
+counts as its part of the slowdown that was measured with all of them busy.
+"""
+
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from random import Random
 
-from services.latency import OpKind
+from services.latency import LatencyModel, OpKind
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.types import Op, QueueOrder
 from services.scheduler.core.costs import NodeCosts
 from services.simulator.types import SimulationConfig, VirtualNode
 
 _INFERENCE = (OpKind.PREFILL, OpKind.DECODE)
+#: A model whose residuals are wider says nothing about single operations.
+_MOST_NOISE = 0.5
 #: A noisy duration stays above this share of the modelled one.
 _SHORTEST = 0.1
 
@@ -23,6 +32,7 @@ class SimNode:
         "_noise",
         "_random",
         "_remaining",
+        "_running",
         "alive",
         "core",
         "node_id",
@@ -40,20 +50,42 @@ class SimNode:
         #: When the pending timer fires; None: no timer.
         self.timer_s: float | None = None
         self._costs = NodeCosts(spec.latency)
-        self._noise = config.noise
+        self._noise = [_noise(stage, config.noise) for stage in spec.latency.models]
         self._cut_overhead = config.cut_overhead
         self._random = random
         #: Tokens a request has still to produce.
         self._remaining: dict[str, int] = {}
+        #: By stage, what runs there; None: nothing.
+        self._running: list[OpKind | None] = [None] * spec.core.num_stages
 
     def took(self, task_id: str, output_tokens: int) -> None:
         """A request came whose output will have this many tokens."""
         self._remaining[task_id] = output_tokens
 
+    def begin(self, stage: int, op: Op) -> float:
+        """An operation begins on an idle stage; it will take so many seconds."""
+        duration_s = self.duration_s(stage, op)
+        latency = self.spec.latency
+        if latency.interference:
+            slowdowns = [latency.slowdown(stage, op.kind, busy) for busy in self._running if busy is not None]
+            duration_s *= 1.0 + sum(slowdowns) / max(1, self.top)
+        self._running[stage] = op.kind
+        return duration_s
+
+    def end(self, stage: int) -> None:
+        """The operation on a stage ended."""
+        self._running[stage] = None
+
+    def _move_s(self, stage: int, op: Op) -> float:
+        spec = self.spec
+        if spec.latency.host_links and spec.host_link_bytes_per_s == math.inf:
+            return spec.latency.host_links[stage].move_s(op.kind, op.num_bytes)
+        return op.num_bytes / spec.host_link_bytes_per_s
+
     def duration_s(self, stage: int, op: Op) -> float:
-        """How long an operation takes on a stage."""
+        """How long an operation takes on a stage whose neighbours are idle."""
         if op.num_bytes:
-            return op.num_bytes / self.spec.host_link_bytes_per_s
+            return self._move_s(stage, op)
         batch = op.batch
         if batch:
             if op.kind is OpKind.DECODE:
@@ -65,11 +97,13 @@ class SimNode:
             duration_s = self._costs.stage_s(stage, op.kind, 1, 1)
         if op.decodes:
             contexts = op.decode_context_tokens / op.decodes
-            duration_s += self._costs.stage_s(stage, OpKind.DECODE, op.decodes, contexts)
+            decode_s = self._costs.stage_s(stage, OpKind.DECODE, op.decodes, contexts)
+            duration_s = self.spec.latency.mixed_s(stage, duration_s, decode_s)
         if op.parts > 1:
             duration_s *= (1.0 + self._cut_overhead) / op.parts
-        if self._noise:
-            duration_s *= max(_SHORTEST, 1.0 + self._noise * self._random.gauss(0.0, 1.0))
+        noise = self._noise[stage][op.kind]
+        if noise:
+            duration_s *= max(_SHORTEST, 1.0 + noise * self._random.gauss(0.0, 1.0))
         return duration_s
 
     def stopped(self, stage: int, op: Op) -> tuple[str, ...]:
@@ -88,3 +122,10 @@ class SimNode:
     def left(self, task_id: str) -> None:
         """A task left the node."""
         self._remaining.pop(task_id, None)
+
+
+def _noise(models: Mapping[OpKind, LatencyModel], noise: float | None) -> dict[OpKind, float]:
+    """Relative standard deviation of durations by kind: the one that was asked for, or each model's own."""
+    if noise is not None:
+        return dict.fromkeys(OpKind, noise)
+    return {kind: min(models[kind].noise, _MOST_NOISE) if kind in models else 0.0 for kind in OpKind}

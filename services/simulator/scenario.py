@@ -95,7 +95,8 @@ class Scenario:
     training: Training = Training()
     policy: str = "lemix"
     policy_options: Mapping[str, float | int | str | bool] = field(default_factory=dict)
-    noise: float = 0.0
+    #: None: every operation varies as the profile says.
+    noise: float | None = 0.0
     max_tokens: int = 0
     horizon_s: float = math.inf
     hold_s: float = 10.0

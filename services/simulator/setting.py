@@ -47,6 +47,11 @@ class Setting:
     #: What to know before believing the figures, a line each.
     cautions: tuple[str, ...]
 
+    @property
+    def noise(self) -> float:
+        """Relative standard deviation of durations; of a profile's the mean over its operations."""
+        return self.profile.noise if self.scenario.noise is None else self.scenario.noise
+
     def describe(self) -> dict[str, Any]:
         """For the JSON file."""
         scenario, slo = self.scenario, self.scenario.slo
@@ -69,7 +74,7 @@ class Setting:
                 "serving": _finite(self.demand.serving_nodes),
                 "training": _finite(self.demand.training_nodes),
             },
-            "noise": scenario.noise,
+            "noise": self.noise,
             "seeds": list(self.seeds),
         }
 
@@ -111,7 +116,7 @@ def build(options: argparse.Namespace) -> Setting:
         training=_training(options),
         policy=options.policy,
         policy_options=policy_options,
-        noise=profile.noise if options.noise is None else options.noise,
+        noise=options.noise,
         max_tokens=options.max_tokens,
         horizon_s=options.horizon_s,
     )

@@ -53,7 +53,7 @@ class VirtualNode:
 
     latency: how long its operations really take. believed: what the scheduler was told (a profile with its error);
     None: the truth. Times are simulation seconds; `lost_s` must be after `joins_s`. host_link_bytes_per_s: between the
-    memory of a stage and that of its host, one way at a time (`core.memory`).
+    memory of a stage and that of its host, one way at a time (`core.memory`); infinite: as `latency` says, if it does.
     """
 
     node_id: str
@@ -76,15 +76,15 @@ class VirtualNode:
 class SimulationConfig:
     """How a simulation runs.
 
-    noise: relative standard deviation of operation durations. cut_overhead: share that cutting a training operation
-    into pieces adds to it. dispatch_s: from a decision until the node has the task.
+    noise: relative standard deviation of operation durations; None: each as its latency model says. cut_overhead: share
+    that cutting a training operation into pieces adds to it. dispatch_s: from a decision until the node has the task.
     report_s: from the end of an operation or task until the scheduler knows. transfer_s: a replica's weights from one
     node to another. horizon_s: stop then, whatever is unfinished. keep_ops: keep every operation (costs memory).
     """
 
     core: CoreConfig
     seed: int = 0
-    noise: float = 0.0
+    noise: float | None = 0.0
     cut_overhead: float = 0.05
     dispatch_s: float = 0.0
     report_s: float = 0.0
@@ -93,7 +93,9 @@ class SimulationConfig:
     keep_ops: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("noise", "cut_overhead", "dispatch_s", "report_s", "transfer_s", "horizon_s"):
+        if self.noise is not None and not self.noise >= 0.0:
+            raise ValueError(f"noise must not be negative, got {self.noise}")
+        for name in ("cut_overhead", "dispatch_s", "report_s", "transfer_s", "horizon_s"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

@@ -108,4 +108,10 @@ class NodeDescription:
             vocab_size=info.vocab_size,
             worker_pids=[worker.pid for worker in self._engine.workers],
             weight_step=self._loop.ages.newest_step,
+            engine=settings.engine,
+            device=info.device,
+            dtype=settings.dtype,
+            threads_per_stage=settings.threads_per_stage,
+            kv_bytes_per_token=info.kv_bytes_per_token,
+            kv_capacity_tokens=self._loop.snapshot().kv_capacity_tokens,
         )

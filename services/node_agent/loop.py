@@ -5,7 +5,7 @@ Everything here runs on one asyncio loop and `_step` never awaits, so events rea
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 
 import structlog
 
@@ -35,12 +35,12 @@ from services.node_agent.core.types import (
     TrainingMicrobatch,
 )
 from services.node_agent.engine.base import StageResult, StageWorker
-from services.node_agent.engine.ops import Offload, Reload
+from services.node_agent.engine.ops import Forget, Offload, Reload
 from services.node_agent.engine.training_ops import AdapterSpec, OptimizerSpec
 from services.node_agent.loop_ports import Listener, NodeBroken
 from services.node_agent.op_results import OpResults, count, unusable
 from services.node_agent.payloads import PayloadBuilder
-from services.node_agent.stage_runner import StageRunner
+from services.node_agent.stage_runner import AGENT_OP_ID, StageRunner
 from services.node_agent.tasks import MicrobatchTask, RequestTask, Task
 from services.node_agent.wakeup import Wakeup
 from services.node_agent.weight_ages import WeightAges
@@ -98,8 +98,8 @@ class AgentLoop:
             clock=clock,
             listener=listener,
         )
-        # Events that wait for a measurement; None when none runs.
-        self._held: list[Event] | None = None
+        # What waits for a measurement; None when none runs.
+        self._held: list[Callable[[], None]] | None = None
         self._queue_order: QueueOrder | None = None
         self._wakeup = Wakeup(clock, lambda: self._feed(Tick()))
 
@@ -218,15 +218,31 @@ class AgentLoop:
     @contextlib.asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
         """The stages for oneself; events that come meanwhile wait. Raises LemixError CONFLICT when there is work."""
-        if self._held is not None or not self._is_idle():
+        if not self._is_idle():
             raise LemixError(ErrorCode.CONFLICT, "the node has work")
+        with self._holding():
+            yield
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """The stages for oneself as soon as their running ops have ended; all else, the ends of these ops too, waits.
+        Raises LemixError CONFLICT during a measurement."""
+        with self._holding():
+            for runner in self._runners:
+                await runner.call(Forget(AGENT_OP_ID, ()))
+            yield
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        if self._held is not None:
+            raise LemixError(ErrorCode.CONFLICT, "the node is being measured")
         self._held = []
         try:
             yield
         finally:
             held, self._held = self._held, None
-            for event in held:
-                self._step(event)
+            for resume in held:
+                resume()
             self._change_order_when_idle()
 
     def set_queue_order(self, order: QueueOrder) -> None:
@@ -254,7 +270,7 @@ class AgentLoop:
 
     def _feed(self, event: Event) -> None:
         if self._held is not None:
-            self._held.append(event)
+            self._held.append(lambda: self._step(event))
         else:
             self._step(event)
 
@@ -298,6 +314,9 @@ class AgentLoop:
 
     def _op_ended(self, stage: int, op: Op, result: StageResult) -> None:
         """Take over what an op produced, then tell the core, whose next ops build on it."""
+        if self._held is not None:
+            self._held.append(lambda: self._resume(stage, op, result))
+            return
         is_last = stage == self.num_stages - 1
         if op.changes_weights and result.version != op.version + 1:
             raise NodeBroken(f"stage {stage} is at version {result.version} after an op that leads to {op.version + 1}")
@@ -322,6 +341,14 @@ class AgentLoop:
         # The next ops are on their way by now: nobody waits for what follows.
         count(stage, op, result, failed=bool(error))
         self._listener.on_trace(trace_to_proto(op, stage, result, is_last=is_last, isolated=isolated))
+
+    def _resume(self, stage: int, op: Op, result: StageResult) -> None:
+        """An op that ended while the stages were held."""
+        try:
+            self._op_ended(stage, op, result)
+        except Exception as error:
+            self.fail(error)
+            raise
 
     def _stepped(self, op: Op, *, failed: bool, isolated: bool) -> None:
         """An optimizer step left the last stage. That of an isolated adapter makes the served model no newer."""

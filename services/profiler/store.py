@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 
 import structlog
-from google.protobuf import json_format
 
 from lemix.internal.v1 import profile_pb2
+from services.profile_artifact import ArtifactError, content_hash, read_artifact, write_artifact
 
 _log = structlog.get_logger()
 
@@ -21,13 +21,13 @@ class CorruptProfile(ValueError):
 
 
 class ProfileStore:
-    """Profiles on disk. Files are never changed, only added; not safe for two processes on one directory."""
+    """Profiles on disk. Files are added and deleted, never changed; not safe for two processes on one directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def save(self, profile: profile_pb2.Profile) -> profile_pb2.Profile:
-        """Store a profile as the next version of its fingerprint; returns it with `version` and `profile_id` set.
+        """Store a profile as the next version of its fingerprint; returns it with version, profile_id and content_hash.
 
         The file appears whole or not at all. Raises ValueError for an unusable fingerprint, OSError for a full disk.
         """
@@ -37,27 +37,74 @@ class ProfileStore:
         stored.CopyFrom(profile)
         stored.version = max(self._versions(folder), default=0) + 1
         stored.profile_id = f"{stored.fingerprint}-{stored.version}"
-        text = json_format.MessageToJson(stored, preserving_proto_field_name=True)
-        _write_atomically(folder / f"{stored.version}.json", text)
+        stored.content_hash = content_hash(stored)
+        _write_atomically(folder / f"{stored.version}.json", write_artifact(stored))
         return stored
 
     def newest(self, fingerprint: str) -> profile_pb2.Profile | None:
-        """The newest readable version; None when there is none.
+        """The newest complete version that can be read; without any the newest incomplete one. None: there is none.
 
         A file that cannot be read is logged by name and the version before it is used.
         """
+        incomplete: profile_pb2.Profile | None = None
         folder = self._folder(fingerprint)
         for version in sorted(self._versions(folder), reverse=True):
             try:
-                return load_profile(folder / f"{version}.json")
+                profile = load_profile(folder / f"{version}.json")
             except CorruptProfile as error:
                 _log.error("corrupt profile, trying the version before", error=str(error))
-        return None
+                continue
+            if not profile.incomplete_reason:
+                return profile
+            incomplete = incomplete or profile
+        return incomplete
+
+    def get(self, profile_id: str) -> profile_pb2.Profile | None:
+        """This profile; None when there is none. Raises ValueError for what is no id, CorruptProfile."""
+        path = self._path(profile_id)
+        return load_profile(path) if path.is_file() else None
+
+    def delete(self, profile_id: str) -> bool:
+        """Delete a profile, readable or not. False when there is none. Raises ValueError for what is no id, OSError."""
+        path = self._path(profile_id)
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
+        return True
+
+    def all(self, fingerprint: str = "") -> tuple[list[profile_pb2.Profile], list[str]]:
+        """Every readable profile (of one fingerprint), newest first, and what is wrong with the other files.
+
+        Raises ValueError for what is no fingerprint.
+        """
+        if fingerprint:
+            folders = [self._folder(fingerprint)]
+        else:
+            folders = [path for path in self._directory.iterdir() if _FINGERPRINT.fullmatch(path.name)]
+        profiles: list[profile_pb2.Profile] = []
+        problems: list[str] = []
+        for folder in sorted(folders):
+            for version in self._versions(folder):
+                try:
+                    profiles.append(load_profile(folder / f"{version}.json"))
+                except CorruptProfile as error:
+                    problems.append(str(error))
+        profiles.sort(key=lambda profile: (-profile.created_unix_s, profile.fingerprint, -profile.version))
+        return profiles, problems
 
     def _folder(self, fingerprint: str) -> Path:
         if not _FINGERPRINT.fullmatch(fingerprint):
             raise ValueError(f"{fingerprint!r} is not a fingerprint: letters, digits, '.', '_', '-', at most 128")
         return self._directory / fingerprint
+
+    def _path(self, profile_id: str) -> Path:
+        fingerprint, _, version = profile_id.rpartition("-")
+        if not _VERSION.fullmatch(version) or not _FINGERPRINT.fullmatch(fingerprint):
+            raise ValueError(f"{profile_id!r} is not a profile's id: <fingerprint>-<version>")
+        return self._folder(fingerprint) / f"{version}.json"
 
     @staticmethod
     def _versions(folder: Path) -> list[int]:
@@ -67,11 +114,14 @@ class ProfileStore:
 
 
 def load_profile(path: Path) -> profile_pb2.Profile:
-    """Read one artifact. Raises CorruptProfile naming the file, also when it belongs to another version."""
+    """Read one artifact. Raises CorruptProfile naming the file, also when it belongs to another version, when its
+    content was changed, and when it has no hash that could tell."""
     try:
-        profile = json_format.Parse(path.read_text(encoding="utf-8"), profile_pb2.Profile())
-    except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+        profile = read_artifact(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ArtifactError) as error:
         raise CorruptProfile(f"{path}: {error}") from error
+    if not profile.content_hash:
+        raise CorruptProfile(f"{path}: has no content_hash")
     if str(profile.version) != path.stem or profile.fingerprint != path.parent.name:
         raise CorruptProfile(f"{path}: holds version {profile.version} of {profile.fingerprint!r}")
     if not any(fit.chosen for fit in profile.fits):

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc.aio
 import structlog
-from google.protobuf import json_format
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import profile_pb2, profiler_service_pb2, profiler_service_pb2_grpc, scheduler_service_pb2
-from services.latency import NodeLatency
-from services.profile_messages import latency_from_profile
+from services.latency import NodeLatency, OpKind
+from services.profile_artifact import ArtifactError, read_artifact
+from services.profile_messages import KIND_OF_PROTO, latency_from_profile
 from services.runtime.app import StartupError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 
 _LOOKUP_TIMEOUT_S = 5.0
+#: An incomplete profile that has all of these is as good as a complete one to predict with.
+_NEEDED = frozenset((OpKind.PREFILL, OpKind.DECODE, OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD, OpKind.OPTIMIZER_STEP))
 
 
 class ProfileSource(Protocol):
@@ -39,14 +41,19 @@ class StoredProfile:
     def __init__(self, path: Path) -> None:
         """Raises StartupError when the file is not a usable profile."""
         try:
-            profile = json_format.Parse(path.read_text(encoding="utf-8"), profile_pb2.Profile())
-            self._latency = latency_from_profile(profile)
-        except (OSError, ValueError, json_format.ParseError) as error:
+            self._profile = read_artifact(path.read_text(encoding="utf-8"))
+            self._latency = latency_from_profile(self._profile)
+        except (OSError, ValueError, ArtifactError) as error:
             raise StartupError(f"profile_path: {path} is not a usable profile: {error}") from error
 
     async def latency(self, hello: scheduler_service_pb2.NodeHello) -> NodeLatency:
-        """The stored models."""
-        del hello
+        """The stored models. Raises LemixError CONFLICT for a node that serves another model."""
+        profile = self._profile
+        if profile.model and hello.model and profile.model != hello.model:
+            message = (
+                f"node {hello.node_id} serves {hello.model!r}, profile {profile.profile_id} is of {profile.model!r}"
+            )
+            raise LemixError(ErrorCode.CONFLICT, message)
         return self._latency
 
     async def close(self) -> None:
@@ -57,7 +64,8 @@ class ProfilerClient:
     """Asks the profiler, which measures nodes of a kind that it does not know.
 
     Nodes of one kind that join together are measured at the same time, so that nodes that share a machine are measured
-    as they will run: under each other's load on memory and caches. Later ones get the newest stored profile.
+    as they will run: under each other's load on memory and caches. Later ones get the newest stored profile; one that
+    lacks an operation, because its measurement did not get to its end, only if the node cannot be measured now.
     """
 
     def __init__(self, channel: grpc.aio.Channel, *, measure_timeout_s: float) -> None:
@@ -69,17 +77,32 @@ class ProfilerClient:
         """Stored or measured models."""
         try:
             profile = await self._stored(hello.profile_fingerprint)
-            if profile is None:
-                _log.info("measuring a new node", node=hello.node_id, address=hello.address)
-                request = profiler_service_pb2.ProfileNodeRequest(node_address=hello.address)
-                response = await self._stub.ProfileNode(request, timeout=self._measure_timeout_s)
-                profile = response.profile
+            if profile is None or _lacks_something(profile):
+                profile = await self._measured(hello, profile)
         except grpc.aio.AioRpcError as error:
             raise LemixError.from_rpc(error) from error
         try:
             return latency_from_profile(profile)
         except ValueError as error:
             raise LemixError(ErrorCode.CONFLICT, str(error)) from error
+
+    async def _measured(
+        self, hello: scheduler_service_pb2.NodeHello, partial: profile_pb2.Profile | None
+    ) -> profile_pb2.Profile:
+        """A new profile; when that fails, the partial one if there is any. Raises AioRpcError, LemixError."""
+        _log.info("measuring a new node", node=hello.node_id, address=hello.address)
+        request = profiler_service_pb2.ProfileNodeRequest(node_address=hello.address)
+        try:
+            async for response in self._stub.ProfileNode(request, timeout=self._measure_timeout_s):
+                if response.HasField("profile"):
+                    return response.profile
+        except grpc.aio.AioRpcError as error:
+            if partial is None:
+                raise
+            reason = LemixError.from_rpc(error).message
+            _log.warning("using an incomplete profile", node=hello.node_id, profile=partial.profile_id, reason=reason)
+            return partial
+        raise LemixError(ErrorCode.INTERNAL, f"the profiler measured node {hello.node_id} and sent no profile")
 
     async def close(self) -> None:
         """Close the channel."""
@@ -94,3 +117,11 @@ class ProfilerClient:
                 return None
             raise
         return response.profile
+
+
+def _lacks_something(profile: profile_pb2.Profile) -> bool:
+    """Whether a profile that was not measured to its end misses an operation on a stage."""
+    if not profile.incomplete_reason:
+        return False
+    known = {(fit.stage, KIND_OF_PROTO[fit.op]) for fit in profile.fits if fit.chosen and fit.op in KIND_OF_PROTO}
+    return any((stage, op) not in known for stage in range(profile.num_stages) for op in _NEEDED)

@@ -15,6 +15,18 @@ from services.node_agent.engine.ops import StageOp
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredMemory:
+    """Bytes of a stage. peak: the most that its process (on a GPU: what it allocated there) took while an op was
+    timed; resident: of the process afterwards; moved: by an op that moves. 0: not known."""
+
+    resident_bytes: int
+    peak_bytes: int = 0
+    weight_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    moved_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StageResult:
     """What an op produced.
 
@@ -46,8 +58,8 @@ class StageResult:
     held_bytes: int = 0
     #: Measure: durations per repetition by op kind.
     durations_s: tuple[tuple[str, tuple[float, ...]], ...] = ()
-    #: Resident memory of the worker, bytes (Measure only).
-    resident_bytes: int = 0
+    #: Measure only.
+    memory: MeasuredMemory | None = None
     #: Set when the op raised: "<ExceptionType>: message". The worker stays usable.
     error: str = ""
 
@@ -115,6 +127,8 @@ class ModelInfo:
     #: What a token takes on the stage where it takes most: in the KV cache, and for a backward (0: not measured).
     kv_bytes_per_token: int = 0
     activation_bytes_per_token: int = 0
+    #: Devices of the stages with their names ("cpu AMD EPYC"), each once.
+    device: str = ""
     #: Projections that LoRA can adapt, by the last part of their names; empty: the engine takes any name.
     projections: tuple[str, ...] = ()
 

@@ -46,7 +46,10 @@ class Reload:
 class Measure:
     """Time one op on this stage with made-up data; weights, KV cache and optimizer state are left as they were.
 
-    kind: an `OpKind` value; train_forward returns forward and backward durations.
+    kind: an `OpKind` value; train_forward returns forward and backward durations, offload those of both ways.
+    beside: kind of op that the other stages run meanwhile; only who makes durations up needs to know.
+    Prefill: behind `cached_tokens` of each sequence, together with `decodes` requests of `decode_length` context
+    tokens. Offload: `num_bytes` of KV cache, rounded to whole blocks.
     """
 
     op_id: int
@@ -55,6 +58,11 @@ class Measure:
     length: int
     repetitions: int
     warmup: int
+    cached_tokens: int = 0
+    decodes: int = 0
+    decode_length: int = 0
+    num_bytes: int = 0
+    beside: str = ""
 
 
 StageOp = (

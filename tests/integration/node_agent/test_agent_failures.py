@@ -15,7 +15,7 @@ from lemix.v1 import errors_pb2, types_pb2
 from services.ledger import Delivery, LedgerUnavailable, open_ledger
 from services.node_agent.engine.base import StageResult, WorkerDied
 from services.node_agent.engine.inference_ops import Decode
-from services.node_agent.engine.ops import StageOp
+from services.node_agent.engine.ops import Measure, StageOp
 from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
 from services.node_agent.loop_ports import NodeBroken
 from tests.integration.node_agent.harness import Gate, cluster, expected_tokens, inference_item, training_item
@@ -255,6 +255,17 @@ async def test_measuring(tmp_path: Path) -> None:
         {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_TRAIN_BACKWARD, batch=1, length=1)]},
         {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=0, length=1)]},
         {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=1, length=513)]},
+        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_PREFILL, batch=1, length=500, cached_tokens=13)]},
+        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=1, length=5, cached_tokens=13)]},
+        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_PREFILL, batch=1, length=5, decodes=2)]},
+        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_OFFLOAD, batch=1, length=5)]},
+        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_RELOAD, batch=1, length=5, num_bytes=5)]},
+        {"points": [node_pb2.GridPoint(op=77, batch=1, length=5)]},
+        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_PREFILL, batch=1, length=5, busy=5)]},
+        {"points": []},
+        {"points": [], "rounds": 101},
+        {"points": [], "budget_s": float("nan")},
+        {"allow_busy": True, "samples": [work_pb2.TrainingExample(token_ids=[1, 2])]},
     ],
 )
 async def test_bad_measurements_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -262,6 +273,70 @@ async def test_bad_measurements_are_refused(tmp_path: Path, changes: dict[str, A
         node = await made.start_node()
         with pytest.raises(Exception, match=r"must be|cannot be|at most|at least"):
             _ = [r async for r in node.stub.MeasureOps(node_pb2.MeasureOpsRequest(**{"repetitions": 1, **changes}))]
+
+
+async def test_points_are_measured_in_rounds_with_all_they_say(tmp_path: Path) -> None:
+    train, offload = profile_pb2.OP_KIND_TRAIN_FORWARD, profile_pb2.OP_KIND_OFFLOAD
+    prefill = node_pb2.GridPoint(
+        op=profile_pb2.OP_KIND_PREFILL, batch=1, length=8, cached_tokens=4, decodes=2, decode_length=6, busy=train
+    )
+    move = node_pb2.GridPoint(op=offload, batch=1, length=3, num_bytes=1000)
+    async with cluster(tmp_path) as made:
+        node = await made.start_node()
+        request = node_pb2.MeasureOpsRequest(points=[prefill, move], repetitions=2, rounds=2)
+        *timed, last = [response async for response in node.stub.MeasureOps(request)]
+        assert [response.point for response in timed] == [0, 1, 0, 1]
+        assert not last.HasField("point")
+        for item in timed[0].measurements:
+            said = (item.cached_tokens, item.decodes, item.decode_length, item.busy, len(item.durations_s))
+            assert said == (4, 2, 6, train, 2)
+        moved = [(item.op, item.stage, item.num_bytes) for item in timed[1].measurements]
+        assert moved == [(kind, stage, 1000) for stage in (0, 1) for kind in (offload, profile_pb2.OP_KIND_RELOAD)]
+
+
+async def test_a_spent_budget_ends_the_measurement(tmp_path: Path) -> None:
+    point = node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=1, length=8)
+    async with cluster(tmp_path) as made:
+        node = await made.start_node()
+        request = node_pb2.MeasureOpsRequest(points=[point], repetitions=1, rounds=100, budget_s=1e-9)
+        (last,) = [response async for response in node.stub.MeasureOps(request)]
+        assert not last.HasField("point")
+
+
+async def test_a_point_too_large_for_the_memory_is_left_out(tmp_path: Path) -> None:
+    def tamper(stage: int, op: StageOp, result: StageResult) -> StageResult:
+        if isinstance(op, Measure) and op.batch == 7 and stage == 1:
+            return replace(result, error="OutOfMemoryError: tried to allocate 7 GiB")
+        return result
+
+    points = [node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=batch, length=8) for batch in (7, 1)]
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(tamper=tamper)
+        request = node_pb2.MeasureOpsRequest(points=points, repetitions=1, rounds=2)
+        responses = [response async for response in node.stub.MeasureOps(request)]
+        assert [response.point for response in responses[:-1]] == [0, 1, 1]
+        assert "stage 1 cannot measure decode with batch 7" in responses[0].left_out_reason
+        assert not responses[0].measurements
+
+
+async def test_measuring_between_the_operations_of_a_busy_node(tmp_path: Path) -> None:
+    """Work goes on, nothing of it is lost, and every point is measured."""
+    gate = Gate()
+    point = node_pb2.GridPoint(op=profile_pb2.OP_KIND_PREFILL, batch=1, length=8)
+    request = node_pb2.MeasureOpsRequest(points=[point], repetitions=1, rounds=5, allow_busy=True)
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(gate=gate)
+        gate.close()
+        await made.assign(inference_item("r1", [1], 40))
+        await made.assign(training_item("job", 0, [[5, 6, 7, 8]], learning_rate=1e-2))
+        await gate.until_waiting()
+        call = node.stub.MeasureOps(request)
+        gate.open()
+        responses = [response async for response in call]
+        assert [response.point for response in responses[:-1]] == [0] * 5
+        request_done, trained = await made.scheduler.outcome("r1"), await made.scheduler.outcome("job/0")
+        assert len(request_done.inference.token_ids) == 40
+        assert not trained.training.HasField("error")
 
 
 async def test_measuring_and_work_exclude_each_other(tmp_path: Path) -> None:

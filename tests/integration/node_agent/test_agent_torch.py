@@ -12,10 +12,14 @@ from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from lemix.internal.v1 import node_agent_service_pb2_grpc as node_grpc
 from lemix.internal.v1 import profile_pb2, work_pb2
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from services.latency import MOVES, OpKind
 from services.ledger import open_ledger
 from services.node_agent.agent import NodeAgent
 from services.node_agent.config import NodeAgentSettings
 from services.node_agent.engine_choice import load
+from services.profile_messages import latency_from_profile
+from services.profiler.config import CachedGrid, GridSettings, MixedGrid, OpGrid, ProfilerSettings
+from services.profiler.measure import Wish, profile_node
 from services.runtime.clock import SystemClock
 from services.runtime.grpc_client import open_channel
 from tests.integration.node_agent.harness import Cluster, cluster, inference_item, training_item
@@ -94,6 +98,38 @@ async def test_serving_equals_transformers_while_training_runs(tmp_path: Path) -
         learn = [(await made.scheduler.outcome(f"learn/{sequence}")).training for sequence in range(8)]
         losses = [outcome.loss for outcome in sorted(learn, key=lambda outcome: outcome.weight_step)]
         assert losses[-1] < losses[0] - 0.5, losses
+
+
+async def test_a_real_node_is_profiled_in_everything(tmp_path: Path) -> None:
+    """Serving, training, behind a cache, mixed, moves and busy neighbours, with the memory of the stages."""
+    model = write_tiny_llama(tmp_path / "llama")
+    small = OpGrid(batches=(1, 2), lengths=(4, 12, 24))
+    grid = GridSettings(
+        prefill=small,
+        decode=small,
+        train=small,
+        cached=CachedGrid(lengths=(4,), cached_tokens=(8, 16)),
+        mixed=MixedGrid(lengths=(4, 12), decodes=(1, 2), decode_length=16),
+        move_bytes=(1 << 14, 1 << 16),
+    )
+    settings = ProfilerSettings(grid=grid, repetitions=2, rounds=2)
+    async with cluster(tmp_path) as made, _real_node(made, model, "node-0") as node:
+        wish = Wish(node.address, (), budget_s=60.0)
+        *steps, profile = [step async for step in profile_node(wish, settings, SystemClock())]
+    assert isinstance(profile, profile_pb2.Profile)
+    assert len(steps) == steps[-1].points_total
+    assert profile.incomplete_reason == ""
+    assert (profile.engine, profile.threads_per_stage) == ("torch", 1)
+    assert profile.device.startswith("cpu ")
+    latency = latency_from_profile(profile)
+    assert all(set(models) >= set(OpKind) - MOVES for models in latency.models)
+    assert len(latency.host_links) == len(latency.mixed) == 2
+    assert {item.busy for item in profile.interference} == {
+        profile_pb2.OP_KIND_DECODE,
+        profile_pb2.OP_KIND_TRAIN_FORWARD,
+    }
+    assert [item.stage for item in profile.memory] == [0, 1]
+    assert all(item.weight_bytes and item.kv_bytes_per_token for item in profile.memory)
 
 
 async def test_replicas_average_and_measure_with_the_real_engine(tmp_path: Path) -> None:

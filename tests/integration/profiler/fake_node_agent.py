@@ -20,6 +20,12 @@ class FakeNodeAgent(node_grpc.NodeAgentServiceServicer):
             profile_fingerprint="f00d",
             max_context_tokens=128,
             max_batch=4,
+            engine="torch",
+            device="cpu test",
+            dtype="float32",
+            threads_per_stage=1,
+            kv_bytes_per_token=512,
+            kv_capacity_tokens=1 << 20,
         )
         self.requests = []
         self.running = 0
@@ -27,6 +33,10 @@ class FakeNodeAgent(node_grpc.NodeAgentServiceServicer):
         self.busy = False
         self.silent_stage = None
         self.constant_s = None
+        #: The node dies after so many points; points of more tokens do not fit into its memory.
+        self.answers_until = None
+        self.ends_with = ErrorCode.UNAVAILABLE
+        self.too_large = None
         self.gate = asyncio.Event()
         self.gate.set()
         self.entered = asyncio.Event()
@@ -44,16 +54,27 @@ class FakeNodeAgent(node_grpc.NodeAgentServiceServicer):
         self.entered.set()
         try:
             await self.gate.wait()
-            for point in request.points:
-                yield node_pb2.MeasureOpsResponse(measurements=self._measure(point, request.repetitions))
+            for answered in range(request.rounds * len(request.points)):
+                if answered == self.answers_until:
+                    raise LemixError(self.ends_with, "the stage worker died")
+                index = answered % len(request.points)
+                yield self._answer(index, request.points[index], request.repetitions)
             losses = [0.5 * len(sample.token_ids) for sample in request.samples]
-            yield node_pb2.MeasureOpsResponse(sample_losses=losses, peak_memory_bytes=[1000, 2000])
+            memory = [profile_pb2.StageMemory(stage=stage, weight_bytes=5, kv_bytes_per_token=7) for stage in (0, 1)]
+            yield node_pb2.MeasureOpsResponse(sample_losses=losses, peak_memory_bytes=[1000, 2000], memory=memory)
         finally:
             self.running -= 1
             self.left.set()
 
+    def _answer(self, index, point, repetitions):
+        if self.too_large is not None and point.batch * point.length > self.too_large:
+            return node_pb2.MeasureOpsResponse(point=index, left_out_reason="OutOfMemoryError: too large")
+        return node_pb2.MeasureOpsResponse(point=index, measurements=self._measure(point, repetitions))
+
     def _measure(self, point, repetitions):
         kinds = [point.op]
+        if point.op == profile_pb2.OP_KIND_OFFLOAD:
+            kinds.append(profile_pb2.OP_KIND_RELOAD)
         if point.op == profile_pb2.OP_KIND_TRAIN_FORWARD:
             kinds.append(profile_pb2.OP_KIND_TRAIN_BACKWARD)
         return [
@@ -63,6 +84,12 @@ class FakeNodeAgent(node_grpc.NodeAgentServiceServicer):
                 batch=point.batch,
                 length=point.length,
                 durations_s=[self.constant_s or self._seconds(stage, point)] * repetitions,
+                cached_tokens=point.cached_tokens,
+                decodes=point.decodes,
+                decode_length=point.decode_length,
+                num_bytes=point.num_bytes,
+                busy=point.busy,
+                peak_bytes=1_000_000 + 300 * point.batch * point.length,
             )
             for kind in kinds
             for stage in range(self.info.num_stages)
@@ -71,7 +98,11 @@ class FakeNodeAgent(node_grpc.NodeAgentServiceServicer):
 
     @staticmethod
     def _seconds(stage, point):
-        return (1e-3 + 1e-5 * point.batch * point.length) * (1 + stage)
+        if point.num_bytes:
+            return 1e-4 + point.num_bytes / 1e9
+        alone_s = (1e-3 + 1e-5 * point.batch * point.length) * (1 + stage)
+        decodes_s = (1e-3 + 1e-5 * point.decodes * point.decode_length) * (1 + stage) if point.decodes else 0.0
+        return (alone_s + decodes_s) * (1.25 if point.busy else 1.0)
 
 
 async def serve_fake(agent):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -208,9 +209,12 @@ class StuckProfiler(profiler_service_pb2_grpc.ProfilerServiceServicer):
         """There is none yet."""
         raise LemixError(ErrorCode.NOT_FOUND, "no profile")
 
-    async def ProfileNode(self, request: Any, context: Any) -> profiler_service_pb2.ProfileNodeResponse:  # noqa: N802
+    async def ProfileNode(  # noqa: N802
+        self, request: Any, context: Any
+    ) -> AsyncIterator[profiler_service_pb2.ProfileNodeResponse]:
         """Never succeeds."""
         self.asked.set()
+        yield profiler_service_pb2.ProfileNodeResponse(progress=profiler_service_pb2.ProfileProgress(points_total=1))
         await self.fail.wait()
         raise LemixError(ErrorCode.UNAVAILABLE, "the node went away while it was measured")
 

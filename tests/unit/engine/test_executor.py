@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,6 +227,27 @@ def test_optimizer_of_a_job_is_fixed_until_it_is_forgotten(model: Path) -> None:
     assert f"{MAX_JOBS} jobs hold optimizer state" in step(SPEC, "one-too-many")
 
 
+@pytest.mark.parametrize(
+    ("point", "kinds"),
+    [
+        ({"kind": "prefill", "batch": 2, "length": 3, "cached_tokens": 70}, {"prefill"}),
+        ({"kind": "prefill", "batch": 1, "length": 156, "cached_tokens": 100}, {"prefill"}),
+        ({"kind": "prefill", "batch": 1, "length": 16, "decodes": 3, "decode_length": 64}, {"prefill"}),
+        ({"kind": "offload", "batch": 1, "length": 1, "num_bytes": 100_000}, {"offload", "reload"}),
+    ],
+)
+def test_measure_times_what_serving_does_too(tmp_path: Path, point: dict[str, Any], kinds: set[str]) -> None:
+    path = write_tiny_llama(tmp_path, layers=2)
+    for stage in stages(path, 2, kv_capacity_tokens=16, kv_block_tokens=16):
+        result = ok(stage, Measure(0, repetitions=3, warmup=1, **point))
+        assert {name: len(values) for name, values in result.durations_s} == dict.fromkeys(kinds, 3)
+        assert result.memory is not None
+        per_token = result.memory.kv_bytes_per_token
+        assert per_token == stage.ready.kv_bytes_per_token
+        # Whole blocks are moved, the nearest number of them.
+        assert abs(result.memory.moved_bytes - point.get("num_bytes", 0)) <= 8 * per_token
+
+
 @pytest.mark.parametrize("kind", sorted(set(OpKind) - MOVES - {OpKind.TRAIN_BACKWARD}))
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_measure_times_every_stage_alone_and_changes_nothing(tmp_path: Path, family: str, kind: OpKind) -> None:
@@ -238,7 +260,10 @@ def test_measure_times_every_stage_alone_and_changes_nothing(tmp_path: Path, fam
         kinds = {kind.value} | ({"train_backward"} if kind is OpKind.TRAIN_FORWARD else set())
         assert {name: len(values) for name, values in result.durations_s} == dict.fromkeys(kinds, 3)
         assert all(value > 0.0 for _, values in result.durations_s for value in values)
-        assert result.resident_bytes > 1 << 20
+        assert result.memory is not None
+        assert min(result.memory.resident_bytes, result.memory.peak_bytes) > 1 << 20
+        owned = stage.stage.weights.owned
+        assert result.memory.weight_bytes == sum(w.parameter.numel() * w.parameter.dtype.itemsize for w in owned)
         after = stage.stage.weights.named(with_borrowed=True)
         assert all(torch.equal(after[name], part) for name, part in before.items())
         assert all(weight.parameter.grad is None for weight in stage.stage.weights.weights)

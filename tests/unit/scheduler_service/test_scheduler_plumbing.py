@@ -17,6 +17,7 @@ from lemix.internal.v1 import profile_pb2, profiler_service_pb2, profiler_servic
 from lemix.internal.v1 import scheduler_service_pb2 as pb
 from services.latency import OpKind
 from services.ledger import LedgerUnavailable, open_ledger
+from services.profile_artifact import write_artifact
 from services.runtime.app import StartupError
 from services.runtime.grpc_server import GrpcServer
 from services.scheduler.core.codec import command_from_json, config_from_json, event_from_json
@@ -173,9 +174,10 @@ class FakeProfiler(profiler_service_pb2_grpc.ProfilerServiceServicer):
         self.measured.append(request.node_address)
         if request.node_address == "busy:1":
             raise LemixError(ErrorCode.CONFLICT, "the node has work")
+        yield profiler_service_pb2.ProfileNodeResponse(progress=profiler_service_pb2.ProfileProgress(points_total=1))
         await self.together.wait()
         self.stored["f"] = profile()
-        return profiler_service_pb2.ProfileNodeResponse(profile=self.stored["f"])
+        yield profiler_service_pb2.ProfileNodeResponse(profile=self.stored["f"])
 
 
 @pytest.fixture
@@ -211,3 +213,43 @@ async def test_a_failed_measurement_keeps_its_reason(profiler: tuple[FakeProfile
     with pytest.raises(LemixError, match="has work") as caught:
         await client.latency(pb.NodeHello(address="busy:1", profile_fingerprint="g"))
     assert caught.value.code is ErrorCode.CONFLICT
+
+
+async def test_an_incomplete_profile_is_used_only_if_the_node_cannot_be_measured(
+    profiler: tuple[FakeProfiler, ProfilerClient],
+) -> None:
+    fake, client = profiler
+    partial = profile()
+    partial.incomplete_reason = "node_lost: the node died"
+    fake.stored["f"] = partial
+    kept = await client.latency(pb.NodeHello(node_id="a", address="busy:1", profile_fingerprint="f"))
+    assert kept.num_stages == 1
+    await client.latency(pb.NodeHello(node_id="b", address="b:1", profile_fingerprint="f"))
+    assert fake.measured == ["busy:1", "b:1"]
+
+
+async def test_an_incomplete_profile_with_every_operation_is_used_as_it_is(
+    profiler: tuple[FakeProfiler, ProfilerClient],
+) -> None:
+    fake, client = profiler
+    partial = profile()
+    partial.incomplete_reason = "3 of 60 points were not measured"
+    for op in range(profile_pb2.OP_KIND_DECODE, profile_pb2.OP_KIND_WEIGHT_SYNC):
+        partial.fits.add(op=op, model="constant", coefficients=[0.25], chosen=True)
+    fake.stored["f"] = partial
+    await client.latency(pb.NodeHello(node_id="a", address="a:1", profile_fingerprint="f"))
+    assert fake.measured == []
+
+
+async def test_a_stored_profile_of_another_model_or_with_other_content_is_refused(tmp_path: Path) -> None:
+    path, known = tmp_path / "p.json", profile()
+    known.model = "llama"
+    path.write_text(write_artifact(known), encoding="utf-8")
+    source = StoredProfile(path)
+    assert (await source.latency(pb.NodeHello(node_id="n", model="llama"))).num_stages == 1
+    with pytest.raises(LemixError, match=r"n serves 'gpt', profile f-1 is of 'llama'") as caught:
+        await source.latency(pb.NodeHello(node_id="n", model="gpt"))
+    assert caught.value.code is ErrorCode.CONFLICT
+    path.write_text(path.read_text(encoding="utf-8").replace("0.25", "0.125"), encoding="utf-8")
+    with pytest.raises(StartupError, match="does not match content_hash"):
+        StoredProfile(path)

@@ -26,7 +26,7 @@ from lemix.internal.v1 import profile_pb2 as lemix_dot_internal_dot_v1_dot_profi
 from lemix.internal.v1 import work_pb2 as lemix_dot_internal_dot_v1_dot_work__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*lemix/internal/v1/node_agent_service.proto\x12\x11lemix.internal.v1\x1a\x1flemix/internal/v1/profile.proto\x1a\x1clemix/internal/v1/work.proto\"M\n\x13StreamTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x12\n\ngateway_id\x18\x03 \x01(\t\"E\n\x14StreamTokensResponse\x12-\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1d.lemix.internal.v1.TokenChunk\"\xbe\x01\n\nTokenChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x39\n\x07outcome\x18\x04 \x01(\x0b\x32#.lemix.internal.v1.InferenceOutcomeH\x00\x88\x01\x01\x12\x32\n\x08logprobs\x18\x05 \x03(\x0b\x32 .lemix.internal.v1.TokenLogprobsB\n\n\x08_outcome\"Q\n\tGridPoint\x12%\n\x02op\x18\x01 \x01(\x0e\x32\x19.lemix.internal.v1.OpKind\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\"\x9b\x01\n\x11MeasureOpsRequest\x12,\n\x06points\x18\x01 \x03(\x0b\x32\x1c.lemix.internal.v1.GridPoint\x12\x13\n\x0brepetitions\x18\x02 \x01(\r\x12\x0e\n\x06warmup\x18\x03 \x01(\r\x12\x33\n\x07samples\x18\x04 \x03(\x0b\x32\".lemix.internal.v1.TrainingExample\"|\n\x12MeasureOpsResponse\x12\x34\n\x0cmeasurements\x18\x01 \x03(\x0b\x32\x1e.lemix.internal.v1.Measurement\x12\x15\n\rsample_losses\x18\x02 \x03(\x01\x12\x19\n\x11peak_memory_bytes\x18\x03 \x03(\x04\"&\n\x13\x46\x65tchWeightsRequest\x12\x0f\n\x07sync_id\x18\x01 \x01(\t\"\x96\x01\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x05 \x01(\x04\x12\x1b\n\x0etrained_unix_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_trained_unix_s\"\x14\n\x12GetNodeInfoRequest\"\xd3\x01\n\x13GetNodeInfoResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x1b\n\x13profile_fingerprint\x18\x04 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x11\n\tmax_batch\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x13\n\x0bworker_pids\x18\x08 \x03(\r\x12\x13\n\x0bweight_step\x18\t \x01(\x04\x32\x95\x03\n\x10NodeAgentService\x12\x63\n\x0cStreamTokens\x12&.lemix.internal.v1.StreamTokensRequest\x1a\'.lemix.internal.v1.StreamTokensResponse(\x01\x30\x01\x12[\n\nMeasureOps\x12$.lemix.internal.v1.MeasureOpsRequest\x1a%.lemix.internal.v1.MeasureOpsResponse0\x01\x12\x61\n\x0c\x46\x65tchWeights\x12&.lemix.internal.v1.FetchWeightsRequest\x1a\'.lemix.internal.v1.FetchWeightsResponse0\x01\x12\\\n\x0bGetNodeInfo\x12%.lemix.internal.v1.GetNodeInfoRequest\x1a&.lemix.internal.v1.GetNodeInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*lemix/internal/v1/node_agent_service.proto\x12\x11lemix.internal.v1\x1a\x1flemix/internal/v1/profile.proto\x1a\x1clemix/internal/v1/work.proto\"M\n\x13StreamTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x12\n\ngateway_id\x18\x03 \x01(\t\"E\n\x14StreamTokensResponse\x12-\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1d.lemix.internal.v1.TokenChunk\"\xbe\x01\n\nTokenChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x39\n\x07outcome\x18\x04 \x01(\x0b\x32#.lemix.internal.v1.InferenceOutcomeH\x00\x88\x01\x01\x12\x32\n\x08logprobs\x18\x05 \x03(\x0b\x32 .lemix.internal.v1.TokenLogprobsB\n\n\x08_outcome\"\xcc\x01\n\tGridPoint\x12%\n\x02op\x18\x01 \x01(\x0e\x32\x19.lemix.internal.v1.OpKind\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x0f\n\x07\x64\x65\x63odes\x18\x05 \x01(\r\x12\x15\n\rdecode_length\x18\x06 \x01(\r\x12\x11\n\tnum_bytes\x18\x07 \x01(\x04\x12\'\n\x04\x62usy\x18\x08 \x01(\x0e\x32\x19.lemix.internal.v1.OpKind\"\xd1\x01\n\x11MeasureOpsRequest\x12,\n\x06points\x18\x01 \x03(\x0b\x32\x1c.lemix.internal.v1.GridPoint\x12\x13\n\x0brepetitions\x18\x02 \x01(\r\x12\x0e\n\x06warmup\x18\x03 \x01(\r\x12\x33\n\x07samples\x18\x04 \x03(\x0b\x32\".lemix.internal.v1.TrainingExample\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x10\n\x08\x62udget_s\x18\x06 \x01(\x01\x12\x12\n\nallow_busy\x18\x07 \x01(\x08\"\xe3\x01\n\x12MeasureOpsResponse\x12\x34\n\x0cmeasurements\x18\x01 \x03(\x0b\x32\x1e.lemix.internal.v1.Measurement\x12\x15\n\rsample_losses\x18\x02 \x03(\x01\x12\x19\n\x11peak_memory_bytes\x18\x03 \x03(\x04\x12.\n\x06memory\x18\x04 \x03(\x0b\x32\x1e.lemix.internal.v1.StageMemory\x12\x12\n\x05point\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0fleft_out_reason\x18\x06 \x01(\tB\x08\n\x06_point\"&\n\x13\x46\x65tchWeightsRequest\x12\x0f\n\x07sync_id\x18\x01 \x01(\t\"\x96\x01\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x05 \x01(\x04\x12\x1b\n\x0etrained_unix_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_trained_unix_s\"\x14\n\x12GetNodeInfoRequest\"\xd5\x02\n\x13GetNodeInfoResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x1b\n\x13profile_fingerprint\x18\x04 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x11\n\tmax_batch\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x13\n\x0bworker_pids\x18\x08 \x03(\r\x12\x13\n\x0bweight_step\x18\t \x01(\x04\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\x19\n\x11threads_per_stage\x18\r \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x0e \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x0f \x01(\x04\x32\x95\x03\n\x10NodeAgentService\x12\x63\n\x0cStreamTokens\x12&.lemix.internal.v1.StreamTokensRequest\x1a\'.lemix.internal.v1.StreamTokensResponse(\x01\x30\x01\x12[\n\nMeasureOps\x12$.lemix.internal.v1.MeasureOpsRequest\x1a%.lemix.internal.v1.MeasureOpsResponse0\x01\x12\x61\n\x0c\x46\x65tchWeights\x12&.lemix.internal.v1.FetchWeightsRequest\x1a\'.lemix.internal.v1.FetchWeightsResponse0\x01\x12\\\n\x0bGetNodeInfo\x12%.lemix.internal.v1.GetNodeInfoRequest\x1a&.lemix.internal.v1.GetNodeInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,20 +39,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMTOKENSRESPONSE']._serialized_end=276
   _globals['_TOKENCHUNK']._serialized_start=279
   _globals['_TOKENCHUNK']._serialized_end=469
-  _globals['_GRIDPOINT']._serialized_start=471
-  _globals['_GRIDPOINT']._serialized_end=552
-  _globals['_MEASUREOPSREQUEST']._serialized_start=555
-  _globals['_MEASUREOPSREQUEST']._serialized_end=710
-  _globals['_MEASUREOPSRESPONSE']._serialized_start=712
-  _globals['_MEASUREOPSRESPONSE']._serialized_end=836
-  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=838
-  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=876
-  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=879
-  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=1029
-  _globals['_GETNODEINFOREQUEST']._serialized_start=1031
-  _globals['_GETNODEINFOREQUEST']._serialized_end=1051
-  _globals['_GETNODEINFORESPONSE']._serialized_start=1054
-  _globals['_GETNODEINFORESPONSE']._serialized_end=1265
-  _globals['_NODEAGENTSERVICE']._serialized_start=1268
-  _globals['_NODEAGENTSERVICE']._serialized_end=1673
+  _globals['_GRIDPOINT']._serialized_start=472
+  _globals['_GRIDPOINT']._serialized_end=676
+  _globals['_MEASUREOPSREQUEST']._serialized_start=679
+  _globals['_MEASUREOPSREQUEST']._serialized_end=888
+  _globals['_MEASUREOPSRESPONSE']._serialized_start=891
+  _globals['_MEASUREOPSRESPONSE']._serialized_end=1118
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=1120
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=1158
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=1161
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=1311
+  _globals['_GETNODEINFOREQUEST']._serialized_start=1313
+  _globals['_GETNODEINFOREQUEST']._serialized_end=1333
+  _globals['_GETNODEINFORESPONSE']._serialized_start=1336
+  _globals['_GETNODEINFORESPONSE']._serialized_end=1677
+  _globals['_NODEAGENTSERVICE']._serialized_start=1680
+  _globals['_NODEAGENTSERVICE']._serialized_end=2085
 # @@protoc_insertion_point(module_scope)

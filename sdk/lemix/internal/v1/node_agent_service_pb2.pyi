@@ -39,36 +39,58 @@ class TokenChunk(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., outcome: _Optional[_Union[_work_pb2.InferenceOutcome, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_work_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class GridPoint(_message.Message):
-    __slots__ = ("op", "batch", "length")
+    __slots__ = ("op", "batch", "length", "cached_tokens", "decodes", "decode_length", "num_bytes", "busy")
     OP_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODES_FIELD_NUMBER: _ClassVar[int]
+    DECODE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
     op: _profile_pb2.OpKind
     batch: int
     length: int
-    def __init__(self, op: _Optional[_Union[_profile_pb2.OpKind, str]] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    decodes: int
+    decode_length: int
+    num_bytes: int
+    busy: _profile_pb2.OpKind
+    def __init__(self, op: _Optional[_Union[_profile_pb2.OpKind, str]] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_length: _Optional[int] = ..., num_bytes: _Optional[int] = ..., busy: _Optional[_Union[_profile_pb2.OpKind, str]] = ...) -> None: ...
 
 class MeasureOpsRequest(_message.Message):
-    __slots__ = ("points", "repetitions", "warmup", "samples")
+    __slots__ = ("points", "repetitions", "warmup", "samples", "rounds", "budget_s", "allow_busy")
     POINTS_FIELD_NUMBER: _ClassVar[int]
     REPETITIONS_FIELD_NUMBER: _ClassVar[int]
     WARMUP_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_S_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_BUSY_FIELD_NUMBER: _ClassVar[int]
     points: _containers.RepeatedCompositeFieldContainer[GridPoint]
     repetitions: int
     warmup: int
     samples: _containers.RepeatedCompositeFieldContainer[_work_pb2.TrainingExample]
-    def __init__(self, points: _Optional[_Iterable[_Union[GridPoint, _Mapping]]] = ..., repetitions: _Optional[int] = ..., warmup: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[_work_pb2.TrainingExample, _Mapping]]] = ...) -> None: ...
+    rounds: int
+    budget_s: float
+    allow_busy: bool
+    def __init__(self, points: _Optional[_Iterable[_Union[GridPoint, _Mapping]]] = ..., repetitions: _Optional[int] = ..., warmup: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[_work_pb2.TrainingExample, _Mapping]]] = ..., rounds: _Optional[int] = ..., budget_s: _Optional[float] = ..., allow_busy: _Optional[bool] = ...) -> None: ...
 
 class MeasureOpsResponse(_message.Message):
-    __slots__ = ("measurements", "sample_losses", "peak_memory_bytes")
+    __slots__ = ("measurements", "sample_losses", "peak_memory_bytes", "memory", "point", "left_out_reason")
     MEASUREMENTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_LOSSES_FIELD_NUMBER: _ClassVar[int]
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_REASON_FIELD_NUMBER: _ClassVar[int]
     measurements: _containers.RepeatedCompositeFieldContainer[_profile_pb2.Measurement]
     sample_losses: _containers.RepeatedScalarFieldContainer[float]
     peak_memory_bytes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, measurements: _Optional[_Iterable[_Union[_profile_pb2.Measurement, _Mapping]]] = ..., sample_losses: _Optional[_Iterable[float]] = ..., peak_memory_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+    memory: _containers.RepeatedCompositeFieldContainer[_profile_pb2.StageMemory]
+    point: int
+    left_out_reason: str
+    def __init__(self, measurements: _Optional[_Iterable[_Union[_profile_pb2.Measurement, _Mapping]]] = ..., sample_losses: _Optional[_Iterable[float]] = ..., peak_memory_bytes: _Optional[_Iterable[int]] = ..., memory: _Optional[_Iterable[_Union[_profile_pb2.StageMemory, _Mapping]]] = ..., point: _Optional[int] = ..., left_out_reason: _Optional[str] = ...) -> None: ...
 
 class FetchWeightsRequest(_message.Message):
     __slots__ = ("sync_id",)
@@ -97,7 +119,7 @@ class GetNodeInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetNodeInfoResponse(_message.Message):
-    __slots__ = ("node_id", "model", "num_stages", "profile_fingerprint", "max_context_tokens", "max_batch", "vocab_size", "worker_pids", "weight_step")
+    __slots__ = ("node_id", "model", "num_stages", "profile_fingerprint", "max_context_tokens", "max_batch", "vocab_size", "worker_pids", "weight_step", "engine", "device", "dtype", "threads_per_stage", "kv_bytes_per_token", "kv_capacity_tokens")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +129,12 @@ class GetNodeInfoResponse(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     WORKER_PIDS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_STEP_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    THREADS_PER_STAGE_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     model: str
     num_stages: int
@@ -116,4 +144,10 @@ class GetNodeInfoResponse(_message.Message):
     vocab_size: int
     worker_pids: _containers.RepeatedScalarFieldContainer[int]
     weight_step: int
-    def __init__(self, node_id: _Optional[str] = ..., model: _Optional[str] = ..., num_stages: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., vocab_size: _Optional[int] = ..., worker_pids: _Optional[_Iterable[int]] = ..., weight_step: _Optional[int] = ...) -> None: ...
+    engine: str
+    device: str
+    dtype: str
+    threads_per_stage: int
+    kv_bytes_per_token: int
+    kv_capacity_tokens: int
+    def __init__(self, node_id: _Optional[str] = ..., model: _Optional[str] = ..., num_stages: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., vocab_size: _Optional[int] = ..., worker_pids: _Optional[_Iterable[int]] = ..., weight_step: _Optional[int] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., threads_per_stage: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ...) -> None: ...

@@ -70,8 +70,8 @@ class NodeAgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def MeasureOps(self, request, context):
-        """Times the real stages over a grid. Called by the profiler on a node without work; weights do not change.
-        Errors: CONFLICT (the node has work), INVALID_REQUEST.
+        """Times the real stages over a grid, in rounds: every point once, then every point again. Called by the profiler;
+        weights do not change, and work that comes meanwhile waits. Errors: CONFLICT (the node has work), INVALID_REQUEST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,8 +38,8 @@ class NodeAgentServiceStub:
     Attaching before the node has the request is allowed. The stream ending does not cancel work.
     """
     MeasureOps: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.MeasureOpsRequest, _node_agent_service_pb2.MeasureOpsResponse]
-    """Times the real stages over a grid. Called by the profiler on a node without work; weights do not change.
-    Errors: CONFLICT (the node has work), INVALID_REQUEST.
+    """Times the real stages over a grid, in rounds: every point once, then every point again. Called by the profiler;
+    weights do not change, and work that comes meanwhile waits. Errors: CONFLICT (the node has work), INVALID_REQUEST.
     """
     FetchWeights: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.FetchWeightsRequest, _node_agent_service_pb2.FetchWeightsResponse]
     """Sends the snapshot taken for a synchronisation. Called by peers. Errors: NOT_FOUND."""
@@ -56,8 +56,8 @@ class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
     Attaching before the node has the request is allowed. The stream ending does not cancel work.
     """
     MeasureOps: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.MeasureOpsRequest, _node_agent_service_pb2.MeasureOpsResponse]  # type: ignore[assignment]
-    """Times the real stages over a grid. Called by the profiler on a node without work; weights do not change.
-    Errors: CONFLICT (the node has work), INVALID_REQUEST.
+    """Times the real stages over a grid, in rounds: every point once, then every point again. Called by the profiler;
+    weights do not change, and work that comes meanwhile waits. Errors: CONFLICT (the node has work), INVALID_REQUEST.
     """
     FetchWeights: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.FetchWeightsRequest, _node_agent_service_pb2.FetchWeightsResponse]  # type: ignore[assignment]
     """Sends the snapshot taken for a synchronisation. Called by peers. Errors: NOT_FOUND."""
@@ -83,8 +83,8 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_agent_service_pb2.MeasureOpsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.MeasureOpsResponse], _abc.AsyncIterator[_node_agent_service_pb2.MeasureOpsResponse]]:
-        """Times the real stages over a grid. Called by the profiler on a node without work; weights do not change.
-        Errors: CONFLICT (the node has work), INVALID_REQUEST.
+        """Times the real stages over a grid, in rounds: every point once, then every point again. Called by the profiler;
+        weights do not change, and work that comes meanwhile waits. Errors: CONFLICT (the node has work), INVALID_REQUEST.
         """
 
     @_abc_1.abstractmethod

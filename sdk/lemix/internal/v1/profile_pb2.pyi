@@ -29,7 +29,7 @@ OP_KIND_OFFLOAD: OpKind
 OP_KIND_RELOAD: OpKind
 
 class Measurement(_message.Message):
-    __slots__ = ("stage", "op", "batch", "length", "durations_s", "cached_tokens", "decodes", "decode_length", "num_bytes", "busy", "outliers")
+    __slots__ = ("stage", "op", "batch", "length", "durations_s", "cached_tokens", "decodes", "decode_length", "num_bytes", "busy", "outliers", "peak_bytes")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class Measurement(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
     OUTLIERS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     stage: int
     op: OpKind
     batch: int
@@ -52,7 +53,8 @@ class Measurement(_message.Message):
     num_bytes: int
     busy: OpKind
     outliers: int
-    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[OpKind, str]] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., durations_s: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_length: _Optional[int] = ..., num_bytes: _Optional[int] = ..., busy: _Optional[_Union[OpKind, str]] = ..., outliers: _Optional[int] = ...) -> None: ...
+    peak_bytes: int
+    def __init__(self, stage: _Optional[int] = ..., op: _Optional[_Union[OpKind, str]] = ..., batch: _Optional[int] = ..., length: _Optional[int] = ..., durations_s: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ..., decodes: _Optional[int] = ..., decode_length: _Optional[int] = ..., num_bytes: _Optional[int] = ..., busy: _Optional[_Union[OpKind, str]] = ..., outliers: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
 
 class LatencyTable(_message.Message):
     __slots__ = ("batches", "lengths", "durations_s")
@@ -89,6 +91,22 @@ class HostLink(_message.Message):
     reload_bytes_per_s: float
     fixed_s: float
     def __init__(self, stage: _Optional[int] = ..., offload_bytes_per_s: _Optional[float] = ..., reload_bytes_per_s: _Optional[float] = ..., fixed_s: _Optional[float] = ...) -> None: ...
+
+class StageMemory(_message.Message):
+    __slots__ = ("stage", "weight_bytes", "fixed_bytes", "activation_bytes_per_token", "kv_bytes_per_token", "mape")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FIXED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MAPE_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    weight_bytes: int
+    fixed_bytes: int
+    activation_bytes_per_token: float
+    kv_bytes_per_token: int
+    mape: float
+    def __init__(self, stage: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., fixed_bytes: _Optional[int] = ..., activation_bytes_per_token: _Optional[float] = ..., kv_bytes_per_token: _Optional[int] = ..., mape: _Optional[float] = ...) -> None: ...
 
 class LatencyFit(_message.Message):
     __slots__ = ("stage", "op", "model", "coefficients", "mape", "r2", "chosen", "table", "residual_p5", "residual_p95")
@@ -147,7 +165,7 @@ class Distribution(_message.Message):
     def __init__(self, count: _Optional[int] = ..., mean: _Optional[float] = ..., std: _Optional[float] = ..., p50: _Optional[float] = ..., p99: _Optional[float] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("profile_id", "fingerprint", "version", "node_id", "created_unix_s", "num_stages", "model", "fits", "measurements", "loss", "length", "peak_memory_bytes", "content_hash", "engine", "device", "dtype", "threads_per_stage", "interference", "host_links", "incomplete_reason", "source", "mixed")
+    __slots__ = ("profile_id", "fingerprint", "version", "node_id", "created_unix_s", "num_stages", "model", "fits", "measurements", "loss", "length", "peak_memory_bytes", "content_hash", "engine", "device", "dtype", "threads_per_stage", "interference", "host_links", "incomplete_reason", "source", "mixed", "memory")
     PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +188,7 @@ class Profile(_message.Message):
     INCOMPLETE_REASON_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     MIXED_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     profile_id: str
     fingerprint: str
     version: int
@@ -192,4 +211,5 @@ class Profile(_message.Message):
     incomplete_reason: str
     source: str
     mixed: _containers.RepeatedCompositeFieldContainer[MixedCost]
-    def __init__(self, profile_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., version: _Optional[int] = ..., node_id: _Optional[str] = ..., created_unix_s: _Optional[float] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., fits: _Optional[_Iterable[_Union[LatencyFit, _Mapping]]] = ..., measurements: _Optional[_Iterable[_Union[Measurement, _Mapping]]] = ..., loss: _Optional[_Union[Distribution, _Mapping]] = ..., length: _Optional[_Union[Distribution, _Mapping]] = ..., peak_memory_bytes: _Optional[_Iterable[int]] = ..., content_hash: _Optional[str] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., threads_per_stage: _Optional[int] = ..., interference: _Optional[_Iterable[_Union[Interference, _Mapping]]] = ..., host_links: _Optional[_Iterable[_Union[HostLink, _Mapping]]] = ..., incomplete_reason: _Optional[str] = ..., source: _Optional[str] = ..., mixed: _Optional[_Iterable[_Union[MixedCost, _Mapping]]] = ...) -> None: ...
+    memory: _containers.RepeatedCompositeFieldContainer[StageMemory]
+    def __init__(self, profile_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., version: _Optional[int] = ..., node_id: _Optional[str] = ..., created_unix_s: _Optional[float] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., fits: _Optional[_Iterable[_Union[LatencyFit, _Mapping]]] = ..., measurements: _Optional[_Iterable[_Union[Measurement, _Mapping]]] = ..., loss: _Optional[_Union[Distribution, _Mapping]] = ..., length: _Optional[_Union[Distribution, _Mapping]] = ..., peak_memory_bytes: _Optional[_Iterable[int]] = ..., content_hash: _Optional[str] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., threads_per_stage: _Optional[int] = ..., interference: _Optional[_Iterable[_Union[Interference, _Mapping]]] = ..., host_links: _Optional[_Iterable[_Union[HostLink, _Mapping]]] = ..., incomplete_reason: _Optional[str] = ..., source: _Optional[str] = ..., mixed: _Optional[_Iterable[_Union[MixedCost, _Mapping]]] = ..., memory: _Optional[_Iterable[_Union[StageMemory, _Mapping]]] = ...) -> None: ...

@@ -26,21 +26,39 @@ from lemix.internal.v1 import profile_pb2 as lemix_dot_internal_dot_v1_dot_profi
 from lemix.internal.v1 import work_pb2 as lemix_dot_internal_dot_v1_dot_work__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(lemix/internal/v1/profiler_service.proto\x12\x11lemix.internal.v1\x1a\x1flemix/internal/v1/profile.proto\x1a\x1clemix/internal/v1/work.proto\"_\n\x12ProfileNodeRequest\x12\x14\n\x0cnode_address\x18\x01 \x01(\t\x12\x33\n\x07samples\x18\x02 \x03(\x0b\x32\".lemix.internal.v1.TrainingExample\"B\n\x13ProfileNodeResponse\x12+\n\x07profile\x18\x01 \x01(\x0b\x32\x1a.lemix.internal.v1.Profile\"(\n\x11GetProfileRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\"A\n\x12GetProfileResponse\x12+\n\x07profile\x18\x01 \x01(\x0b\x32\x1a.lemix.internal.v1.Profile2\xca\x01\n\x0fProfilerService\x12\\\n\x0bProfileNode\x12%.lemix.internal.v1.ProfileNodeRequest\x1a&.lemix.internal.v1.ProfileNodeResponse\x12Y\n\nGetProfile\x12$.lemix.internal.v1.GetProfileRequest\x1a%.lemix.internal.v1.GetProfileResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(lemix/internal/v1/profiler_service.proto\x12\x11lemix.internal.v1\x1a\x1flemix/internal/v1/profile.proto\x1a\x1clemix/internal/v1/work.proto\"\x85\x01\n\x12ProfileNodeRequest\x12\x14\n\x0cnode_address\x18\x01 \x01(\t\x12\x33\n\x07samples\x18\x02 \x03(\x0b\x32\".lemix.internal.v1.TrainingExample\x12\x10\n\x08\x62udget_s\x18\x03 \x01(\x01\x12\x12\n\nallow_busy\x18\x04 \x01(\x08\"x\n\x13ProfileNodeResponse\x12+\n\x07profile\x18\x01 \x01(\x0b\x32\x1a.lemix.internal.v1.Profile\x12\x34\n\x08progress\x18\x02 \x01(\x0b\x32\".lemix.internal.v1.ProfileProgress\"y\n\x0fProfileProgress\x12\x13\n\x0bpoints_done\x18\x01 \x01(\r\x12\x14\n\x0cpoints_total\x18\x02 \x01(\r\x12%\n\x02op\x18\x03 \x01(\x0e\x32\x19.lemix.internal.v1.OpKind\x12\x14\n\x0cseconds_left\x18\x04 \x01(\x01\"<\n\x11GetProfileRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x12\n\nprofile_id\x18\x02 \x01(\t\"A\n\x12GetProfileResponse\x12+\n\x07profile\x18\x01 \x01(\x0b\x32\x1a.lemix.internal.v1.Profile\"*\n\x13ListProfilesRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\"]\n\x14ListProfilesResponse\x12\x33\n\x08profiles\x18\x01 \x03(\x0b\x32!.lemix.internal.v1.ProfileSummary\x12\x10\n\x08problems\x18\x02 \x03(\t\"\xee\x01\n\x0eProfileSummary\x12\x12\n\nprofile_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nnum_stages\x18\x04 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x08 \x01(\x01\x12\x19\n\x11incomplete_reason\x18\t \x01(\t\x12\x0e\n\x06source\x18\n \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\x0b \x01(\t\x12\x0c\n\x04mape\x18\x0c \x01(\x01\"8\n\x13\x44iffProfilesRequest\x12\x0f\n\x07\x62\x61se_id\x18\x01 \x01(\t\x12\x10\n\x08other_id\x18\x02 \x01(\t\"S\n\x14\x44iffProfilesResponse\x12,\n\x03ops\x18\x01 \x03(\x0b\x32\x1f.lemix.internal.v1.OpDifference\x12\r\n\x05notes\x18\x02 \x03(\t\"\x85\x02\n\x0cOpDifference\x12\r\n\x05stage\x18\x01 \x01(\r\x12%\n\x02op\x18\x02 \x01(\x0e\x32\x19.lemix.internal.v1.OpKind\x12\x30\n\x04\x62\x61se\x18\x03 \x01(\x0b\x32\x1d.lemix.internal.v1.LatencyFitH\x00\x88\x01\x01\x12\x31\n\x05other\x18\x04 \x01(\x0b\x32\x1d.lemix.internal.v1.LatencyFitH\x01\x88\x01\x01\x12\x11\n\tratio_min\x18\x05 \x01(\x01\x12\x11\n\tratio_p50\x18\x06 \x01(\x01\x12\x11\n\tratio_max\x18\x07 \x01(\x01\x12\x0e\n\x06points\x18\x08 \x01(\rB\x07\n\x05_baseB\x08\n\x06_other\"*\n\x14\x44\x65leteProfileRequest\x12\x12\n\nprofile_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteProfileResponse2\xf2\x03\n\x0fProfilerService\x12^\n\x0bProfileNode\x12%.lemix.internal.v1.ProfileNodeRequest\x1a&.lemix.internal.v1.ProfileNodeResponse0\x01\x12Y\n\nGetProfile\x12$.lemix.internal.v1.GetProfileRequest\x1a%.lemix.internal.v1.GetProfileResponse\x12_\n\x0cListProfiles\x12&.lemix.internal.v1.ListProfilesRequest\x1a\'.lemix.internal.v1.ListProfilesResponse\x12_\n\x0c\x44iffProfiles\x12&.lemix.internal.v1.DiffProfilesRequest\x1a\'.lemix.internal.v1.DiffProfilesResponse\x12\x62\n\rDeleteProfile\x12\'.lemix.internal.v1.DeleteProfileRequest\x1a(.lemix.internal.v1.DeleteProfileResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lemix.internal.v1.profiler_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROFILENODEREQUEST']._serialized_start=126
-  _globals['_PROFILENODEREQUEST']._serialized_end=221
-  _globals['_PROFILENODERESPONSE']._serialized_start=223
-  _globals['_PROFILENODERESPONSE']._serialized_end=289
-  _globals['_GETPROFILEREQUEST']._serialized_start=291
-  _globals['_GETPROFILEREQUEST']._serialized_end=331
-  _globals['_GETPROFILERESPONSE']._serialized_start=333
-  _globals['_GETPROFILERESPONSE']._serialized_end=398
-  _globals['_PROFILERSERVICE']._serialized_start=401
-  _globals['_PROFILERSERVICE']._serialized_end=603
+  _globals['_PROFILENODEREQUEST']._serialized_start=127
+  _globals['_PROFILENODEREQUEST']._serialized_end=260
+  _globals['_PROFILENODERESPONSE']._serialized_start=262
+  _globals['_PROFILENODERESPONSE']._serialized_end=382
+  _globals['_PROFILEPROGRESS']._serialized_start=384
+  _globals['_PROFILEPROGRESS']._serialized_end=505
+  _globals['_GETPROFILEREQUEST']._serialized_start=507
+  _globals['_GETPROFILEREQUEST']._serialized_end=567
+  _globals['_GETPROFILERESPONSE']._serialized_start=569
+  _globals['_GETPROFILERESPONSE']._serialized_end=634
+  _globals['_LISTPROFILESREQUEST']._serialized_start=636
+  _globals['_LISTPROFILESREQUEST']._serialized_end=678
+  _globals['_LISTPROFILESRESPONSE']._serialized_start=680
+  _globals['_LISTPROFILESRESPONSE']._serialized_end=773
+  _globals['_PROFILESUMMARY']._serialized_start=776
+  _globals['_PROFILESUMMARY']._serialized_end=1014
+  _globals['_DIFFPROFILESREQUEST']._serialized_start=1016
+  _globals['_DIFFPROFILESREQUEST']._serialized_end=1072
+  _globals['_DIFFPROFILESRESPONSE']._serialized_start=1074
+  _globals['_DIFFPROFILESRESPONSE']._serialized_end=1157
+  _globals['_OPDIFFERENCE']._serialized_start=1160
+  _globals['_OPDIFFERENCE']._serialized_end=1421
+  _globals['_DELETEPROFILEREQUEST']._serialized_start=1423
+  _globals['_DELETEPROFILEREQUEST']._serialized_end=1465
+  _globals['_DELETEPROFILERESPONSE']._serialized_start=1467
+  _globals['_DELETEPROFILERESPONSE']._serialized_end=1490
+  _globals['_PROFILERSERVICE']._serialized_start=1493
+  _globals['_PROFILERSERVICE']._serialized_end=1991
 # @@protoc_insertion_point(module_scope)

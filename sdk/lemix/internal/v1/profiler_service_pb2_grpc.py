@@ -35,7 +35,7 @@ class ProfilerServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.ProfileNode = channel.unary_unary(
+        self.ProfileNode = channel.unary_stream(
                 '/lemix.internal.v1.ProfilerService/ProfileNode',
                 request_serializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.ProfileNodeRequest.SerializeToString,
                 response_deserializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.ProfileNodeResponse.FromString,
@@ -45,6 +45,21 @@ class ProfilerServiceStub:
                 request_serializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.GetProfileRequest.SerializeToString,
                 response_deserializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.GetProfileResponse.FromString,
                 _registered_method=True)
+        self.ListProfiles = channel.unary_unary(
+                '/lemix.internal.v1.ProfilerService/ListProfiles',
+                request_serializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.ListProfilesRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.ListProfilesResponse.FromString,
+                _registered_method=True)
+        self.DiffProfiles = channel.unary_unary(
+                '/lemix.internal.v1.ProfilerService/DiffProfiles',
+                request_serializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DiffProfilesRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DiffProfilesResponse.FromString,
+                _registered_method=True)
+        self.DeleteProfile = channel.unary_unary(
+                '/lemix.internal.v1.ProfilerService/DeleteProfile',
+                request_serializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DeleteProfileRequest.SerializeToString,
+                response_deserializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DeleteProfileResponse.FromString,
+                _registered_method=True)
 
 
 class ProfilerServiceServicer:
@@ -53,14 +68,36 @@ class ProfilerServiceServicer:
 
     def ProfileNode(self, request, context):
         """Measures a node now and stores a new version. Called by operators and by the scheduler for an unknown node.
-        Blocks for the measurement (seconds to minutes). Errors: UNAVAILABLE (node), CONFLICT (node has work).
+        Tells its progress; the last message has the profile. Errors: UNAVAILABLE (node; what was measured until it died is
+        kept as an incomplete profile), CONFLICT (node has work), OVERLOADED, INTERNAL (timings that make no sense).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetProfile(self, request, context):
-        """Returns the newest profile of a fingerprint. Errors: NOT_FOUND.
+        """Returns a profile. Errors: NOT_FOUND, CONFLICT (its file was changed), INVALID_REQUEST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListProfiles(self, request, context):
+        """Returns every readable profile in short, and what cannot be read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiffProfiles(self, request, context):
+        """Compares what two profiles predict. Errors: NOT_FOUND, CONFLICT (changed file), INVALID_REQUEST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteProfile(self, request, context):
+        """Deletes a profile for ever. Errors: NOT_FOUND, INVALID_REQUEST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,7 +106,7 @@ class ProfilerServiceServicer:
 
 def add_ProfilerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'ProfileNode': grpc.unary_unary_rpc_method_handler(
+            'ProfileNode': grpc.unary_stream_rpc_method_handler(
                     servicer.ProfileNode,
                     request_deserializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.ProfileNodeRequest.FromString,
                     response_serializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.ProfileNodeResponse.SerializeToString,
@@ -78,6 +115,21 @@ def add_ProfilerServiceServicer_to_server(servicer, server):
                     servicer.GetProfile,
                     request_deserializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.GetProfileRequest.FromString,
                     response_serializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.GetProfileResponse.SerializeToString,
+            ),
+            'ListProfiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListProfiles,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.ListProfilesRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.ListProfilesResponse.SerializeToString,
+            ),
+            'DiffProfiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiffProfiles,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DiffProfilesRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DiffProfilesResponse.SerializeToString,
+            ),
+            'DeleteProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteProfile,
+                    request_deserializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DeleteProfileRequest.FromString,
+                    response_serializer=lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DeleteProfileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -102,7 +154,7 @@ class ProfilerService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/lemix.internal.v1.ProfilerService/ProfileNode',
@@ -135,6 +187,87 @@ class ProfilerService:
             '/lemix.internal.v1.ProfilerService/GetProfile',
             lemix_dot_internal_dot_v1_dot_profiler__service__pb2.GetProfileRequest.SerializeToString,
             lemix_dot_internal_dot_v1_dot_profiler__service__pb2.GetProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListProfiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.ProfilerService/ListProfiles',
+            lemix_dot_internal_dot_v1_dot_profiler__service__pb2.ListProfilesRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_profiler__service__pb2.ListProfilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiffProfiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.ProfilerService/DiffProfiles',
+            lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DiffProfilesRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DiffProfilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lemix.internal.v1.ProfilerService/DeleteProfile',
+            lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DeleteProfileRequest.SerializeToString,
+            lemix_dot_internal_dot_v1_dot_profiler__service__pb2.DeleteProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,24 +33,38 @@ class ProfilerServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ProfilerServiceAsyncStub: ...
-    ProfileNode: _grpc.UnaryUnaryMultiCallable[_profiler_service_pb2.ProfileNodeRequest, _profiler_service_pb2.ProfileNodeResponse]
+    ProfileNode: _grpc.UnaryStreamMultiCallable[_profiler_service_pb2.ProfileNodeRequest, _profiler_service_pb2.ProfileNodeResponse]
     """Measures a node now and stores a new version. Called by operators and by the scheduler for an unknown node.
-    Blocks for the measurement (seconds to minutes). Errors: UNAVAILABLE (node), CONFLICT (node has work).
+    Tells its progress; the last message has the profile. Errors: UNAVAILABLE (node; what was measured until it died is
+    kept as an incomplete profile), CONFLICT (node has work), OVERLOADED, INTERNAL (timings that make no sense).
     """
     GetProfile: _grpc.UnaryUnaryMultiCallable[_profiler_service_pb2.GetProfileRequest, _profiler_service_pb2.GetProfileResponse]
-    """Returns the newest profile of a fingerprint. Errors: NOT_FOUND."""
+    """Returns a profile. Errors: NOT_FOUND, CONFLICT (its file was changed), INVALID_REQUEST."""
+    ListProfiles: _grpc.UnaryUnaryMultiCallable[_profiler_service_pb2.ListProfilesRequest, _profiler_service_pb2.ListProfilesResponse]
+    """Returns every readable profile in short, and what cannot be read."""
+    DiffProfiles: _grpc.UnaryUnaryMultiCallable[_profiler_service_pb2.DiffProfilesRequest, _profiler_service_pb2.DiffProfilesResponse]
+    """Compares what two profiles predict. Errors: NOT_FOUND, CONFLICT (changed file), INVALID_REQUEST."""
+    DeleteProfile: _grpc.UnaryUnaryMultiCallable[_profiler_service_pb2.DeleteProfileRequest, _profiler_service_pb2.DeleteProfileResponse]
+    """Deletes a profile for ever. Errors: NOT_FOUND, INVALID_REQUEST."""
 
 @_typing.type_check_only
 class ProfilerServiceAsyncStub(ProfilerServiceStub):
     """Measures nodes and keeps their profiles."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    ProfileNode: _aio.UnaryUnaryMultiCallable[_profiler_service_pb2.ProfileNodeRequest, _profiler_service_pb2.ProfileNodeResponse]  # type: ignore[assignment]
+    ProfileNode: _aio.UnaryStreamMultiCallable[_profiler_service_pb2.ProfileNodeRequest, _profiler_service_pb2.ProfileNodeResponse]  # type: ignore[assignment]
     """Measures a node now and stores a new version. Called by operators and by the scheduler for an unknown node.
-    Blocks for the measurement (seconds to minutes). Errors: UNAVAILABLE (node), CONFLICT (node has work).
+    Tells its progress; the last message has the profile. Errors: UNAVAILABLE (node; what was measured until it died is
+    kept as an incomplete profile), CONFLICT (node has work), OVERLOADED, INTERNAL (timings that make no sense).
     """
     GetProfile: _aio.UnaryUnaryMultiCallable[_profiler_service_pb2.GetProfileRequest, _profiler_service_pb2.GetProfileResponse]  # type: ignore[assignment]
-    """Returns the newest profile of a fingerprint. Errors: NOT_FOUND."""
+    """Returns a profile. Errors: NOT_FOUND, CONFLICT (its file was changed), INVALID_REQUEST."""
+    ListProfiles: _aio.UnaryUnaryMultiCallable[_profiler_service_pb2.ListProfilesRequest, _profiler_service_pb2.ListProfilesResponse]  # type: ignore[assignment]
+    """Returns every readable profile in short, and what cannot be read."""
+    DiffProfiles: _aio.UnaryUnaryMultiCallable[_profiler_service_pb2.DiffProfilesRequest, _profiler_service_pb2.DiffProfilesResponse]  # type: ignore[assignment]
+    """Compares what two profiles predict. Errors: NOT_FOUND, CONFLICT (changed file), INVALID_REQUEST."""
+    DeleteProfile: _aio.UnaryUnaryMultiCallable[_profiler_service_pb2.DeleteProfileRequest, _profiler_service_pb2.DeleteProfileResponse]  # type: ignore[assignment]
+    """Deletes a profile for ever. Errors: NOT_FOUND, INVALID_REQUEST."""
 
 class ProfilerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Measures nodes and keeps their profiles."""
@@ -60,9 +74,10 @@ class ProfilerServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _profiler_service_pb2.ProfileNodeRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_profiler_service_pb2.ProfileNodeResponse, _abc.Awaitable[_profiler_service_pb2.ProfileNodeResponse]]:
+    ) -> _typing.Union[_abc.Iterator[_profiler_service_pb2.ProfileNodeResponse], _abc.AsyncIterator[_profiler_service_pb2.ProfileNodeResponse]]:
         """Measures a node now and stores a new version. Called by operators and by the scheduler for an unknown node.
-        Blocks for the measurement (seconds to minutes). Errors: UNAVAILABLE (node), CONFLICT (node has work).
+        Tells its progress; the last message has the profile. Errors: UNAVAILABLE (node; what was measured until it died is
+        kept as an incomplete profile), CONFLICT (node has work), OVERLOADED, INTERNAL (timings that make no sense).
         """
 
     @_abc_1.abstractmethod
@@ -71,6 +86,30 @@ class ProfilerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profiler_service_pb2.GetProfileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_profiler_service_pb2.GetProfileResponse, _abc.Awaitable[_profiler_service_pb2.GetProfileResponse]]:
-        """Returns the newest profile of a fingerprint. Errors: NOT_FOUND."""
+        """Returns a profile. Errors: NOT_FOUND, CONFLICT (its file was changed), INVALID_REQUEST."""
+
+    @_abc_1.abstractmethod
+    def ListProfiles(
+        self,
+        request: _profiler_service_pb2.ListProfilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profiler_service_pb2.ListProfilesResponse, _abc.Awaitable[_profiler_service_pb2.ListProfilesResponse]]:
+        """Returns every readable profile in short, and what cannot be read."""
+
+    @_abc_1.abstractmethod
+    def DiffProfiles(
+        self,
+        request: _profiler_service_pb2.DiffProfilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profiler_service_pb2.DiffProfilesResponse, _abc.Awaitable[_profiler_service_pb2.DiffProfilesResponse]]:
+        """Compares what two profiles predict. Errors: NOT_FOUND, CONFLICT (changed file), INVALID_REQUEST."""
+
+    @_abc_1.abstractmethod
+    def DeleteProfile(
+        self,
+        request: _profiler_service_pb2.DeleteProfileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_profiler_service_pb2.DeleteProfileResponse, _abc.Awaitable[_profiler_service_pb2.DeleteProfileResponse]]:
+        """Deletes a profile for ever. Errors: NOT_FOUND, INVALID_REQUEST."""
 
 def add_ProfilerServiceServicer_to_server(servicer: ProfilerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -39,8 +39,10 @@ class StageDurations:
 
     def measured_s(self, kind: OpKind, op: Measure) -> tuple[float, ...]:
         """What the repetitions of a measurement took."""
-        predicted_s = max(_SHORTEST_S, self.timing.predict_s(self._stage, kind, op.batch, op.length))
-        return tuple(predicted_s * self._noise(kind) for _ in range(op.repetitions))
+        busy = (OpKind(op.beside),) if op.beside else ()
+        predicted_s = self.timing.measured_s(self._stage, kind, op)
+        predicted_s *= 1.0 + self.timing.slowdown(self._stage, kind, busy)
+        return tuple(max(_SHORTEST_S, predicted_s) * self._noise(kind) for _ in range(op.repetitions))
 
     def _noise(self, kind: OpKind) -> float:
         if self._random is None:

@@ -231,6 +231,7 @@ def _read_info(model_path: Path, config: EngineConfig) -> ModelInfo:
             vocab_size=int(content["vocab_size"]),
             max_context_tokens=min(context, limit) if limit else context,
             num_parameters=0,
+            device="emulated",
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
             kv_bytes_per_token=shape.kv_bytes_per_token(layers) if shape is not None else 0,
             activation_bytes_per_token=shape.activation_bytes_per_token(layers) if shape is not None else 0,

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from services.latency import LatencyModel, NodeLatency, OpKind
+from services.latency import MOVES, LatencyModel, NodeLatency, OpKind
 from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill
-from services.node_agent.engine.ops import Offload, Reload, StageOp
+from services.node_agent.engine.ops import Measure, Offload, Reload, StageOp
 from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
 from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint, SaveCheckpoint, Snapshot
 
@@ -62,6 +62,15 @@ class EmulatedTiming:
                 kind = kind_of(op)
                 return self.predict_s(stage, kind, 1, 1) if kind is not None else 0.0
 
+    def measured_s(self, stage: int, kind: OpKind, op: Measure) -> float:
+        """Seconds of one repetition of a measurement."""
+        if kind in MOVES:
+            return self._move_s(stage, kind, op.num_bytes)
+        alone_s = self.predict_s(stage, kind, op.batch, op.length, op.cached_tokens)
+        if not op.decodes:
+            return alone_s
+        return self.latency.mixed_s(stage, alone_s, self.predict_s(stage, OpKind.DECODE, op.decodes, op.decode_length))
+
     def slowdown(self, stage: int, kind: OpKind, busy: Iterable[OpKind]) -> float:
         """What an op takes longer while other stages run these: the most that one of them alone costs it."""
         return max((self.latency.slowdown(stage, kind, other) for other in busy), default=0.0)
@@ -106,4 +115,6 @@ def measured_kinds(kind: str) -> tuple[OpKind, ...]:
     """Kinds whose durations a measurement of `kind` returns; none for an unknown kind."""
     if kind == OpKind.TRAIN_FORWARD:
         return (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD)
+    if kind == OpKind.OFFLOAD:
+        return (OpKind.OFFLOAD, OpKind.RELOAD)
     return tuple(known for known in OpKind if known == kind)

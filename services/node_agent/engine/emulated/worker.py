@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from services.node_agent.checkpoint_files import state_file, weights_file, weights_files
-from services.node_agent.engine.base import EngineConfig, ModelInfo, StageResult
+from services.node_agent.engine.base import EngineConfig, MeasuredMemory, ModelInfo, StageResult
 from services.node_agent.engine.emulated.durations import StageDurations
 from services.node_agent.engine.emulated.memory import EmulatedMemory
 from services.node_agent.engine.emulated.timing import measured_kinds, train_shape
@@ -331,7 +331,7 @@ class EmulatedStage:
             raise ValueError(f"cannot measure {op.kind!r}")
         return {
             "durations_s": tuple((kind.value, self._durations.measured_s(kind, op)) for kind in kinds),
-            "resident_bytes": (self.index + 1) << 20,
+            "memory": MeasuredMemory((self.index + 1) << 20, moved_bytes=op.num_bytes),
         }
 
     def _check_is_current(self, version: int) -> None:

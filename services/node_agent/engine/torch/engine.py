@@ -86,6 +86,7 @@ def _info(config: EngineConfig, spec: ModelSpec, stages: Sequence[Ready]) -> Mod
         spec.info(config.max_context_tokens),
         kv_bytes_per_token=max(stage.kv_bytes_per_token for stage in stages),
         activation_bytes_per_token=max(stage.activation_bytes_per_token for stage in stages),
+        device=_device_names(config.devices),
     )
 
 
@@ -169,6 +170,12 @@ def _processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _device_names(devices: Sequence[str]) -> str:
+    kinds = sorted({device.partition(":")[0] for device in devices})
+    names = {"cpu": _processor_name(), "cuda": ", ".join(sorted(set(_gpu_names())))}
+    return "; ".join(f"{kind} {names.get(kind, '')}".strip() for kind in kinds)
 
 
 def _gpu_names() -> list[str]:

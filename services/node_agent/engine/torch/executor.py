@@ -18,7 +18,7 @@ from services.node_agent.engine.torch import checkpoint
 from services.node_agent.engine.torch.inference import Inference, InferenceOutput
 from services.node_agent.engine.torch.load import ModelSpec
 from services.node_agent.engine.torch.lora_config import adapter_shapes
-from services.node_agent.engine.torch.measure import StageTimer, resident_bytes
+from services.node_agent.engine.torch.measure import StageTimer
 from services.node_agent.engine.torch.microbatch import TrainingOptions
 from services.node_agent.engine.torch.stage import Stage, parse_dtype, widen
 from services.node_agent.engine.torch.training import Training
@@ -233,7 +233,8 @@ class StageExecutor:
         return _result(op)
 
     def _measure(self, op: Measure) -> StageResult:
-        return _result(op, durations_s=self._timer.measure(op), resident_bytes=resident_bytes())
+        durations_s, memory = self._timer.measure(op)
+        return _result(op, durations_s=durations_s, memory=memory)
 
     def _input(self, handle: Handle | None, *, first: bool = True) -> Tensor | None:
         """The tensor behind a handle. Read before anything can fail, so that it never stays behind unread."""

@@ -2,19 +2,21 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from services.latency import OpKind
+from services.node_agent.engine.base import MeasuredMemory
 from services.node_agent.engine.inference_ops import Decode, DecodeSequence, Prefill, PrefillSequence, Sampling
 from services.node_agent.engine.ops import Measure
 from services.node_agent.engine.torch.inference import Inference
+from services.node_agent.engine.torch.kv_cache import KvShape
 from services.node_agent.engine.torch.microbatch import Microbatch, TrainingOptions
+from services.node_agent.engine.torch.peak_memory import PeakMemory, resident_bytes
 from services.node_agent.engine.torch.stage import Stage
 from services.node_agent.engine.torch.training import check_examples, make_optimizer
 from services.node_agent.engine.training_ops import Example, OptimizerSpec
@@ -37,17 +39,35 @@ class StageTimer:
         self._folder = folder
         self._max_context_tokens = max_context_tokens
         self._options = options
+        self._memory = PeakMemory(stage.device)
 
-    def measure(self, op: Measure) -> tuple[tuple[str, tuple[float, ...]], ...]:
-        """Durations in seconds of the timed repetitions by op kind. Raises ValueError for a bad point."""
+    def measure(self, op: Measure) -> tuple[tuple[tuple[str, tuple[float, ...]], ...], MeasuredMemory]:
+        """Durations in seconds of the timed repetitions by op kind, and the memory that they took.
+
+        Raises ValueError for a bad point.
+        """
         if op.batch < 1 or op.length < 1 or op.repetitions < 1 or op.warmup < 0:
             raise ValueError(f"cannot measure batch {op.batch}, length {op.length}, {op.repetitions} repetitions")
+        self._memory.reset()
+        durations = self._durations(op)
+        weights = self._stage.weights.owned
+        memory = MeasuredMemory(
+            resident_bytes(),
+            self._memory.peak_bytes(),
+            weight_bytes=sum(w.parameter.numel() * w.parameter.dtype.itemsize for w in weights),
+            kv_bytes_per_token=self._block_bytes // self._kv_block_tokens,
+            moved_bytes=self._num_blocks(op) * self._block_bytes if op.kind == OpKind.OFFLOAD else 0,
+        )
+        return tuple((kind, tuple(seconds)) for kind, seconds in durations.items()), memory
+
+    def _durations(self, op: Measure) -> Durations:
         kinds: dict[str, Callable[[Measure], Callable[[], Durations]]] = {
             OpKind.PREFILL.value: self._prefill,
             OpKind.DECODE.value: self._decode,
             OpKind.TRAIN_FORWARD.value: self._train,
             OpKind.OPTIMIZER_STEP.value: self._optimizer_step,
             OpKind.WEIGHT_SYNC.value: self._weight_sync,
+            OpKind.OFFLOAD.value: self._move,
         }
         if op.kind not in kinds:
             raise ValueError(f"cannot measure {op.kind!r}; known: {', '.join(kinds)}")
@@ -58,7 +78,7 @@ class StageTimer:
         for _ in range(op.repetitions):
             for kind, durations in once().items():
                 total.setdefault(kind, []).extend(durations)
-        return tuple((kind, tuple(durations)) for kind, durations in total.items())
+        return total
 
     def warm_up(self) -> None:
         """Run every kind of op once. The first ones load kernels and modules, which takes a second or more: that must
@@ -97,31 +117,72 @@ class StageTimer:
         return -(-(all_scored + len(lengths) * per_label) // tokens)
 
     def _prefill(self, op: Measure) -> Callable[[], Durations]:
-        inference, length = self._inference(op)
-        prompt = self._tokens(length)
-        sequences = tuple(PrefillSequence(str(row), prompt, Sampling(), 1) for row in range(op.batch))
-        hidden = self._hidden(op.batch * length)
-        work = Prefill(0, 0, sequences)
-        return lambda: {OpKind.PREFILL.value: [_timed(lambda: inference.prefill(work, hidden))]}
+        cached = op.cached_tokens
+        length = max(1, min(op.length, self._max_context_tokens - 1 - cached))
+        inference = self._inference([cached + length] * op.batch + [op.decode_length] * op.decodes)
+        rows = [str(row) for row in range(op.batch)]
+        prompt = (0,) * cached + self._tokens(length)
+        sequences = tuple(PrefillSequence(row, prompt, Sampling(), 1, cached_tokens=cached) for row in rows)
+        decodes = [f"decode {row}" for row in range(op.decodes)]
+        inference.occupy(decodes, op.decode_length)
+        if cached:
+            inference.occupy(rows, cached)
+        hidden = self._hidden(op.batch * length + op.decodes)
+        decoding = tuple(DecodeSequence(name, 0, op.decode_length) for name in decodes)
+        work = Prefill(0, 0, sequences, decodes=decoding)
+
+        def once() -> Durations:
+            if cached:
+                for row in rows:
+                    inference.cache.trim(inference.cache.entry(row), cached)
+            return {OpKind.PREFILL.value: [_timed(lambda: inference.prefill(work, hidden))]}
+
+        return once
 
     def _decode(self, op: Measure) -> Callable[[], Durations]:
-        inference, length = self._inference(op)
+        length = max(1, min(op.length, self._max_context_tokens - 1))
+        inference = self._inference([length] * op.batch)
         inference.occupy([str(row) for row in range(op.batch)], length)
         hidden = self._hidden(op.batch)
         work = Decode(0, 0, tuple(DecodeSequence(str(row), 0, length) for row in range(op.batch)))
         return lambda: {OpKind.DECODE.value: [_timed(lambda: inference.decode(work, hidden))]}
 
-    def _inference(self, op: Measure) -> tuple[Inference, int]:
-        """A KV cache of its own for the measurement, and the context length that leaves room for one new token."""
-        length = max(1, min(op.length, self._max_context_tokens - 1))
+    def _move(self, op: Measure) -> Callable[[], Durations]:
+        tokens = self._num_blocks(op) * self._kv_block_tokens
+        inference = self._inference([tokens])
+        inference.occupy(["0"], tokens)
+
+        def once() -> Durations:
+            with torch.inference_mode():
+                offload_s = _timed(lambda: inference.cache.offload("0"))
+                return {
+                    OpKind.OFFLOAD.value: [offload_s],
+                    OpKind.RELOAD.value: [_timed(lambda: inference.cache.reload("0"))],
+                }
+
+        return once
+
+    @property
+    def _block_bytes(self) -> int:
+        """Of the keys and values of one block of the KV cache."""
+        spec, stage = self._stage.spec, self._stage
+        shape = KvShape(
+            stage.num_layers, spec.num_kv_heads, spec.head_dim, stage.dtype, stage.device, self._kv_block_tokens
+        )
+        return shape.block_bytes
+
+    def _num_blocks(self, op: Measure) -> int:
+        return max(1, round(op.num_bytes / self._block_bytes))
+
+    def _inference(self, contexts: Sequence[int]) -> Inference:
+        """A KV cache of its own for the measurement, with room for these contexts and one more token each."""
         block = self._kv_block_tokens
-        inference = Inference(
+        return Inference(
             self._stage,
-            kv_capacity_tokens=op.batch * (length + block),
+            kv_capacity_tokens=sum(tokens // block + 1 for tokens in contexts) * block,
             max_context_tokens=self._max_context_tokens,
             kv_block_tokens=block,
         )
-        return inference, length
 
     def _train(self, op: Measure) -> Callable[[], Durations]:
         examples = (Example(self._tokens(max(2, op.length))),) * op.batch
@@ -132,6 +193,7 @@ class StageTimer:
             begin = time.monotonic()
             microbatch = Microbatch(self._stage, examples, 1.0, hidden, options=self._options)
             output = microbatch.forward()
+            _wait_for_device()
             middle = time.monotonic()
             gradient = None if output.hidden is None else torch.randn_like(output.hidden)
             backward = _timed(lambda: microbatch.backward(0, gradient))
@@ -182,14 +244,13 @@ class StageTimer:
         return torch.randn(rows, self._stage.spec.hidden_size, device=self._stage.device).to(self._stage.dtype)
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
-
-
 def _timed(work: Callable[[], object]) -> float:
     begin = time.monotonic()
     work()
+    _wait_for_device()
+    return time.monotonic() - begin
+
+
+def _wait_for_device() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.monotonic() - begin

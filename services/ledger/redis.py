@@ -10,15 +10,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
-import redis.asyncio
 import redis.exceptions
 import tenacity
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.ledger import scripts
+from services.ledger.connection import RedisChannel, RedisConnector
 from services.ledger.types import (
     MAX_JOB_EVENTS,
     Delivery,
@@ -33,9 +31,6 @@ T = TypeVar("T")
 
 #: Longest single blocking read, seconds; longer waits are cut, so that a dead connection is noticed.
 _MAX_BLOCK_S: Final = 5.0
-#: Connections for commands, and for blocking reads (one per stream that this process reads).
-_MAX_CONNECTIONS: Final = 16
-_MAX_BLOCKING_CONNECTIONS: Final = 8
 
 _ENDED: Final = frozenset({types_pb2.JOB_STATUS_SUCCEEDED, types_pb2.JOB_STATUS_FAILED, types_pb2.JOB_STATUS_CANCELLED})
 #: Replies of a server that is up but cannot serve now: loading, failing over, out of memory or of disk.
@@ -59,10 +54,10 @@ class RedisLedger:
         self._timeout_s = operation_timeout_s
         self._result_ttl_ms = max(1, round(result_ttl_s * 1e3))
         self._retention_ms = round(retention_s * 1e3)
-        self._client = _client(url, operation_timeout_s, _MAX_CONNECTIONS)
-        self._blocking = _client(url, operation_timeout_s, _MAX_BLOCKING_CONNECTIONS)
-        self._execute: Callable[..., Awaitable[Any]] = self._client.execute_command
-        self._scripts: dict[str, Callable[..., Awaitable[Any]]] = {}
+        self._connector = RedisConnector(url, operation_timeout_s)
+        self._channel = RedisChannel(self._connector)
+        #: By stream: a read that waits holds its connection up.
+        self._blocking: dict[str, RedisChannel] = {}
         #: Where to read a stream on: an entry id while going through what was delivered before, then ">".
         self._cursors: dict[str, str] = {}
 
@@ -74,8 +69,8 @@ class RedisLedger:
 
     async def close(self) -> None:
         """Release connections; idempotent."""
-        await self._client.aclose()
-        await self._blocking.aclose()
+        for channel in (self._channel, *self._blocking.values()):
+            await channel.close()
 
     # ------------------------------------------------------------- scheduler side
 
@@ -288,7 +283,7 @@ class RedisLedger:
 
     async def _entries(self, node_id: str) -> list[tuple[str, work_pb2.WorkItem]]:
         rows = await self._command("XRANGE", scripts.node_key(node_id), "-", "+")
-        return [(entry.decode(), work_pb2.WorkItem.FromString(fields[b"item"])) for entry, fields in rows]
+        return [(entry.decode(), work_pb2.WorkItem.FromString(_item(fields))) for entry, fields in rows]
 
     async def _read(self, stream: str, group: str, count: int, block_s: float) -> list[Delivery]:
         block_s = min(block_s, _MAX_BLOCK_S)
@@ -310,23 +305,32 @@ class RedisLedger:
 
     async def _make_group(self, stream: str, group: str) -> None:
         try:
-            await self._client.xgroup_create(stream, group, id="0", mkstream=True)
+            await self._channel.command("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")
         except redis.exceptions.ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
 
     async def _read_group(self, stream: str, group: str, cursor: str, count: int, block_s: float) -> list[Any]:
         # One consumer per group: whoever is the scheduler, or the node, inherits what its predecessor left pending.
-        block_ms = max(1, round(block_s * 1e3)) if block_s > 0 else None
-        reply: Any = await self._blocking.xreadgroup(group, group, {stream: cursor}, count=count, block=block_ms)
+        block = ("BLOCK", max(1, round(block_s * 1e3))) if block_s > 0 else ()
+        channel = self._blocking.get(stream)
+        if channel is None:
+            channel = self._blocking[stream] = RedisChannel(self._connector)
+        try:
+            reply = await channel.command(
+                "XREADGROUP", "GROUP", group, group, "COUNT", count, *block, "STREAMS", stream, cursor
+            )
+        except BaseException:
+            channel.drop()  # the server may still be waiting, and whatever came next would wait behind
+            raise
         return list(reply[0][1]) if reply else []
 
     async def _deliveries(self, stream: str, group: str, rows: list[Any], *, redelivered: bool) -> list[Delivery]:
         gone = [entry for entry, fields in rows if not fields]
         if gone:
-            await self._client.xack(stream, group, *gone)
+            await self._channel.command("XACK", stream, group, *gone)
         return [
-            Delivery(entry.decode(), work_pb2.WorkItem.FromString(fields[b"item"]), redelivered)
+            Delivery(entry.decode(), work_pb2.WorkItem.FromString(_item(fields)), redelivered)
             for entry, fields in rows
             if fields
         ]
@@ -334,22 +338,13 @@ class RedisLedger:
     # ------------------------------------------------------------- calls
 
     async def _run(self, script: str, keys: list[str], values: list[Any]) -> Any:
-        run = self._scripts.get(script)
-        if run is None:
-            run = self._scripts[script] = self._client.register_script(script)
-        return await self._call(lambda: run(keys=keys, args=values))
+        return await self._call(lambda: self._channel.script(script, keys, values))
 
     async def _command(self, *words: Any) -> Any:
-        return await self._call(lambda: self._execute(*words))
+        return await self._call(lambda: self._channel.command(*words))
 
     async def _pipeline(self, *commands: tuple[Any, ...]) -> list[Any]:
-        async def execute() -> list[Any]:
-            async with self._client.pipeline(transaction=True) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                return list(await pipeline.execute())
-
-        return await self._call(execute)
+        return await self._call(lambda: self._channel.transaction(*commands))
 
     async def _call(self, operation: Callable[[], Awaitable[T]], *, extra_s: float = 0.0) -> T:
         """Run with bounded retries. Raises LedgerUnavailable after the operation timeout (plus `extra_s`)."""
@@ -362,6 +357,7 @@ class RedisLedger:
                         raise
                 return await self._retry(operation)
         except TimeoutError as error:
+            self._channel.drop()
             raise LedgerUnavailable(f"no answer from the ledger at {self.name} in {self._timeout_s:g} s") from error
         except (OSError, redis.exceptions.RedisError) as error:
             if not _is_transient(error):
@@ -393,29 +389,10 @@ def redacted(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _client(url: str, timeout_s: float, connections: int) -> "redis.asyncio.Redis":
-    pool = redis.asyncio.BlockingConnectionPool.from_url(
-        url,
-        max_connections=connections,
-        timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        # Every call runs under its own timeout, which drops the connection. With one of redis-py's, sends go through
-        # asyncio.wait_for, which in Python 3.11 can swallow a cancellation.
-        socket_timeout=None,
-        protocol=2,
-        retry=Retry(NoBackoff(), 0),  # retries are ours, so that they end with the operation's timeout
-        health_check_interval=0,
-    )
-    return redis.asyncio.Redis.from_pool(pool)
-
-
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, redis.exceptions.ResponseError):
-        text = str(error)
         # NOGROUP: the server lost the stream (an emptied or new database); the next attempt makes it again.
-        return text.startswith((*_TRANSIENT_REPLIES, "NOGROUP")) or isinstance(
-            error, redis.exceptions.ReadOnlyError | redis.exceptions.OutOfMemoryError
-        )
+        return str(error).startswith((*_TRANSIENT_REPLIES, "NOGROUP"))
     return isinstance(error, OSError | redis.exceptions.ConnectionError | redis.exceptions.TimeoutError)
 
 
@@ -426,6 +403,11 @@ def _task_record(fields: Sequence[bytes | None]) -> TaskRecord:
         (node_id or b"").decode(),
         None if outcome is None else work_pb2.WorkOutcome.FromString(outcome),
     )
+
+
+def _item(fields: Sequence[bytes]) -> bytes:
+    """Of a stream entry's only field."""
+    return fields[1]
 
 
 def _op() -> str:

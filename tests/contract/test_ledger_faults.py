@@ -91,9 +91,13 @@ async def test_opening_names_the_url_without_credentials() -> None:
 
 
 async def test_a_server_that_accepts_and_never_answers_is_reported_within_the_bound() -> None:
+    left = asyncio.Event()
+
     async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
+        await writer.wait_closed()
+        left.set()
 
     server = await asyncio.start_server(mute, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -101,6 +105,7 @@ async def test_a_server_that_accepts_and_never_answers_is_reported_within_the_bo
     async with asyncio.timeout(3.0):
         with pytest.raises(LedgerUnavailable):
             await ledger.ping()
+        await left.wait()  # nothing of it stays connected
     await ledger.close()
     server.close()
     await server.wait_closed()

@@ -6,7 +6,7 @@ input gives the same run, byte for byte.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 from random import Random
 from typing import Any
@@ -55,13 +55,16 @@ from services.simulator.types import (
 _OP_END, _NODE_EVENT, _TELL, _ARRIVAL, _JOIN, _LOSS, _NODE_TIMER, _TIMER, _STREAM = range(9)
 _SNAPSHOT, _APPLY = "/snapshot", "/apply"
 
+#: Time, event and commands of one step of the scheduler core.
+OnStep = Callable[[float, Event, Sequence[Command]], None]
+
 
 class Simulation:
     """One run: `run` once. Raises ValueError for nodes or work that make no sense.
 
     `training` brings micro-batches by rising arrival time, without end if it likes; one that comes later than the
     scheduler has room for waits. The run does not go on for them: it ends with the last of `work`, or, when there is
-    none, at the horizon.
+    none, at the horizon. `on_step` hears of every step of the scheduler core: what its event log would hold.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class Simulation:
         nodes: Sequence[VirtualNode],
         work: Iterable[Work],
         training: Iterator[Microbatch] | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
         self._config = config
+        self._on_step = on_step
         self._core = SchedulerCore(config.core)
         self._order = QueueOrder(self._core.queue_order.value)
         self._random = Random(config.seed)
@@ -177,7 +182,10 @@ class Simulation:
     def _step_core(self, event: Event) -> None:
         if type(event) is TaskEnded:
             self._on_node.pop(event.task_id, None)
-        for command in self._core.step(self._now_s, event):
+        commands = self._core.step(self._now_s, event)
+        if self._on_step is not None:
+            self._on_step(self._now_s, event, commands)
+        for command in commands:
             self._perform(command)
         if self._supply.has_next(self._now_s if self._stream_open else -math.inf):
             self._offer_training()
@@ -301,7 +309,8 @@ class Simulation:
         for command in node.core.step(now_s, event):
             if type(command) is RunOp:
                 stage, op = command.stage, command.op
-                self._push(now_s + node.begin(stage, op), _OP_END, node, stage, (op, now_s))
+                begin_s = now_s + self._config.handover_s
+                self._push(begin_s + node.begin(stage, op), _OP_END, node, stage, (op, begin_s))
             elif type(command) is TaskDone:
                 self._task_done(node, command)
         wakeup_s = node.core.next_wakeup_s

@@ -78,8 +78,9 @@ class SimulationConfig:
 
     noise: relative standard deviation of operation durations; None: each as its latency model says. cut_overhead: share
     that cutting a training operation into pieces adds to it. dispatch_s: from a decision until the node has the task.
-    report_s: from the end of an operation or task until the scheduler knows. transfer_s: a replica's weights from one
-    node to another. horizon_s: stop then, whatever is unfinished. keep_ops: keep every operation (costs memory).
+    handover_s: from the moment a stage could begin an operation until it begins. report_s: from the end of an operation
+    or task until the scheduler knows. transfer_s: a replica's weights from one node to another. horizon_s: stop then,
+    whatever is unfinished. keep_ops: keep every operation (costs memory).
     """
 
     core: CoreConfig
@@ -87,6 +88,7 @@ class SimulationConfig:
     noise: float | None = 0.0
     cut_overhead: float = 0.05
     dispatch_s: float = 0.0
+    handover_s: float = 0.0
     report_s: float = 0.0
     transfer_s: float = 0.0
     horizon_s: float = math.inf
@@ -95,7 +97,7 @@ class SimulationConfig:
     def __post_init__(self) -> None:
         if self.noise is not None and not self.noise >= 0.0:
             raise ValueError(f"noise must not be negative, got {self.noise}")
-        for name in ("cut_overhead", "dispatch_s", "report_s", "transfer_s", "horizon_s"):
+        for name in ("cut_overhead", "dispatch_s", "handover_s", "report_s", "transfer_s", "horizon_s"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

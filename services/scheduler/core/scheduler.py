@@ -99,6 +99,11 @@ class SchedulerCore:
             wakeup_s = min(wakeup_s, sync_s)
         return wakeup_s if wakeup_s < math.inf else None
 
+    def costs(self, node_id: str) -> NodeCosts | None:
+        """What it predicts for the operations of a node as of the last step; None: there is no such node."""
+        node = self._cluster.nodes.get(node_id)
+        return None if node is None else node.costs
+
     def snapshot(self) -> CoreSnapshot:
         """State for status calls, as of the last step."""
         return take_snapshot(self._config.policy, self._cluster, self._now_s, self._sync.sync_id)

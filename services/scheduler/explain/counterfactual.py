@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from services.node_agent.core.types import NodeCoreConfig
 from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.tasks import InferenceTask, SloTarget, TrainingTask
 from services.scheduler.explain.recording import Recording
 from services.scheduler.explain.types import Decision, Fate
 from services.simulator.cluster import Simulation
+from services.simulator.convert import virtual_node
 from services.simulator.metrics import held_node_s
 from services.simulator.types import (
     Microbatch,
@@ -90,28 +90,9 @@ def _simulate(recording: Recording, config: CoreConfig, work: list[Work]) -> Sim
 
 
 def _nodes(recording: Recording) -> list[VirtualNode]:
+    began_s = recording.began_s
     return [
-        VirtualNode(
-            node_id=life.spec.node_id,
-            latency=life.spec.latency,
-            core=NodeCoreConfig(
-                num_stages=life.spec.num_stages,
-                max_batch=life.spec.max_batch,
-                kv_capacity_tokens=life.spec.kv_capacity_tokens,
-                prefix_cache_tokens=life.spec.prefix_cache_tokens,
-                epoch_steps=life.spec.epoch_steps,
-                max_prefill_tokens=life.spec.max_prefill_tokens,
-                max_inflight_training=life.spec.max_inflight_training,
-                weight_handling=life.spec.weight_handling,
-                gradient_buffers=life.spec.gradient_buffers,
-                training_schedule=life.spec.training_schedule,
-            ),
-            max_inflight_inference=life.spec.max_inflight_inference,
-            max_context_tokens=life.spec.max_context_tokens,
-            max_training_parts=life.spec.max_training_parts,
-            joins_s=life.joined_s - recording.began_s,
-            lost_s=life.lost_s - recording.began_s,
-        )
+        virtual_node(life.spec, joins_s=life.joined_s - began_s, lost_s=life.lost_s - began_s)
         for life in recording.nodes
         if life.lost_s > life.joined_s
     ]

@@ -8,7 +8,7 @@ PIP_INDEX := $(if $(LEMIX_TORCH_INDEX_URL),--extra-index-url $(LEMIX_TORCH_INDEX
 REPEAT ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo paper convergence simulate up test nightly check fmt lint types imports protos protos-lint protos-check bench compose-config clean
+.PHONY: help install demo paper convergence fidelity simulate up test nightly check fmt lint types imports protos protos-lint protos-check bench compose-config clean
 
 help:  ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ paper: install  ## Check the paper's claims in the simulator (minutes; FULL=1: e
 
 convergence: install  ## Train replicas under every synchronisation policy (about 15 minutes)
 	@$(BIN)/python -m bench.convergence $(CONVERGENCE_ARGS)
+
+fidelity: install  ## Predictions against reality, the simulator against live clusters (about 10 minutes)
+	@$(BIN)/python -m bench.fidelity --repeat $(REPEAT) $(FIDELITY_ARGS)
 
 simulate: install  ## Plan a cluster: SIMULATE_ARGS="simulate|plan ..." (docs/operations.md)
 	@$(BIN)/python -m services.simulator $(or $(SIMULATE_ARGS),--help)

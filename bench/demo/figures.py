@@ -3,9 +3,9 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from bench.demo.cpu import OTHERS
 from bench.demo.metrics import busy_shares, quantile
 from bench.demo.records import RunRecord
+from bench.live.cpu import OTHERS
 from bench.live.requests import RequestRecord, Status
 from bench.report.colors import policy_color
 from services.charts.svg import Chart, Point, Scale, legend

@@ -12,12 +12,12 @@ from typing import Any
 
 from bench.demo.config import DemoConfig, DemoError, PolicyRun
 from bench.demo.corpus import Corpus, pieces
-from bench.demo.cpu import CpuMeter
 from bench.demo.event_log import read_event_log
 from bench.demo.profile import Promise, newest_profile, profile_grid, promise
 from bench.demo.records import RunRecord
 from bench.demo.workload import Feedback, feedback_plan, mean_lengths, warmup_plan
 from bench.live.client_process import ClientProcess, Counts
+from bench.live.cpu import CpuMeter
 from bench.live.plan_file import write_plan
 from bench.live.requests import PlannedRequest, RequestRecord
 from bench.live.training_jobs import TrainingJobs, connect

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.demo.config import DemoConfig
-from bench.demo.cpu import OTHERS
 from bench.demo.profile import Promise
 from bench.demo.verdict import verdicts
+from bench.live.cpu import OTHERS
 from bench.report.verdict import combine, spread
 
 _FAIRNESS = (

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from bench import machine
-from bench.demo.cpu import CpuMeter, role_of
+from bench.live.cpu import CpuMeter, role_of
 
 
 def test_facts_have_the_published_keys():

@@ -1,0 +1,144 @@
+"""Workloads on an emulated cluster with all its services, and the same in the simulator."""
+
+import random
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from google.protobuf import json_format
+
+from bench.fidelity import compare, delays, log
+from bench.fidelity.config import FidelityConfig
+from bench.fidelity.live import Cluster, Run, started
+from bench.fidelity.simulated import Truth, simulate
+from bench.fidelity.workloads import Lengths, Workload, arrivals, capacity_rps, letters, request
+from bench.live.requests import PlannedRequest
+from bench.live.run import Backlog
+from lemix.internal.v1 import profile_pb2
+from services.latency import NodeLatency
+from services.profile_messages import latency_from_profile
+from services.scheduler.core.tasks import SloTarget
+from services.simulator.scenario import slo_of_units
+from services.simulator.trace_file import TraceRow
+
+ARTIFACT = Path(__file__).resolve().parents[2] / "deploy" / "profiles" / "a100-llama-2-7b.json"
+#: Micro-batches of the backlog.
+_TRAINING_TOKENS = 512
+_TRAINING_TEXTS = 32
+_SAMPLE = 4000
+
+
+class Outcome(NamedTuple):
+    """One workload: the entry of the summary, and what went wrong."""
+
+    entry: dict[str, Any]
+    problems: list[str]
+
+
+class EmulatedCluster:
+    """Runs workloads, each on a cluster of its own."""
+
+    def __init__(self, config: FidelityConfig, model: Path) -> None:
+        self._config = config
+        self._model = model
+        self._profile = scaled_profile(ARTIFACT, config.emulated.time_scale)
+        self._latency: NodeLatency = latency_from_profile(self._profile)
+
+    async def run(self, workload: Workload, on_progress: Callable[[float], None]) -> Outcome:
+        """Live, then simulated. Raises LiveError or ClusterError when it could not be carried through."""
+        emulated = self._config.emulated
+        requests, slo, rate = self._plan(workload)
+        run = Run(
+            name=workload.name,
+            requests=requests,
+            warmup=self._warmup(workload),
+            seconds=emulated.seconds,
+            drain_s=self._config.drain_s,
+            backlog=self._backlog() if workload.trains else None,
+        )
+        async with AsyncExitStack() as stack:
+            cluster = await started(stack, self._config, self._cluster(workload, slo))
+            done = await cluster.run(run, on_progress)
+        live, _ = log.read(done.event_log)
+        end_s = done.start_s + emulated.seconds
+        measured = delays.measure(live, done.start_s)
+        simulated = simulate(live, done.start_s + done.wall_s, measured, Truth(seed=self._config.seed))
+        both = [compare.figures(trace, done.start_s, end_s, slo) for trace in (live, simulated)]
+        lost = [f"{node_id} was lost" for node_id in live.lost_before(end_s)]
+        problems = [f"{workload.name}: {text}" for text in (*done.problems, *lost)]
+        entry = {
+            "workload": workload.name,
+            "title": workload.title,
+            "rate_rps": rate,
+            **compare.compare(*both),
+            "live": both[0].to_json(),
+            "simulated": both[1].to_json(),
+            "slo_ms": {"ttft": 1000.0 * (slo.ttft_s or 0.0), "tpot": 1000.0 * (slo.tpot_s or 0.0)},
+            "delays_ms": {name: 1000.0 * value for name, value in measured._asdict().items()},
+            "op_slip": compare.op_slip(live, done.start_s, end_s),
+            "client": done.client_figures(),
+            "cpu_share": done.cpu_share,
+        }
+        return Outcome(entry, problems)
+
+    def _plan(self, workload: Workload) -> tuple[list[PlannedRequest], SloTarget, float]:
+        config, emulated = self._config, self._config.emulated
+        rng = random.Random(f"{config.seed}/{workload.name}")
+        sample = [workload.draw(rng) for _ in range(_SAMPLE)]
+        rate = workload.load * emulated.nodes * capacity_rps(self._latency, sample, max_batch=emulated.max_batch)
+        times = arrivals(rng, rate, emulated.seconds, cv=workload.cv)
+        rows = [TraceRow(0.0, item.prompt, item.output) for item in sample]
+        requests = [
+            request(f"{workload.name}-{index}", at_s, workload.draw(rng), rng) for index, at_s in enumerate(times)
+        ]
+        return requests, slo_of_units(config.slo_units, self._latency, rows), rate
+
+    def _warmup(self, workload: Workload) -> list[PlannedRequest]:
+        rng = random.Random(f"{self._config.seed}/{workload.name}/warmup")
+        count = self._config.emulated.warmup_requests
+        return [request(f"warmup-{index}", 0.1 * index, Lengths(64, 8), rng) for index in range(count)]
+
+    def _backlog(self) -> Backlog:
+        rng = random.Random(f"{self._config.seed}/backlog")
+        return Backlog(texts=[letters(rng, _TRAINING_TOKENS) for _ in range(_TRAINING_TEXTS)])
+
+    def _cluster(self, workload: Workload, slo: SloTarget) -> Cluster:
+        emulated = self._config.emulated
+        profile = self._config.out / "emulated-profile.json"
+        profile.parent.mkdir(parents=True, exist_ok=True)
+        profile.write_text(json_format.MessageToJson(self._profile, preserving_proto_field_name=True), "utf-8")
+        models = self._latency.models[0]
+        return Cluster(
+            name=f"emulated-{workload.name}",
+            model=self._model,
+            nodes=emulated.nodes,
+            stages=emulated.stages,
+            core={"default_slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}, "sync": "none"},
+            scheduler={"profile_path": str(profile.resolve())},
+            node={
+                "engine": "emulated",
+                "emulated_latency": {
+                    kind.value: {"form": model.form, "coefficients": list(model.coefficients)}
+                    for kind, model in models.items()
+                },
+                "max_batch": emulated.max_batch,
+                **workload.node,
+            },
+        )
+
+
+def scaled_profile(path: Path, scale: float) -> profile_pb2.Profile:
+    """A profile `scale` times as slow, every stage as fast as the first."""
+    profile = json_format.Parse(path.read_text(encoding="utf-8"), profile_pb2.Profile())
+    first = [fit for fit in profile.fits if fit.chosen and not fit.stage]
+    scaled = profile_pb2.Profile()
+    scaled.CopyFrom(profile)
+    del scaled.fits[:]
+    for stage in range(profile.num_stages):
+        for fit in first:
+            copy = scaled.fits.add()
+            copy.CopyFrom(fit)
+            copy.stage = stage
+            copy.coefficients[:] = [scale * value for value in fit.coefficients]
+    return scaled

@@ -1,0 +1,165 @@
+"""The page for people: one HTML file without any outside resource."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from services.charts import page
+from services.charts.svg import Chart, text
+
+_SIZE = (540, 340)
+_MARGINS = (26, 16, 40, 60)
+_COLOR = "#1f6fb5"
+
+Points = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
+
+
+def render(summary: Mapping[str, Any], points: Points) -> str:
+    """The whole page. points: by run and kind (measured, predicted) in milliseconds, of the first repetition."""
+    parts = [
+        _header(summary),
+        page.notice("Take care", [*summary["warnings"], *summary["problems"][:10]]),
+        _claims(summary["claims"]),
+        "<h2>Operations of the real engine</h2><p>Calibrated: what the scheduler would have predicted just before the "
+        "operation. Error is |measured − predicted| / measured; the noise floor is that of the best predictor there "
+        "could be (median of the other repetitions of the same size). Operations that the profile expects to take "
+        "less than 5 ms are left out.</p>",
+        *(_ops(name, run["ops"]) for name, run in summary["real"].items()),
+        "<h2>Responses of the real engine</h2><p>Time to first token as predicted when the request was placed, against "
+        "what it was on the node. Requests after which another one was sent to the same node before their first "
+        "token are counted apart: nobody could know.</p>",
+        _responses(summary["real"]),
+        *(_plots(name, kinds) for name, kinds in points.items()),
+        "<h2>Simulator against the emulated live cluster</h2><p>Simulated less live, in percent of live or in points. "
+        "Delays of the control plane are medians measured in the live run.</p>",
+        _comparison(summary["simulator_vs_live"]),
+        "<h2>Simulator against the real cluster</h2>",
+        _comparison([summary["simulator_vs_cpu"][name] for name in summary["simulator_vs_cpu"]]),
+        page.configuration(summary["config"]),
+    ]
+    return page.document("LeMix: fidelity", parts)
+
+
+def _header(summary: Mapping[str, Any]) -> str:
+    return (
+        "<h1>Predictions against reality</h1>"
+        f'<p class="soft">{text(summary["started_at"])} · {text(summary["machine"]["cpu"])}, '
+        f"{summary['machine']['cores']} cores · commit {text(summary['git_commit'])} · "
+        f"{summary['repetitions']} repetition(s) · {summary['seconds_total']:.0f} s</p>"
+    )
+
+
+def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
+    tiles = "".join(
+        page.tile(claim["shown"], claim["claim"], page.chip(claim["verdict"], f"{claim['direction']} {claim['limit']}"))
+        for claim in claims
+    )
+    return f'<div class="tiles">{tiles}</div>'
+
+
+def _ops(name: str, ops: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            text(kind),
+            f"{found['ops']:,}",
+            f"{found['median_ms']:.1f}",
+            percent(found["online_mape"]),
+            percent(found["profile_mape"]),
+            percent(found["noise_floor"]),
+            percent(found["online_coverage"]),
+            percent(found["profile_coverage"]),
+            percent(found["profile_bias"]),
+        ]
+        for kind, found in ops["kinds"].items()
+    ]
+    head = (
+        f"{text(name)}",
+        "operations",
+        "median, ms",
+        "error, calibrated",
+        "error, profile",
+        "noise floor",
+        "in 90 % interval, calibrated",
+        "in 90 % interval, profile",
+        "over the profile, median",
+    )
+    return page.table(head, rows)
+
+
+def _responses(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, run in runs.items():
+        found = run["responses"]
+        later = found["with_later_arrivals"]
+        rows.append(
+            [
+                text(name),
+                f"{found['requests']}",
+                percent(found["mape"]),
+                percent(found["median_error"]),
+                percent(found["bias"]),
+                f"{later['requests']}",
+                percent(later["mape"]),
+            ]
+        )
+    head = ("run", "requests", "mean error", "median error", "median bias", "with later arrivals", "their mean error")
+    return page.table(head, rows)
+
+
+def _plots(name: str, kinds: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    charts = "".join(
+        f'<div class="figure">{_scatter(f"{name}: {kind}", found)}</div>' for kind, found in kinds.items() if found
+    )
+    return f"<h2>Predicted and measured: {text(name)}</h2><div class='pair'>{charts}</div>"
+
+
+def _scatter(title: str, points: Sequence[Sequence[float]]) -> str:
+    most = max(max(point) for point in points) * 1.05
+    chart = Chart.plot(*_SIZE, (0.0, most), (0.0, most), margins=_MARGINS)
+    chart.axes("measured, ms", f"{title}: predicted, ms")
+    chart.line([(0.0, 0.0), (most, most)], "var(--soft)", dashed=True)
+    chart.dots([(measured, predicted) for measured, predicted in points], _COLOR)
+    return chart.render(title)
+
+
+def _comparison(entries: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            f"{text(entry['workload'])}<small>{text(entry.get('title', ''))}</small>",
+            f"{entry['live']['requests']}",
+            _pair(entry, "slo_attainment", 100.0, "%", "slo_attainment_points"),
+            _pair(entry, "tokens_per_s", 1.0, "", "throughput_pct"),
+            _pair(entry, "output_tokens_per_s", 1.0, "", "output_tokens_pct"),
+            _pair(entry, "trained_tokens_per_s", 1.0, "", "trained_tokens_pct"),
+            _pair(entry, "ttft_p50_s", 1000.0, "ms", "ttft_p50_pct"),
+            _pair(entry, "ttft_p95_s", 1000.0, "ms", "ttft_p95_pct"),
+            _pair(entry, "tpot_p50_s", 1000.0, "ms", "tpot_p50_pct"),
+            _pair(entry, "utilisation", 100.0, "%", "utilisation_points"),
+        ]
+        for entry in entries
+    ]
+    head = (
+        "workload",
+        "requests",
+        "attainment",
+        "tokens/s",
+        "output tokens/s",
+        "trained tokens/s",
+        "TTFT p50",
+        "TTFT p95",
+        "TPOT p50",
+        "utilisation",
+    )
+    return page.table(head, rows)
+
+
+def _pair(entry: Mapping[str, Any], key: str, factor: float, unit: str, difference: str) -> str:
+    apart = entry[difference]
+    shown = "–" if apart is None else f"{apart:+.1f}"
+    values = [entry[side][key] for side in ("live", "simulated")]
+    told = " → ".join("∞" if value is None else f"{factor * value:,.1f}" for value in values)
+    return f"{shown}<small>{told} {unit}</small>"
+
+
+def percent(value: float | None) -> str:
+    """A share; a dash for what was not measured."""
+    return "–" if value is None else f"{100 * value:.1f} %"

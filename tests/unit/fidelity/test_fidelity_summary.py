@@ -1,0 +1,151 @@
+"""Summary, verdicts, page and options, from synthetic figures."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from bench.fidelity import __main__ as command
+from bench.fidelity import accuracy, compare, ops, report, summary, terminal
+from bench.fidelity.config import FidelityConfig
+from bench.fidelity.emulated import ARTIFACT, scaled_profile
+from bench.fidelity.trace import trace_of
+from bench.fidelity.workloads import EMULATED, Lengths, capacity_rps
+from bench.live.errors import LiveError
+from lemix.internal.v1 import profile_pb2
+from services.latency import NodeLatency
+from services.profile_messages import latency_from_profile
+from tests.unit.fidelity import runs
+
+
+def _repetition(slower=1.0, others=0.0):
+    config, steps = runs.steps_of(slower=slower, trains=True)
+    samples = ops.samples(config, runs.recorded(steps))
+    trace = trace_of(config, steps)
+    responses = accuracy.of_responses(trace, 0.0)
+    points = {"responses": responses.pop("pairs_ms")}
+    figures = compare.figures(trace, 1.0, 9.0, runs.SLO)
+    entry = {
+        "workload": "steady",
+        "title": "title",
+        **compare.compare(figures, figures._replace(slo_attainment=figures.slo_attainment - 0.03)),
+        "live": figures.to_json(),
+        "simulated": figures.to_json(),
+        "cpu_share": {"other_programs": others},
+    }
+    real = {
+        name: {
+            "ops": accuracy.of_ops(samples),
+            "responses": responses,
+            "company": accuracy.by_company(samples),
+            "cpu_share": {"other_programs": others},
+        }
+        for name in ("serving", "training")
+    }
+    return {
+        "prediction": summary.prediction(real),
+        "models": [],
+        "real": real,
+        "simulator_vs_cpu": {"serving": entry},
+        "simulator_vs_live": [entry],
+        "points": {"serving": points},
+    }
+
+
+def _summary(*repetitions):
+    facts = {"git_commit": "abc", "started_at": "now", "machine": {"cpu": "a", "cores": 2, "gpu": []}}
+    return summary.build(FidelityConfig(), facts, repetitions, [], 12.0)
+
+
+def test_verdicts_follow_the_figures():
+    result = _summary(_repetition())
+    verdicts = {claim["name"]: claim["verdict"] for claim in result["claims"]}
+    assert verdicts["op_error"] == "held"
+    assert verdicts["simulator_attainment"] == "missed"
+    assert verdicts["simulator_throughput"] == "held"
+    json.dumps(result)
+
+
+def test_intervals_may_be_too_narrow_and_too_wide():
+    for coverage, missed in ((0.80, "coverage"), (0.99, "coverage_not_wider"), (0.9, "")):
+        repetition = _repetition()
+        repetition["prediction"]["interval_coverage"] = coverage
+        claims = [claim for claim in _summary(repetition)["claims"] if claim["name"].startswith("coverage")]
+        assert [claim["name"] for claim in claims if claim["verdict"] == "missed"] == [missed][: bool(missed)]
+
+
+def test_a_figure_that_was_not_measured_decides_nothing():
+    repetition = _repetition()
+    repetition["simulator_vs_live"][0]["ttft_p95_pct"] = None
+    claims = {claim["name"]: claim for claim in _summary(repetition)["claims"]}
+    assert claims["simulator_ttft"]["verdict"] == "unresolved"
+    assert claims["simulator_ttft"]["shown"] == "not measured"
+
+
+def test_a_machine_that_others_use_decides_nothing():
+    result = _summary(_repetition(others=0.5))
+    assert {claim["verdict"] for claim in result["claims"]} == {"unresolved"}
+    assert "other programs used up to 50 %" in result["warnings"][0]
+
+
+def test_repetitions_are_combined():
+    result = _summary(_repetition(), _repetition(slower=2.0))
+    assert result["repetitions"] == 2
+    assert len(result["simulator_vs_live"]) == 1
+    first = next(claim for claim in result["claims"] if claim["name"] == "op_error")
+    assert len(first["values"]) == 2
+
+
+def test_the_page_and_the_tables_show_everything():
+    repetition = _repetition()
+    result = _summary(repetition)
+    page = report.render(result, repetition["points"])
+    for expected in ("steady", "prefill", "optimizer_step", "Simulator against the real cluster", "<svg"):
+        assert expected in page
+    console = Console(record=True, width=120)
+    terminal.print_results(console, result)
+    assert "attainment in the worst workload" in console.export_text()
+
+
+def test_models_of_a_profile_are_listed():
+    profile = profile_pb2.Profile(num_stages=1)
+    profile.fits.add(stage=0, op=profile_pb2.OP_KIND_DECODE, model="affine", coefficients=[1, 2], mape=0.1, chosen=True)
+    assert summary.models(profile) == [
+        {"stage": 0, "op": "decode", "model": "affine", "mape": 0.1, "r2": 0.0, "chosen": True}
+    ]
+
+
+def test_options():
+    config, repeat = command.parse(["--workloads", "steady, mixed", "--seed", "3", "--repeat", "2"])
+    assert [workload.name for workload in config.workloads] == ["steady", "mixed"]
+    assert (config.seed, repeat) == (3, 2)
+    assert command.parse(["--quick"])[0].real.seconds < FidelityConfig().real.seconds
+    with pytest.raises(LiveError, match="unknown workload 'nothing'"):
+        command.parse(["--workloads", "nothing"])
+    with pytest.raises(LiveError, match="--repeat"):
+        command.parse(["--repeat", "0"])
+    assert command.main(["--repeat", "0"]) == 2
+
+
+def test_an_emulated_profile_is_scaled_on_every_stage():
+    plain = latency_from_profile(scaled_profile(ARTIFACT, 1.0))
+    slow = latency_from_profile(scaled_profile(ARTIFACT, 4.0))
+    assert slow.models[1] == slow.models[0]
+    for op, model in slow.models[1].items():
+        assert model.predict_s(2, 300) == pytest.approx(4.0 * plain.op_s(0, op, 2, 300))
+
+
+def test_capacity_is_bounded_by_the_slowest_stage():
+    lengths = [Lengths(100, 5)]
+    slow = {
+        kind: replace(model, coefficients=tuple(2 * c for c in model.coefficients))
+        for kind, model in runs.MODELS.items()
+    }
+    one = capacity_rps(NodeLatency((runs.MODELS,)), lengths, max_batch=4)
+    assert capacity_rps(NodeLatency((runs.MODELS, slow)), lengths, max_batch=4) == pytest.approx(one / 2)
+    assert one == pytest.approx(1.0 / (0.024 + 4 * (0.008 + 0.0005 * 4 + 0.000001 * 4 * 102.5) / 4))
+
+
+def test_every_workload_has_a_name_of_its_own():
+    assert len({workload.name for workload in EMULATED}) == len(EMULATED) >= 5

@@ -26,15 +26,14 @@ from bench.live.errors import LiveError
 from bench.report.progress import Terminal
 from bench.report.summary import run_facts
 from deploy.local.cluster import ClusterError
-from deploy.local.tiny_model import write_tiny_model
 from services.arguments import parser_class
 
 #: Lengths of the steps on the progress bar, seconds.
 _MODEL_S, _PROFILE_S, _START_S = 10.0, 40.0, 12.0
 _QUICK_S = 8.0
 _MAX_PROBLEMS_SHOWN = 10
-#: Tokens of an emulated request's prompt and output at most.
-_EMULATED_CONTEXT = 4096
+#: Tokens of an emulated request's prompt and output at most; layers of Llama-2-7B.
+_EMULATED_CONTEXT, _EMULATED_LAYERS = 4096, 32
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,9 +82,12 @@ async def run(config: FidelityConfig, repeat: int, console: Console) -> dict[str
     problems: list[str] = []
     with screen.running():
         with screen.step("making the models", _MODEL_S):
-            model = cached_model(config.real, config.cache)
-            empty = config.out / "emulated-model"
-            write_tiny_model(empty, hidden=32, layers=config.emulated.stages, max_context_tokens=_EMULATED_CONTEXT)
+            real = config.real
+            model = cached_model(
+                config.cache, hidden=real.hidden, layers=real.layers, max_context_tokens=real.max_context_tokens
+            )
+            # Of an emulated model only the number of layers matters, by which micro-batches are cut.
+            empty = cached_model(config.cache, hidden=32, layers=_EMULATED_LAYERS, max_context_tokens=_EMULATED_CONTEXT)
         for index in range(repeat):
             seeded = replace(config, seed=config.seed + index)
             found, wrong = await _repetition(seeded, model, empty, screen)

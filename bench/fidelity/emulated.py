@@ -63,7 +63,7 @@ class EmulatedCluster:
         live, _ = log.read(done.event_log)
         end_s = done.start_s + emulated.seconds
         measured = delays.measure(live, done.start_s)
-        simulated = simulate(live, done.start_s + done.wall_s, measured, Truth(seed=self._config.seed))
+        simulated = simulate(live, done.start_s + done.wall_s, measured, Truth(noise=None, seed=self._config.seed))
         both = [compare.figures(trace, done.start_s, end_s, slo) for trace in (live, simulated)]
         lost = [f"{node_id} was lost" for node_id in live.lost_before(end_s)]
         problems = [f"{workload.name}: {text}" for text in (*done.problems, *lost)]
@@ -108,7 +108,6 @@ class EmulatedCluster:
         profile = self._config.out / "emulated-profile.json"
         profile.parent.mkdir(parents=True, exist_ok=True)
         profile.write_text(json_format.MessageToJson(self._profile, preserving_proto_field_name=True), "utf-8")
-        models = self._latency.models[0]
         return Cluster(
             name=f"emulated-{workload.name}",
             model=self._model,
@@ -118,10 +117,8 @@ class EmulatedCluster:
             scheduler={"profile_path": str(profile.resolve())},
             node={
                 "engine": "emulated",
-                "emulated_latency": {
-                    kind.value: {"form": model.form, "coefficients": list(model.coefficients)}
-                    for kind, model in models.items()
-                },
+                "emulated_profile": str(ARTIFACT),
+                "time_scale": emulated.time_scale,
                 "max_batch": emulated.max_batch,
                 **workload.node,
             },
@@ -129,16 +126,10 @@ class EmulatedCluster:
 
 
 def scaled_profile(path: Path, scale: float) -> profile_pb2.Profile:
-    """A profile `scale` times as slow, every stage as fast as the first."""
+    """A profile `scale` times as slow: what nodes of that `time_scale` do."""
     profile = json_format.Parse(path.read_text(encoding="utf-8"), profile_pb2.Profile())
-    first = [fit for fit in profile.fits if fit.chosen and not fit.stage]
-    scaled = profile_pb2.Profile()
-    scaled.CopyFrom(profile)
-    del scaled.fits[:]
-    for stage in range(profile.num_stages):
-        for fit in first:
-            copy = scaled.fits.add()
-            copy.CopyFrom(fit)
-            copy.stage = stage
-            copy.coefficients[:] = [scale * value for value in fit.coefficients]
-    return scaled
+    for fit in profile.fits:
+        fit.coefficients[:] = [scale * value for value in fit.coefficients]
+        if fit.HasField("table"):
+            fit.table.durations_s[:] = [scale * value for value in fit.table.durations_s]
+    return profile

@@ -1,7 +1,5 @@
 """The real CPU engine: predictions of operations and responses, and the simulator beside it."""
 
-import hashlib
-import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,7 +20,6 @@ from lemix.internal.v1 import profile_pb2
 from services.latency import NodeLatency
 from services.profile_messages import latency_from_profile
 from services.scheduler.core.tasks import SloTarget
-from services.simulator.profile_file import read_profile
 from services.simulator.scenario import slo_of_units
 from services.simulator.trace_file import TraceRow
 
@@ -82,8 +79,7 @@ class RealCluster:
         end_s = done.start_s + real.seconds
         samples = [item for item in ops.samples(live.config, steps) if done.start_s <= item.at_s < end_s]
         measured = delays.measure(live, done.start_s)
-        noise = read_profile(self._profile_path()).noise
-        truth = Truth(noise=noise, cut_overhead=_CUT_OVERHEAD, seed=self._config.seed)
+        truth = Truth(noise=None, cut_overhead=_CUT_OVERHEAD, seed=self._config.seed)
         simulated = simulate(live, done.start_s + done.wall_s, measured, truth)
         both = [compare.figures(trace, done.start_s, end_s, self._slo) for trace in (live, simulated)]
         responses = accuracy.of_responses(live, done.start_s)
@@ -104,14 +100,10 @@ class RealCluster:
                 "simulated": both[1].to_json(),
                 "delays_ms": {key: 1000.0 * value for key, value in measured._asdict().items()},
                 "op_slip": compare.op_slip(live, done.start_s, end_s),
-                "noise": noise,
             },
             points,
             [f"{name}: {text}" for text in (*done.problems, *lost)],
         )
-
-    def _profile_path(self) -> Path:
-        return max(self._profiles.glob("*/*.json"), key=lambda path: path.stat().st_mtime)
 
     def _plan(self, name: str, latency: NodeLatency) -> tuple[list[PlannedRequest], SloTarget]:
         real = self._config.real
@@ -157,13 +149,11 @@ class RealCluster:
         )
 
 
-def cached_model(real: RealConfig, cache: Path) -> Path:
-    """Directory of the model, made when it is not there."""
-    shape = {"hidden": real.hidden, "layers": real.layers, "max_context_tokens": real.max_context_tokens}
-    key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
-    path = cache / f"random-model-{key}"
+def cached_model(cache: Path, *, hidden: int, layers: int, max_context_tokens: int) -> Path:
+    """Directory of a model of random weights, made when it is not there."""
+    path = cache / f"random-model-{hidden}-{layers}-{max_context_tokens}"
     if not path.is_dir():
-        write_tiny_model(path, **shape)
+        write_tiny_model(path, hidden=hidden, layers=layers, max_context_tokens=max_context_tokens)
     return path
 
 

@@ -18,7 +18,7 @@ from services.simulator.types import Microbatch, Request, SimulationConfig
 class Truth:
     """What the simulator is to know of the engine beyond the profile. noise, cut_overhead: see `SimulationConfig`."""
 
-    noise: float = 0.0
+    noise: float | None = 0.0
     cut_overhead: float = 0.0
     seed: int = 0
 

@@ -64,7 +64,10 @@ class NodeDescription:
             weight_handling=settings.weight_handling,
             gradient_buffers=settings.gradient_buffers,
             training_schedule=settings.training_schedule,
-            max_training_parts=settings.max_training_parts,
+            # No more than an example can be cut into: who forecasts by it must not wait for pieces that never come.
+            max_training_parts=min(
+                settings.max_training_parts, max(1, self._engine.info.num_layers // settings.num_stages)
+            ),
             keeps_checkpoints=self._checkpoints is not None,
             checkpoints=() if self._checkpoints is None else self._checkpoints.held(),
             restore_note="" if self._checkpoints is None else self._checkpoints.note,

@@ -29,8 +29,10 @@ CANDIDATES: Mapping[OpKind, tuple[str, ...]] = {
 #: Up to so many points every point is held out once; beyond, that many folds.
 MAX_FOLDS = 20
 
-#: A form with more coefficients must beat a simpler one by this fraction of its held-out error.
+#: A form with more coefficients must beat a simpler one by this fraction of its held-out error, and by this much of the
+#: duration.
 PARSIMONY = 0.05
+LEAST_GAIN = 1e-4
 
 #: A table must beat the best polynomial by this fraction: beyond its grid it only goes on straight.
 TABLE_MARGIN = 0.2
@@ -222,7 +224,9 @@ def held_out_predictions(features: Array, measured: Array) -> Array:
 def _choose(fits: Sequence[Fit]) -> Fit:
     best = fits[0]
     for fit in fits[1:]:
-        margin = PARSIMONY if len(fit.coefficients) > len(best.coefficients) else 0.0
-        if fit.mape < best.mape * (1.0 - margin):
+        limit = best.mape
+        if len(fit.coefficients) > len(best.coefficients):
+            limit = best.mape * (1.0 - PARSIMONY) - LEAST_GAIN
+        if fit.mape < limit:
             best = fit
     return best

@@ -30,6 +30,7 @@ class CoreSettings(Settings):
     max_hold_back_s: float = _CORE.max_hold_back_s
     max_sessions: int = _CORE.max_sessions
     initial_output_tokens: int = _CORE.initial_output_tokens
+    drift_band: float = _CORE.drift_band
     hold_s: float = _CORE.hold_s
     #: How replicas are kept together: none, average, checkpoint, or policy (whichever of the last two the policy uses).
     sync: SyncChoice = _CORE.sync

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from services.latency import OpKind
+
 
 class NodeTerms(NamedTuple):
     """Terms behind a decision for one candidate node, kept for `explain`.
@@ -113,4 +115,20 @@ class WarnBehind:
     num_failed: int
 
 
-Command = Assign | Defer | Reject | CancelOnNode | Drop | TakeBack | TakeSnapshot | ApplyWeights | WarnBehind
+@dataclass(frozen=True, slots=True)
+class DriftAlarm:
+    """Operations of one kind on one stage left the band around their profile, or (`active` False) came back into it.
+
+    ratio: running mean of real over profiled duration.
+    """
+
+    node_id: str
+    stage: int
+    op: OpKind
+    active: bool
+    ratio: float
+
+
+Command = (
+    Assign | Defer | Reject | CancelOnNode | Drop | TakeBack | TakeSnapshot | ApplyWeights | WarnBehind | DriftAlarm
+)

@@ -41,6 +41,8 @@ class CoreConfig:
     max_sessions: int = 16384
     #: Output length assumed until enough requests of the cluster have ended, tokens.
     initial_output_tokens: int = 64
+    #: How far operations may be off the profile, a fraction, before an alarm tells of it; 0: none does.
+    drift_band: float = 0.12
     #: Seconds without activity after which a node no longer counts as held.
     hold_s: float = 10.0
     #: What is done every `sync_every_steps` optimizer steps of a node (0: never).
@@ -59,6 +61,6 @@ class CoreConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("slo_unit_s", "max_hold_back_s", "hold_s", "sync_every_steps", "sync_timeout_s"):
+        for name in ("slo_unit_s", "max_hold_back_s", "drift_band", "hold_s", "sync_every_steps", "sync_timeout_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

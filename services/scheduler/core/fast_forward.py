@@ -181,5 +181,6 @@ def duration_s(costs: NodeCosts, stage: int, op: Op) -> float:
         tokens, cached = op.num_tokens, op.context_tokens
     op_s = costs.stage_s(stage, op.kind, batch, tokens / batch, cached / batch, op.subject) / op.parts
     if op.decodes:
-        op_s += costs.stage_s(stage, OpKind.DECODE, op.decodes, op.decode_context_tokens / op.decodes)
+        decode_s = costs.stage_s(stage, OpKind.DECODE, op.decodes, op.decode_context_tokens / op.decodes)
+        return costs.mixed_s(stage, op_s, decode_s)
     return op_s

@@ -11,9 +11,9 @@ from services.latency import OpKind
 from services.scheduler.core import policies, traces
 from services.scheduler.core.admission import deadline_s, refuse, refuse_overloaded, refuse_stale
 from services.scheduler.core.assignment import Assigner
-from services.scheduler.core.commands import CancelOnNode, Command, Drop, Reject, TakeBack
+from services.scheduler.core.commands import CancelOnNode, Command, DriftAlarm, Drop, Reject, TakeBack
 from services.scheduler.core.config import CoreConfig, SyncChoice
-from services.scheduler.core.costs import NodeCosts
+from services.scheduler.core.costs import NodeCosts, OpRecord
 from services.scheduler.core.events import (
     AdaptersTold,
     Event,
@@ -107,6 +107,10 @@ class SchedulerCore:
     def snapshot(self) -> CoreSnapshot:
         """State for status calls, as of the last step."""
         return take_snapshot(self._config.policy, self._cluster, self._now_s, self._sync.sync_id)
+
+    def op_records(self) -> dict[str, list[OpRecord]]:
+        """What was learnt of the operations of every node, by id."""
+        return {node_id: self._cluster.nodes[node_id].costs.records() for node_id in sorted(self._cluster.nodes)}
 
     # ----------------------------------------------------------------- events
 
@@ -225,6 +229,9 @@ class SchedulerCore:
         if node is None or not 0 <= event.stage < node.costs.num_stages:
             return
         traces.observe(event, node, self._cluster)
+        if node.costs.changes:
+            self._commands += [DriftAlarm(node.node_id, *change) for change in node.costs.changes]
+            node.costs.changes.clear()
         if node.mirror is not None:
             node.mirror.ran(now_s, event)
         if event.op is OpKind.OPTIMIZER_STEP and event.stage == node.costs.num_stages - 1:
@@ -287,8 +294,10 @@ class SchedulerCore:
         known = cluster.nodes.get(spec.node_id)
         if known is not None and known.spec.num_stages == spec.num_stages:
             # The same node with a new profile or new bounds: it still holds its work.
+            if known.spec.latency != spec.latency:
+                self._commands += _alarms_ended(known)
+                known.costs = NodeCosts(spec.latency, self._config.drift_band)
             known.spec = spec
-            known.costs = NodeCosts(spec.latency)
             known.is_draining = False
             known.adapter_ids = None
             self._commands += self._sync.joined(now_s, spec)
@@ -298,7 +307,7 @@ class SchedulerCore:
             self._node_lost(now_s, spec.node_id)
         cluster.nodes[spec.node_id] = NodeState(
             spec=spec,
-            costs=NodeCosts(spec.latency),
+            costs=NodeCosts(spec.latency, self._config.drift_band),
             held=HeldTime(self._config.hold_s),
             forecast=NodeForecast(spec.num_stages) if self._policy.uses_forecast else None,
         )
@@ -362,3 +371,12 @@ class SchedulerCore:
             else:
                 self._cluster.forget(live)
                 self._commands.append(refusal)
+
+
+def _alarms_ended(node: NodeState) -> list[Command]:
+    """A new profile: nothing is known to be off it."""
+    return [
+        DriftAlarm(node.node_id, record.stage, record.op, active=False, ratio=record.ratio)
+        for record in node.costs.records()
+        if record.drifting
+    ]

@@ -98,15 +98,17 @@ def _calibrate_inference(op: OpFinished, node: NodeState) -> None:
     else:
         length, cached = op.context_tokens / batch, 0.0
     own_s = op.end_s - op.begin_s
+    beside = bool(node.training)
     if op.decodes:
         # Who took how much of it cannot be told: both were right or wrong alike.
         contexts = op.decode_context_tokens / op.decodes
         prefill_s = node.costs.stage_s(op.stage, OpKind.PREFILL, batch, length, cached)
         decode_s = node.costs.stage_s(op.stage, OpKind.DECODE, op.decodes, contexts)
-        share = own_s / (prefill_s + decode_s) if prefill_s + decode_s > 0.0 else 0.0
-        node.costs.calibrate(op.stage, OpKind.DECODE, op.decodes, contexts, share * decode_s)
+        mixed_s = node.costs.mixed_s(op.stage, prefill_s, decode_s)
+        share = own_s / mixed_s if mixed_s > 0.0 else 0.0
+        node.costs.calibrate(op.stage, OpKind.DECODE, op.decodes, contexts, share * decode_s, beside=beside)
         own_s = share * prefill_s
-    node.costs.calibrate(op.stage, op.op, batch, length, own_s, cached)
+    node.costs.calibrate(op.stage, op.op, batch, length, own_s, cached, beside=beside)
 
 
 def _observe_training(op: OpFinished, node: NodeState, cluster: Cluster) -> None:
@@ -123,10 +125,12 @@ def _observe_training(op: OpFinished, node: NodeState, cluster: Cluster) -> None
                 node.backward_ended(live)
                 cluster.trained(live)
         whole_s = (op.end_s - op.begin_s) * op.parts
-        if not live.cancelled:
-            node.costs.calibrate_job(task.job_id, op.stage, op.op, task.batch, task.length, whole_s)
         if not task.trains_adapter:
-            node.costs.calibrate(op.stage, op.op, task.batch, task.length, whole_s)
+            if not live.cancelled:
+                node.costs.trains(task.job_id)
+            node.costs.calibrate(op.stage, op.op, task.batch, task.length, whole_s, beside=bool(node.inference))
+        elif not live.cancelled:
+            node.costs.calibrate_job(task.job_id, op.stage, op.op, task.batch, task.length, whole_s)
         if node.forecast is None or not is_last_part:
             continue
         if op.op is OpKind.TRAIN_FORWARD:

@@ -290,11 +290,31 @@ def cluster_status(message: cluster_pb.GetStatusResponse) -> types.ClusterStatus
                 inflight_training=node.inflight_training,
                 weight_step=node.weight_step,
                 role=node.role,
+                ops=tuple(_op_prediction(op) for op in node.ops),
             )
             for node in message.nodes
         ),
         waiting_inference=message.waiting_inference,
         waiting_training=message.waiting_training,
+        predictions=tuple(
+            types.PredictionError(
+                predicted=item.predicted, beside_training=item.beside_training, count=item.count, error=item.error
+            )
+            for item in message.predictions
+        ),
+    )
+
+
+def _op_prediction(message: cluster_pb.OpPrediction) -> types.OpPrediction:
+    return types.OpPrediction(
+        stage=message.stage,
+        op=message.op,
+        count=message.count,
+        error=message.error if message.HasField("error") else None,
+        error_beside=message.error_beside if message.HasField("error_beside") else None,
+        ratio=message.ratio,
+        interval=(message.interval_low, message.interval_high),
+        drifting=message.drifting,
     )
 
 

@@ -25,7 +25,9 @@ __all__ = [
     "Message",
     "Model",
     "NodeStatus",
+    "OpPrediction",
     "OutputLogprob",
+    "PredictionError",
     "QualityGate",
     "ServingReport",
     "Slo",
@@ -382,6 +384,39 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpPrediction:
+    """How well operations of one kind on one stage are predicted.
+
+    error, error_beside: running mean of |predicted - real| / real while the node only served or only trained, and while
+    it did both (None: it did not). ratio: running mean of real over profiled duration. interval: 90 % of the durations
+    lie between these multiples of the prediction. drifting: the operations are off their profile.
+    """
+
+    stage: int
+    op: str
+    count: int
+    error: float | None
+    error_beside: float | None
+    ratio: float
+    interval: tuple[float, float]
+    drifting: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionError:
+    """How well requests are predicted when they are assigned: running mean of |predicted - real| / real.
+
+    predicted: "ttft" (arrival to first token) or "response" (arrival to last token). beside_training: of requests on
+    nodes that trained as well.
+    """
+
+    predicted: str
+    beside_training: bool
+    count: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeStatus:
     """One node agent. role: "serve", "train", "both" or "unused"."""
 
@@ -392,6 +427,7 @@ class NodeStatus:
     inflight_training: int
     weight_step: int
     role: str
+    ops: tuple[OpPrediction, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,3 +440,4 @@ class ClusterStatus:
     nodes: tuple[NodeStatus, ...]
     waiting_inference: int
     waiting_training: int
+    predictions: tuple[PredictionError, ...] = ()

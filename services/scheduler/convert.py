@@ -1,6 +1,6 @@
 """Protobuf <-> the core's types."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lemix.errors import ErrorCode, LemixError
@@ -9,10 +9,12 @@ from lemix.v1 import cluster_service_pb2, types_pb2
 from services.latency import NodeLatency
 from services.profile_messages import KIND_OF_PROTO
 from services.scheduler.core.commands import SyncMode
+from services.scheduler.core.costs import OpRecord
 from services.scheduler.core.events import OpFinished, TaskEnded
 from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.status import CoreSnapshot
 from services.scheduler.core.tasks import InferenceTask, SloTarget, Task, TrainingTask
+from services.scheduler.explain.accuracy import PredictionError
 
 _SYNC_MODES = {
     SyncMode.REPLACE: scheduler_service_pb2.SYNC_MODE_REPLACE,
@@ -188,3 +190,31 @@ def status_to_proto(snapshot: CoreSnapshot, not_ready_reason: str) -> cluster_se
         waiting_inference=snapshot.waiting_inference,
         waiting_training=snapshot.waiting_training,
     )
+
+
+def add_predictions(
+    status: cluster_service_pb2.GetStatusResponse,
+    records: Mapping[str, Iterable[OpRecord]],
+    errors: Iterable[PredictionError],
+) -> None:
+    """How good predictions are, in the public view."""
+    for node in status.nodes:
+        for record in records.get(node.node_id, ()):
+            node.ops.add(
+                stage=record.stage,
+                op=record.op.value,
+                count=record.num_seen,
+                error=record.error,
+                error_beside=record.error_beside,
+                ratio=record.ratio,
+                interval_low=record.low,
+                interval_high=record.high,
+                drifting=record.drifting,
+            )
+    for error in errors:
+        status.predictions.add(
+            predicted=error.predicted.value,
+            beside_training=error.beside_training,
+            count=error.num_seen,
+            error=error.error,
+        )

@@ -1,10 +1,12 @@
 """What the driver needs of the core and of training jobs."""
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from lemix.errors import LemixError
 from lemix.internal.v1 import work_pb2
 from services.scheduler.core.commands import Command
+from services.scheduler.core.costs import OpRecord
 from services.scheduler.core.events import Event
 from services.scheduler.core.status import CoreSnapshot
 
@@ -22,6 +24,10 @@ class Core(Protocol):
 
     def snapshot(self) -> CoreSnapshot:
         """State for status calls."""
+        ...
+
+    def op_records(self) -> Mapping[str, Sequence[OpRecord]]:
+        """What was learnt of the operations of every node, by id."""
         ...
 
 

@@ -1,10 +1,13 @@
 """Prometheus metrics of the scheduler."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from services.scheduler.core.costs import OpRecord
 from services.scheduler.core.status import CoreSnapshot
+from services.scheduler.explain.accuracy import PredictionError
 
 EVENTS = Counter("lemix_scheduler_events_total", "Events the core took in", ["event"])
 COMMANDS = Counter("lemix_scheduler_commands_total", "Decisions of the core", ["command"])
@@ -23,6 +26,22 @@ TRAINED = Counter("lemix_scheduler_trained_microbatches_total", "Micro-batches t
 SKIPPED = Counter("lemix_scheduler_skipped_microbatches_total", "Micro-batches with a loss or gradient not finite")
 FAILURE_SIGNATURE = Gauge(
     "lemix_scheduler_failure_signature", "1 while this goes wrong (docs/operations.md), else 0", ["signature"]
+)
+
+OPS = Gauge("lemix_scheduler_observed_ops", "Operations that predictions learnt from", ["node", "stage", "op"])
+OP_ERROR = Gauge(
+    "lemix_scheduler_op_prediction_error",
+    "Running mean of |predicted - real| / real of operations, while their node both serves and trains (beside) or not",
+    ["node", "stage", "op", "beside"],
+)
+OP_RATIO = Gauge("lemix_scheduler_op_ratio", "Running mean of real over profiled duration", ["node", "stage", "op"])
+DRIFT = Gauge(
+    "lemix_scheduler_drift_alarm", "1 while operations are off their profile, else 0", ["node", "stage", "op"]
+)
+PREDICTION_ERROR = Gauge(
+    "lemix_scheduler_prediction_error",
+    "Running mean of |predicted - real| / real of requests, predicted at assignment, with and without training there",
+    ["predicted", "training"],
 )
 
 
@@ -47,3 +66,22 @@ def report(snapshot: CoreSnapshot) -> None:
     for node in snapshot.nodes:
         INFLIGHT.labels(node.node_id, "inference").set(node.inflight_inference)
         INFLIGHT.labels(node.node_id, "training").set(node.inflight_training)
+
+
+def report_predictions(records: Mapping[str, Sequence[OpRecord]], errors: Iterable[PredictionError]) -> None:
+    """Set the gauges of how good predictions are."""
+    for gauge in (OPS, OP_ERROR, OP_RATIO, DRIFT):
+        gauge.clear()
+    for node_id, of_node in records.items():
+        for record in of_node:
+            where = (node_id, str(record.stage), record.op.value)
+            OPS.labels(*where).set(record.num_seen)
+            OP_RATIO.labels(*where).set(record.ratio)
+            DRIFT.labels(*where).set(record.drifting)
+            if record.error is not None:
+                OP_ERROR.labels(*where, "no").set(record.error)
+            if record.error_beside is not None:
+                OP_ERROR.labels(*where, "yes").set(record.error_beside)
+    for error in errors:
+        training = "yes" if error.beside_training else "no"
+        PREDICTION_ERROR.labels(error.predicted.value, training).set(error.error)

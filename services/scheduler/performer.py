@@ -10,6 +10,7 @@ from services.scheduler.core.commands import (
     Assign,
     CancelOnNode,
     Command,
+    DriftAlarm,
     Drop,
     Reject,
     TakeBack,
@@ -55,6 +56,8 @@ class Performer:
                 self._apply_weights(command)
             case WarnBehind(node_id, num_failed):
                 _log.warning("node serves without what others trained", node=node_id, failed_rounds=num_failed)
+            case DriftAlarm():
+                _tell_drift(command)
 
     async def _assign(self, command: Assign) -> None:
         state, task_id, node_id = self._state, command.task_id, command.node_id
@@ -102,3 +105,11 @@ class Performer:
     def _send_sync(self, sync_id: str, node_id: str, message: pb.NodeSessionResponse) -> None:
         if not self._state.nodes.send(node_id, message):
             self._state.followups.append(SyncEnded(sync_id, node_id, ok=False))
+
+
+def _tell_drift(alarm: DriftAlarm) -> None:
+    where = {"node": alarm.node_id, "stage": alarm.stage, "op": alarm.op.value, "ratio": round(alarm.ratio, 3)}
+    if alarm.active:
+        _log.warning("operations are off their profile", **where, advice="docs/operations.md, Drift")
+    else:
+        _log.info("operations are back at their profile", **where)

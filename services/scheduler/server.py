@@ -15,8 +15,9 @@ from lemix.internal.v1 import scheduler_service_pb2_grpc as pb_grpc
 from lemix.internal.v1 import work_pb2
 from services.runtime.clock import Clock
 from services.scheduler.checkpoints import CheckpointDesk
-from services.scheduler.convert import status_to_proto
+from services.scheduler.convert import add_predictions, status_to_proto
 from services.scheduler.driver_ports import Core
+from services.scheduler.explain.accuracy import Accuracy
 from services.scheduler.explain.convert import decision_to_proto, waits_to_proto
 from services.scheduler.explain.decisions import Decisions
 from services.scheduler.gateways import GatewayRegistry
@@ -51,6 +52,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         guard: LedgerGuard,
         clock: Clock,
         decisions: Decisions,
+        accuracy: Accuracy,
         max_file_examples: int,
     ) -> None:
         self._core = core
@@ -62,6 +64,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         self._guard = guard
         self._clock = clock
         self._decisions = decisions
+        self._accuracy = accuracy
         self._max_file_examples = max_file_examples
 
     async def GatewaySession(  # noqa: N802  the name of the RPC
@@ -209,6 +212,7 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
         """The cluster now."""
         snapshot = self._core.snapshot()
         status = status_to_proto(snapshot, self._not_ready_reason(len(snapshot.nodes)))
+        add_predictions(status, self._core.op_records(), self._accuracy.errors())
         return pb.GetClusterStateResponse(status=status, adapters=self._training.adapters.models())
 
     async def ExplainTask(  # noqa: N802  the name of the RPC

@@ -24,6 +24,7 @@ from services.scheduler.core.policies import POLICIES
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.driver import Driver
 from services.scheduler.event_log import EventLog
+from services.scheduler.explain.accuracy import Accuracy
 from services.scheduler.explain.decisions import Decisions
 from services.scheduler.explain.live import LiveTasks
 from services.scheduler.explain.signatures import Signatures
@@ -115,6 +116,7 @@ class SchedulerService:
         )
         self.failover = Failover(self.checkpoints, on=settings.checkpoint_failover)
         live = LiveTasks()
+        self._accuracy = Accuracy(live)  # before the decisions
         decisions = Decisions(live, settings.core.policy)
         self.driver = self._make_driver(live)
         self._server = self._make_server(decisions)
@@ -147,6 +149,7 @@ class SchedulerService:
             guard=self.guard,
             clock=self._clock,
             decisions=decisions,
+            accuracy=self._accuracy,
             max_file_examples=self._settings.max_file_examples,
         )
         server = GrpcServer(self._settings.listen)
@@ -254,6 +257,7 @@ class SchedulerService:
     async def _report_metrics(self) -> None:
         while True:
             metrics.report(self._core.snapshot())
+            metrics.report_predictions(self._core.op_records(), self._accuracy.errors())
             await asyncio.sleep(_METRICS_INTERVAL_S)
 
     async def _reclaim(self, node_ids: list[str]) -> None:

@@ -52,10 +52,23 @@ def status_lines(status: ClusterStatus, models: Sequence[Model]) -> str:
     """The cluster in a few lines."""
     state = "ready" if status.ready else f"not ready: {status.not_ready_reason}"
     served = ", ".join(f"{model.model_id} (context {model.max_context_tokens})" for model in models) or "none"
-    return (
-        f"state    {state}\nmodels   {served}\npolicy   {status.policy or '-'}\n"
-        f"waiting  {status.waiting_inference} requests, {status.waiting_training} micro-batches"
-    )
+    lines = [
+        f"state    {state}\nmodels   {served}\npolicy   {status.policy or '-'}",
+        f"waiting  {status.waiting_inference} requests, {status.waiting_training} micro-batches",
+    ]
+    if status.predictions:
+        errors = [
+            f"{item.predicted} {item.error:.1%}{' beside training' if item.beside_training else ''}"
+            for item in status.predictions
+        ]
+        lines.append(f"error    {', '.join(errors)}")
+    lines += [
+        f"drift    {node.node_id} stage {op.stage} {op.op}: {op.ratio:.2f} times its profile"
+        for node in status.nodes
+        for op in node.ops
+        if op.drifting
+    ]
+    return "\n".join(lines)
 
 
 def event_line(event: JobEvent) -> str:

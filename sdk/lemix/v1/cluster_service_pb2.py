@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elemix/v1/cluster_service.proto\x12\x08lemix.v1\"\x13\n\x11ListModelsRequest\"W\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x01\x12\x0e\n\x06parent\x18\n \x01(\t\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.lemix.v1.Model\"\x12\n\x10GetStatusRequest\"\x9a\x01\n\nNodeStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x1a\n\x12inflight_inference\x18\x04 \x01(\r\x12\x19\n\x11inflight_training\x18\x05 \x01(\r\x12\x13\n\x0bweight_step\x18\x06 \x01(\x04\x12\x0c\n\x04role\x18\x07 \x01(\t\"\xa6\x01\n\x11GetStatusResponse\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x03 \x01(\t\x12#\n\x05nodes\x18\x04 \x03(\x0b\x32\x14.lemix.v1.NodeStatus\x12\x19\n\x11waiting_inference\x18\x05 \x01(\r\x12\x18\n\x10waiting_training\x18\x06 \x01(\r2\x9f\x01\n\x0e\x43lusterService\x12G\n\nListModels\x12\x1b.lemix.v1.ListModelsRequest\x1a\x1c.lemix.v1.ListModelsResponse\x12\x44\n\tGetStatus\x12\x1a.lemix.v1.GetStatusRequest\x1a\x1b.lemix.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elemix/v1/cluster_service.proto\x12\x08lemix.v1\"\x13\n\x11ListModelsRequest\"W\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x01\x12\x0e\n\x06parent\x18\n \x01(\t\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.lemix.v1.Model\"\x12\n\x10GetStatusRequest\"\xd0\x01\n\x0cOpPrediction\x12\r\n\x05stage\x18\x01 \x01(\r\x12\n\n\x02op\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\x12\n\x05\x65rror\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0c\x65rror_beside\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05ratio\x18\x06 \x01(\x01\x12\x14\n\x0cinterval_low\x18\x07 \x01(\x01\x12\x15\n\rinterval_high\x18\x08 \x01(\x01\x12\x10\n\x08\x64rifting\x18\t \x01(\x08\x42\x08\n\x06_errorB\x0f\n\r_error_beside\"[\n\x0fPredictionError\x12\x11\n\tpredicted\x18\x01 \x01(\t\x12\x17\n\x0f\x62\x65side_training\x18\x02 \x01(\x08\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\r\n\x05\x65rror\x18\x04 \x01(\x01\"\xbf\x01\n\nNodeStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x1a\n\x12inflight_inference\x18\x04 \x01(\r\x12\x19\n\x11inflight_training\x18\x05 \x01(\r\x12\x13\n\x0bweight_step\x18\x06 \x01(\x04\x12\x0c\n\x04role\x18\x07 \x01(\t\x12#\n\x03ops\x18\x08 \x03(\x0b\x32\x16.lemix.v1.OpPrediction\"\xd6\x01\n\x11GetStatusResponse\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x03 \x01(\t\x12#\n\x05nodes\x18\x04 \x03(\x0b\x32\x14.lemix.v1.NodeStatus\x12\x19\n\x11waiting_inference\x18\x05 \x01(\r\x12\x18\n\x10waiting_training\x18\x06 \x01(\r\x12.\n\x0bpredictions\x18\x07 \x03(\x0b\x32\x19.lemix.v1.PredictionError2\x9f\x01\n\x0e\x43lusterService\x12G\n\nListModels\x12\x1b.lemix.v1.ListModelsRequest\x1a\x1c.lemix.v1.ListModelsResponse\x12\x44\n\tGetStatus\x12\x1a.lemix.v1.GetStatusRequest\x1a\x1b.lemix.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,10 +39,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTMODELSRESPONSE']._serialized_end=207
   _globals['_GETSTATUSREQUEST']._serialized_start=209
   _globals['_GETSTATUSREQUEST']._serialized_end=227
-  _globals['_NODESTATUS']._serialized_start=230
-  _globals['_NODESTATUS']._serialized_end=384
-  _globals['_GETSTATUSRESPONSE']._serialized_start=387
-  _globals['_GETSTATUSRESPONSE']._serialized_end=553
-  _globals['_CLUSTERSERVICE']._serialized_start=556
-  _globals['_CLUSTERSERVICE']._serialized_end=715
+  _globals['_OPPREDICTION']._serialized_start=230
+  _globals['_OPPREDICTION']._serialized_end=438
+  _globals['_PREDICTIONERROR']._serialized_start=440
+  _globals['_PREDICTIONERROR']._serialized_end=531
+  _globals['_NODESTATUS']._serialized_start=534
+  _globals['_NODESTATUS']._serialized_end=725
+  _globals['_GETSTATUSRESPONSE']._serialized_start=728
+  _globals['_GETSTATUSRESPONSE']._serialized_end=942
+  _globals['_CLUSTERSERVICE']._serialized_start=945
+  _globals['_CLUSTERSERVICE']._serialized_end=1104
 # @@protoc_insertion_point(module_scope)

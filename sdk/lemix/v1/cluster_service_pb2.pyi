@@ -32,8 +32,42 @@ class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class OpPrediction(_message.Message):
+    __slots__ = ("stage", "op", "count", "error", "error_beside", "ratio", "interval_low", "interval_high", "drifting")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    OP_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ERROR_BESIDE_FIELD_NUMBER: _ClassVar[int]
+    RATIO_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_LOW_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_HIGH_FIELD_NUMBER: _ClassVar[int]
+    DRIFTING_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    op: str
+    count: int
+    error: float
+    error_beside: float
+    ratio: float
+    interval_low: float
+    interval_high: float
+    drifting: bool
+    def __init__(self, stage: _Optional[int] = ..., op: _Optional[str] = ..., count: _Optional[int] = ..., error: _Optional[float] = ..., error_beside: _Optional[float] = ..., ratio: _Optional[float] = ..., interval_low: _Optional[float] = ..., interval_high: _Optional[float] = ..., drifting: _Optional[bool] = ...) -> None: ...
+
+class PredictionError(_message.Message):
+    __slots__ = ("predicted", "beside_training", "count", "error")
+    PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_TRAINING_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    predicted: str
+    beside_training: bool
+    count: int
+    error: float
+    def __init__(self, predicted: _Optional[str] = ..., beside_training: _Optional[bool] = ..., count: _Optional[int] = ..., error: _Optional[float] = ...) -> None: ...
+
 class NodeStatus(_message.Message):
-    __slots__ = ("node_id", "ready", "num_stages", "inflight_inference", "inflight_training", "weight_step", "role")
+    __slots__ = ("node_id", "ready", "num_stages", "inflight_inference", "inflight_training", "weight_step", "role", "ops")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +75,7 @@ class NodeStatus(_message.Message):
     INFLIGHT_TRAINING_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_STEP_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
+    OPS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     ready: bool
     num_stages: int
@@ -48,20 +83,23 @@ class NodeStatus(_message.Message):
     inflight_training: int
     weight_step: int
     role: str
-    def __init__(self, node_id: _Optional[str] = ..., ready: _Optional[bool] = ..., num_stages: _Optional[int] = ..., inflight_inference: _Optional[int] = ..., inflight_training: _Optional[int] = ..., weight_step: _Optional[int] = ..., role: _Optional[str] = ...) -> None: ...
+    ops: _containers.RepeatedCompositeFieldContainer[OpPrediction]
+    def __init__(self, node_id: _Optional[str] = ..., ready: _Optional[bool] = ..., num_stages: _Optional[int] = ..., inflight_inference: _Optional[int] = ..., inflight_training: _Optional[int] = ..., weight_step: _Optional[int] = ..., role: _Optional[str] = ..., ops: _Optional[_Iterable[_Union[OpPrediction, _Mapping]]] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("policy", "ready", "not_ready_reason", "nodes", "waiting_inference", "waiting_training")
+    __slots__ = ("policy", "ready", "not_ready_reason", "nodes", "waiting_inference", "waiting_training", "predictions")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     NOT_READY_REASON_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     WAITING_INFERENCE_FIELD_NUMBER: _ClassVar[int]
     WAITING_TRAINING_FIELD_NUMBER: _ClassVar[int]
+    PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
     policy: str
     ready: bool
     not_ready_reason: str
     nodes: _containers.RepeatedCompositeFieldContainer[NodeStatus]
     waiting_inference: int
     waiting_training: int
-    def __init__(self, policy: _Optional[str] = ..., ready: _Optional[bool] = ..., not_ready_reason: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., waiting_inference: _Optional[int] = ..., waiting_training: _Optional[int] = ...) -> None: ...
+    predictions: _containers.RepeatedCompositeFieldContainer[PredictionError]
+    def __init__(self, policy: _Optional[str] = ..., ready: _Optional[bool] = ..., not_ready_reason: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., waiting_inference: _Optional[int] = ..., waiting_training: _Optional[int] = ..., predictions: _Optional[_Iterable[_Union[PredictionError, _Mapping]]] = ...) -> None: ...

@@ -152,8 +152,8 @@ class Coefficients:
         return residual
 
     def _far_off(self, residual: float, most: float) -> float:
-        """What an error beyond the clip counts as. Several in a row, all to one side, are no outliers but a change: then
-        they count in full, and what was learnt before for no more than the profile."""
+        """What an error beyond the clip counts as. Several in a row, all to one side, are no outliers but a change:
+        then they count in full, and what was learnt before counts as little as the profile."""
         sign = 1 if residual > 0.0 else -1
         self._run = self._run + sign if self._run * sign > 0 else sign
         if abs(self._run) < _CHANGED:
@@ -181,8 +181,13 @@ class Coefficients:
             high.append(bounds[1])
         self._units = (units[0], units[1], units[2])
         self._low, self._high = (low[0], low[1], low[2]), (high[0], high[1], high[2])
-        self._p = self._p0 = tuple(
-            _PRIOR_SCALE * signs[i] * signs[j] + (_PRIOR_OWN if i == j and units[i] else 0.0)
-            for i in range(3)
-            for j in range(i, 3)
+        s0, s1, s2 = signs
+        own0, own1, own2 = (_PRIOR_OWN if unit else 0.0 for unit in units)
+        self._p = self._p0 = (
+            _PRIOR_SCALE * s0 * s0 + own0,
+            _PRIOR_SCALE * s0 * s1,
+            _PRIOR_SCALE * s0 * s2,
+            _PRIOR_SCALE * s1 * s1 + own1,
+            _PRIOR_SCALE * s1 * s2,
+            _PRIOR_SCALE * s2 * s2 + own2,
         )

@@ -15,7 +15,8 @@ class NodeTerms(NamedTuple):
 
     idleness_s: II, response_s: R, idleness_profit: IP, length_consistency: LC, score: what the policy compared (the
     largest wins). A term the policy does not look at is 0. `docs/scheduler.md` tells what R and score are per policy.
-    cached_tokens: tokens of the prompt that the policy expects the node to keep of the session's turns before.
+    cached_tokens: tokens of the prompt that the policy expects the node to keep of the session's turns before. tpot_s:
+    predicted time per output token after the first, 0 where response_s covers them.
     """
 
     node_id: str
@@ -25,6 +26,7 @@ class NodeTerms(NamedTuple):
     length_consistency: float
     score: float
     cached_tokens: int = 0
+    tpot_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,14 +43,14 @@ class _Ratio:
 class OpRecord(NamedTuple):
     """What was learnt of one operation on one stage.
 
-    count: operations seen. error, error_beside: running mean of |predicted - real| / real while the node did only its
+    num_seen: operations. error, error_beside: running mean of |predicted - real| / real while the node did only its
     kind of work, and while it both served and trained (None: that did not happen). ratio: running mean of real over
     profiled. low, high: 90 % of the durations lie between these multiples of the prediction. drifting: the alarm.
     """
 
     stage: int
     op: OpKind
-    count: int
+    num_seen: int
     error: float | None
     error_beside: float | None
     ratio: float
@@ -230,10 +230,14 @@ class NodeCosts:
 
     def records(self) -> list[OpRecord]:
         """What was learnt, by stage and operation."""
-        learners = sorted(self._learners.items(), key=lambda item: (item[0][1], item[0][0]))
-        return [
-            learner.record(stage, op) for (op, stage), learner in learners if learner.alone.count + learner.beside.count
+        learners = [
+            (stage, op, learner)
+            for stage in range(self.num_stages)
+            for op in OpKind
+            if (learner := self._learners[op][stage]) is not None
         ]
+        records = [learner.record(stage, op) for stage, op, learner in learners]
+        return [record for record in records if record.num_seen]
 
     def _learner(self, stage: int, op: OpKind) -> _Learner | None:
         learner = self._learners[op][stage]

@@ -80,6 +80,7 @@ COMMANDS = [
     commands.TakeSnapshot,
     commands.ApplyWeights,
     commands.WarnBehind,
+    commands.DriftAlarm,
 ]
 
 

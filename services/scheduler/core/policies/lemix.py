@@ -190,7 +190,8 @@ class LeMix:
         if self._consistency:
             consistency = node.lengths.consistency(live.task.prompt_tokens)
             score += self._consistency * consistency
-        terms = NodeTerms(node.spec.node_id, 0.0, response.ttft_s, 0.0, consistency, score, cached_tokens)
+        node_id, ttft_s, tpot_s = node.spec.node_id, response.ttft_s, response.tpot_s
+        terms = NodeTerms(node_id, 0.0, ttft_s, 0.0, consistency, score, cached_tokens, tpot_s)
         return _Look(node, stress, terms, breaks_ttft)
 
     def _closes(self, now_s: float, looks: Sequence[_Look]) -> bool:

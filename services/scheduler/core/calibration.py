@@ -29,15 +29,15 @@ _POSITIONS = {
 
 #: Prior variances, of the scale of all coefficients and of each for itself; the variance of one observation is 1.
 _PRIOR_SCALE = 1.0
-_PRIOR_OWN = 1.0
+_PRIOR_OWN = 9.0
 #: Share of the way back to the prior per observation.
-_FORGETTING = 0.0015
+_FORGETTING = 0.0004
 #: A coefficient stays within these bounds, in units of its profiled value.
 _LEAST, _MOST = 0.05, 20.0
 #: A prediction stays above this share of the profile's.
 _LEAST_RATIO = 0.02
 #: Errors (logarithms of real over predicted) count as at most this, or as so many standard deviations.
-_CLIP, _CLIP_SIGMAS = 0.3, 2.5
+_CLIP, _CLIP_SIGMAS = 0.2, 2.5
 #: So many errors beyond that in a row are a change; they count as at most this.
 _CHANGED = 4
 _MOST_ERROR = 1.0

@@ -14,7 +14,7 @@ _TAIL = 0.05
 _WIDTH_90 = 3.29
 _LEAST_SIGMA = 0.02
 #: Half width of the interval to begin with where the profile tells none, and the least lower end.
-_UNKNOWN, _LOWEST = 0.2, -0.9
+_UNKNOWN, _LOWEST = 0.13, -0.9
 
 
 class MeanError:

@@ -388,8 +388,8 @@ class OpPrediction:
     """How well operations of one kind on one stage are predicted.
 
     error, error_beside: running mean of |predicted - real| / real while the node only served or only trained, and while
-    it did both (None: it did not). ratio: running mean of real over profiled duration. interval: 90 % of the durations
-    lie between these multiples of the prediction. drifting: the operations are off their profile.
+    it did both (None: it did not). ratio: predicted now, after what was learnt, over profiled. interval: 90 % of the
+    durations lie between these multiples of the prediction. drifting: the operations are off their profile.
     """
 
     stage: int

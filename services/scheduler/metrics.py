@@ -34,7 +34,7 @@ OP_ERROR = Gauge(
     "Running mean of |predicted - real| / real of operations, while their node both serves and trains (beside) or not",
     ["node", "stage", "op", "beside"],
 )
-OP_RATIO = Gauge("lemix_scheduler_op_ratio", "Running mean of real over profiled duration", ["node", "stage", "op"])
+OP_RATIO = Gauge("lemix_scheduler_op_ratio", "Predicted now over profiled duration", ["node", "stage", "op"])
 DRIFT = Gauge(
     "lemix_scheduler_drift_alarm", "1 while operations are off their profile, else 0", ["node", "stage", "op"]
 )

@@ -4,8 +4,8 @@ Every form is a sum of at most three terms (constant; per sequence, or with the 
 coefficients are estimated by recursive least squares on the relative error: each observation is divided by what the
 profile says, so that long operations do not drown short ones. A coefficient is counted in units of its profiled value.
 
-* The prior says that a device is mostly faster or slower as a whole: the first operations move all coefficients
-  together, and the shape follows when operations of different sizes have told it.
+* Part of the prior is common to all coefficients: a device is faster or slower as a whole until operations of different
+  sizes have told the shape.
 * Forgetting pulls the covariance back to the prior (P += rate * (P0 - P)) instead of inflating it: where nothing new is
   seen - decoding at one batch for an hour - plain exponential forgetting lets it grow without bound, and then jumps.
 * An error counts as at most 2.5 standard deviations of the residuals (Huber), so that one operation that took ten
@@ -164,10 +164,10 @@ class Coefficients:
 
     def _begin(self, profiled_s: float, x1: float, x2: float) -> None:
         """Units of the coefficients. One that the profile found to be 0 has none: it is measured by what would explain
-        a tenth of the first operation."""
+        the whole of the first operation."""
         units, signs, low, high = [], [], [], []
         for base, feature, has in zip(self._base, (1.0, x1, x2), self._forms, strict=True):
-            unit = abs(base) or (0.1 * profiled_s / feature if has and feature > 0.0 else 0.0)
+            unit = abs(base) or (profiled_s / feature if has and feature > 0.0 else 0.0)
             sign = base / unit if unit else 0.0
             units.append(unit)
             signs.append(sign)

@@ -121,7 +121,7 @@ class WarnBehind:
 class DriftAlarm:
     """Operations of one kind on one stage left the band around their profile, or (`active` False) came back into it.
 
-    ratio: running mean of real over profiled duration.
+    ratio: predicted now, after what was learnt, over profiled duration.
     """
 
     node_id: str

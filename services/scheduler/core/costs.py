@@ -44,8 +44,9 @@ class OpRecord(NamedTuple):
     """What was learnt of one operation on one stage.
 
     num_seen: operations. error, error_beside: running mean of |predicted - real| / real while the node did only its
-    kind of work, and while it both served and trained (None: that did not happen). ratio: running mean of real over
-    profiled. low, high: 90 % of the durations lie between these multiples of the prediction. drifting: the alarm.
+    kind of work, and while it both served and trained (None: that did not happen). ratio: predicted now over profiled,
+    of the newest operation. low, high: 90 % of the durations lie between these multiples of the prediction. drifting:
+    the alarm.
     """
 
     stage: int
@@ -60,7 +61,7 @@ class OpRecord(NamedTuple):
 
 
 class DriftChange(NamedTuple):
-    """The alarm of one operation on one stage began or ended. ratio: running mean of real over profiled."""
+    """The alarm of one operation on one stage began or ended. ratio: predicted now over profiled."""
 
     stage: int
     op: OpKind
@@ -90,7 +91,7 @@ class _Learner:
             alone.count + beside.count,
             alone.value if alone.count else None,
             beside.value if beside.count else None,
-            self.drift.ratio if self.drift is not None else self.coefficients.ratio,
+            self.coefficients.ratio,
             math.exp(residuals.low),
             math.exp(residuals.high),
             self.drift is not None and self.drift.active,
@@ -226,7 +227,7 @@ class NodeCosts:
         residuals.observe(residual)
         (learner.beside if beside else learner.alone).observe(abs(coefficients.ratio * profiled_s / actual_s - 1.0))
         if drift is not None and drift.observe(math.log(actual_s / profiled_s), sigma):
-            self.changes.append(DriftChange(stage, op, drift.active, drift.ratio))
+            self.changes.append(DriftChange(stage, op, drift.active, coefficients.ratio))
 
     def records(self) -> list[OpRecord]:
         """What was learnt, by stage and operation."""

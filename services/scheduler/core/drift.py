@@ -19,7 +19,7 @@ _CLEAR_SHARE = 0.6
 
 
 class DriftDetector:
-    """Of one operation on one stage. `active`: the alarm; `level`: running mean of log(real / profiled)."""
+    """Of one operation on one stage. `active`: the alarm; `level`: running mean of log(real / profiled), clipped."""
 
     __slots__ = ("_above", "_band", "_below", "active", "level")
 
@@ -29,11 +29,6 @@ class DriftDetector:
         self._above = self._below = 0.0
         self.level = 0.0
         self.active = False
-
-    @property
-    def ratio(self) -> float:
-        """Running mean of real over profiled durations."""
-        return math.exp(self.level)
 
     def observe(self, error: float, sigma: float) -> bool:
         """Take one log(real / profiled) in. sigma: standard deviation of such errors about their mean.

@@ -54,6 +54,9 @@ class ScriptedCore:
     def snapshot(self) -> Any:
         raise AssertionError("not asked in these tests")
 
+    def op_records(self) -> Any:
+        raise AssertionError("not asked in these tests")
+
 
 @dataclass
 class Peers:

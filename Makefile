@@ -8,7 +8,7 @@ PIP_INDEX := $(if $(LEMIX_TORCH_INDEX_URL),--extra-index-url $(LEMIX_TORCH_INDEX
 REPEAT ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo paper convergence fidelity simulate up test nightly check fmt lint types imports protos protos-lint protos-check bench compose-config clean
+.PHONY: help install demo paper colocation convergence fidelity simulate up test nightly check fmt lint types imports protos protos-lint protos-check bench compose-config clean
 
 help:  ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ demo: install  ## Serve and train at once, four policies (about 5 minutes; REPEA
 
 paper: install  ## Check the paper's claims in the simulator (minutes; FULL=1: everything)
 	@$(BIN)/python -m bench.paper $(if $(FULL),--full) $(PAPER_ARGS)
+
+colocation: install  ## Measure how much training fits beside serving on emulated GPUs (FULL=1: everything)
+	@$(BIN)/python -m bench.colocation $(if $(FULL),--full) $(COLOCATION_ARGS)
 
 convergence: install  ## Train replicas under every synchronisation policy (about 15 minutes)
 	@$(BIN)/python -m bench.convergence $(CONVERGENCE_ARGS)

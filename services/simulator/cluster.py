@@ -53,7 +53,8 @@ from services.simulator.types import (
 )
 
 _OP_END, _NODE_EVENT, _TELL, _ARRIVAL, _JOIN, _LOSS, _NODE_TIMER, _TIMER, _STREAM = range(9)
-_SNAPSHOT, _APPLY = "/snapshot", "/apply"
+#: Phases of a round of synchronisation: what its operations' subjects end with.
+SNAPSHOT, APPLY = "/snapshot", "/apply"
 
 #: Time, event and commands of one step of the scheduler core.
 OnStep = Callable[[float, Event, Sequence[Command]], None]
@@ -205,10 +206,10 @@ class Simulation:
             case CancelOnNode(task_id, node_id):
                 self._send(node_id, Cancelled(task_id))
             case TakeSnapshot(sync_id, node_id):
-                self._send(node_id, SyncRequested(sync_id + _SNAPSHOT, changes_weights=False))
+                self._send(node_id, SyncRequested(sync_id + SNAPSHOT, changes_weights=False))
             case ApplyWeights(sync_id, node_id):
                 self._send(
-                    node_id, SyncRequested(sync_id + _APPLY, changes_weights=True), delay_s=self._config.transfer_s
+                    node_id, SyncRequested(sync_id + APPLY, changes_weights=True), delay_s=self._config.transfer_s
                 )
 
     def _rejected(self, task_id: str) -> None:
@@ -344,10 +345,10 @@ class Simulation:
 
     def _sync_op_ended(self, node: SimNode, op: Op) -> None:
         if op.changes_weights:
-            sync_id = op.subject.removesuffix(_APPLY)
+            sync_id = op.subject.removesuffix(APPLY)
             self._report(SyncEnded(sync_id, node.node_id, ok=True, weight_step=op.version + 1))
         else:
-            self._report(SnapshotReady(op.subject.removesuffix(_SNAPSHOT), node.node_id))
+            self._report(SnapshotReady(op.subject.removesuffix(SNAPSHOT), node.node_id))
 
     def _task_done(self, node: SimNode, done: TaskDone) -> None:
         task_id = done.task_id

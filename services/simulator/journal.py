@@ -69,7 +69,7 @@ class Journal:
             use = self._stages[node_id, stage] = StageUse()
         use.add(op.kind, begin_s, end_s)
         if self._keep_ops:
-            self._ops.append(OpRecord(node_id, stage, op.kind, begin_s, end_s, op.task_ids))
+            self._ops.append(OpRecord(node_id, stage, op.kind, begin_s, end_s, op.task_ids, op.subject))
 
     def first_tokens(self, now_s: float, op: Op) -> None:
         """A prefill's requests have their first token; of a request that ran twice, the earlier one counts."""

@@ -141,7 +141,7 @@ class Stay:
 
 @dataclass(frozen=True, slots=True)
 class OpRecord:
-    """One operation on one stage."""
+    """One operation on one stage. subject: the job of a training operation, the round and phase of a weight sync."""
 
     node_id: str
     stage: int
@@ -149,6 +149,7 @@ class OpRecord:
     begin_s: float
     end_s: float
     task_ids: tuple[str, ...]
+    subject: str = ""
 
 
 @dataclass(slots=True, eq=False)

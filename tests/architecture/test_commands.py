@@ -20,7 +20,8 @@ UP_OPTIONS = {
 }  # fmt: skip
 TARGETS = {
     "help", "install", "demo", "up", "test", "nightly", "check", "fmt", "lint", "types", "imports", "protos",
-    "protos-lint", "protos-check", "compose-config", "bench", "paper", "simulate", "convergence", "fidelity", "clean",
+    "protos-lint", "protos-check", "compose-config", "bench", "paper", "simulate", "convergence", "fidelity",
+    "colocation", "clean",
 }  # fmt: skip
 
 

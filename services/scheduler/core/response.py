@@ -57,6 +57,18 @@ def predict_response(
     return Response(ttft_s, iteration_s + _prefills_s(now_s, node) + training_s, place_s, demoted_s)
 
 
+def predict_iteration_s(now_s: float, node: NodeState, context_tokens: float) -> float:
+    """What an iteration of the requests on a node takes without training, seconds, the prefills it waits for included.
+
+    They are taken to decode in one batch: those that came apart meet again behind the next prefill. context_tokens: of
+    a request, should there be none.
+    """
+    count = len(node.inference)
+    context = node.context_tokens / count if count else context_tokens
+    batch = min(max(1, count), node.spec.max_batch)
+    return node.costs.node_s(OpKind.DECODE, batch, context) + _prefills_s(now_s, node)
+
+
 def _demoted_s(node: NodeState) -> float:
     """Prefills that let the request pass: all that were demoted but for one, which may be running."""
     if not node.num_demoted:

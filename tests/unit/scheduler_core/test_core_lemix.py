@@ -179,6 +179,40 @@ def test_lemix_trains_on_all_nodes_when_there_is_more_than_it_can_see() -> None:
     assert [node_id for _, node_id in placed] == ["a", "a", "b", "c", "b", "c"]
 
 
+def test_lemix_cuts_training_the_finer_the_less_an_iteration_may_lose() -> None:
+    def parts(decoding: int, tpot_s: float) -> int:
+        """Pieces beside so many requests that decode, in iterations of 1 ms and another 1 ms per request."""
+        latency = constant_latency()
+        models = {**latency.models[0], OpKind.DECODE: LatencyModel("full_decode", (1e-3, 1e-3, 0.0))}
+        core = lemix_core(default_slo=SloTarget(ttft_s=10.0, tpot_s=tpot_s), initial_output_tokens=100)
+        core.step(0.0, NodeJoined(node("a", latency=NodeLatency((models,)), max_training_parts=64)))
+        for index in range(decoding):
+            now_s = 100.0 * index
+            core.step(now_s, TaskArrived(request(f"r{index}", arrival_s=now_s, output=100)))
+            core.step(now_s + 0.1, OpFinished("a", 0, OpKind.PREFILL, now_s, now_s + 0.1, (f"r{index}",), 100, 0, True))
+        (command,) = core.step(100.0 * decoding, TaskArrived(microbatch("m")))
+        assert isinstance(command, Assign)
+        return command.parts
+
+    # A backward takes 0.4 s. Half of a prefill is 50 ms; of a promise of 42 ms one request leaves 40 ms.
+    assert parts(1, tpot_s=1.0) == 8
+    assert parts(1, tpot_s=0.042) == 10
+    assert parts(9, tpot_s=0.042) == 13
+    # Nothing is left.
+    assert parts(1, tpot_s=0.001) == 64
+
+
+def test_lemix_without_coefficients_per_node_takes_all_nodes_for_alike() -> None:
+    def first(**options: object) -> str:
+        slow, fast = constant_latency(prefill=0.3), constant_latency(prefill=0.1)
+        nodes = (node("a", latency=slow), node("b", latency=fast))
+        core = core_with(*nodes, policy="lemix", policy_options=options, default_slo=SloTarget(ttft_s=1.0, tpot_s=0.1))
+        return place(core, 1.0, "r")
+
+    assert first() == "b"
+    assert first(per_node=False) == "a"
+
+
 def test_lemix_cuts_training_operations_where_the_runtime_can() -> None:
     def parts(most: int, **options: float) -> int:
         core = core_with(

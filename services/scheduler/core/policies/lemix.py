@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from services.latency import OpKind
 from services.scheduler.core.commands import NodeTerms, SyncMode
+from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.events import Event, NodeJoined
 from services.scheduler.core.fast_forward import predict_ahead
 from services.scheduler.core.hold_back import overrun_s
@@ -19,7 +20,8 @@ from services.scheduler.core.policies.base import (
     check_options,
     every_node,
 )
-from services.scheduler.core.response import predict_response
+from services.scheduler.core.policies.mean_latency import mean_latency
+from services.scheduler.core.response import predict_iteration_s, predict_response
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
 
 #: Held-back training is looked at again after this long even if nothing happens.
@@ -42,6 +44,7 @@ _OPTIONS = {
     "slo_units": 5.0,
     "demotion": 12.0,
     "sessions": True,
+    "per_node": True,
 }
 
 
@@ -69,9 +72,10 @@ class LeMix:
 
     Training runs on one node per `backlog_s` of predicted work, on all of them when there is more than the core can
     see, and goes to the shortest stream. Its operations are cut to `cut` of the mean prefill where the runtime can do
-    that (0: never cut). consistency: weight of length consistency (0-1) against stress. slo_units: promise assumed for
-    requests without one, in units of their response on an idle node. forecast: "analytic", or "fast_forward" to predict
-    first tokens by running up to four nodes ahead.
+    that, and so that requests that decode keep their TPOT (0: never cut). consistency: weight of length consistency
+    (0-1) against stress. slo_units: promise assumed for requests without one, in units of their response on an idle
+    node. forecast: "analytic", or "fast_forward" to predict first tokens by running up to four nodes ahead. per_node:
+    false predicts nodes of all speeds by the same mean coefficients (an ablation).
     """
 
     queue_order = QueueOrder.INFERENCE_FIRST
@@ -96,6 +100,7 @@ class LeMix:
         self._slo_units = values["slo_units"]
         self._demotion = values["demotion"]
         self._sessions = bool(values["sessions"])
+        self._per_node = bool(values["per_node"])
         self._num_open = 1
         self._opened_s = self._changed_s = -math.inf
 
@@ -105,10 +110,16 @@ class LeMix:
 
     def observe(self, now_s: float, event: Event, cluster: Cluster) -> bool:
         """Follow the nodes that join, to run them ahead."""
-        if self._mirrors and type(event) is NodeJoined:
+        if type(event) is not NodeJoined:
+            return False
+        if not self._per_node:
+            shared = NodeCosts(mean_latency([node.spec.latency for node in cluster.nodes.values()]))
+            for node in cluster.nodes.values():
+                node.costs = shared
+        if self._mirrors:
             node = cluster.nodes[event.node.node_id]
             node.mirror = NodeMirror(now_s, node, self.queue_order)
-        return False
+        return not self._per_node
 
     # ----------------------------------------------------------------- requests
 
@@ -235,17 +246,18 @@ class LeMix:
     ) -> TrainingPlacement:
         """The shortest stream among the nodes that train, where it breaks no promise."""
         if not may_hold and cluster.config.max_hold_back_s > 0.0:
-            return self._placed(live, candidates, (), cluster)  # overdue
+            return self._placed(now_s, live, candidates, (), cluster)  # overdue
         training = set(cluster.training[: self._num_training(cluster)])
         in_use = [node for node in candidates if node in training]
         held = [node for node in in_use if may_hold and self._overruns(now_s, live, node, cluster)]
         allowed = [node for node in in_use if node not in held] if held else in_use
         if not allowed:
             return TrainingPlacement(None, held_back=held, retry_s=now_s + _RETRY_S)
-        return self._placed(live, allowed, held, cluster, retry_s=now_s + _RETRY_S)
+        return self._placed(now_s, live, allowed, held, cluster, retry_s=now_s + _RETRY_S)
 
     def _placed(
         self,
+        now_s: float,
         live: LiveTraining,
         allowed: Sequence[NodeState],
         held: Sequence[NodeState],
@@ -256,7 +268,7 @@ class LeMix:
         terms = tuple(
             NodeTerms(node.spec.node_id, 0.0, 0.0, 0.0, 0.0, float(-node.num_outstanding_training)) for node in allowed
         )
-        return TrainingPlacement(chosen, terms, held, retry_s, self._num_parts(live, chosen, cluster))
+        return TrainingPlacement(chosen, terms, held, retry_s, self._num_parts(now_s, live, chosen, cluster))
 
     def _num_training(self, cluster: Cluster) -> int:
         """How many nodes the backlog of training is worth, at least one."""
@@ -266,26 +278,26 @@ class LeMix:
             return num_nodes
         return max(1, math.ceil(min(num_nodes, cluster.backlog_s / self._backlog_s)))
 
-    def _num_parts(self, live: LiveTraining, node: NodeState, cluster: Cluster) -> int:
-        """Pieces that are each at most `cut` of what they block: the mean prefill on a stage, and where requests decode
-        the time an iteration may lose there."""
+    def _num_parts(self, now_s: float, live: LiveTraining, node: NodeState, cluster: Cluster) -> int:
+        """Pieces that are each at most `cut` of the mean prefill, and so short that requests that decode keep their
+        promise when an iteration meets one on every stage."""
         most = node.spec.max_training_parts
         if most == 1 or not self._cut or not cluster.prompts.count:
             return 1
         costs, prompt = node.costs, cluster.prompts.mean
-        blocked_s = costs.node_s(OpKind.PREFILL, 1, prompt)
+        blocked_s = self._cut * costs.node_s(OpKind.PREFILL, 1, prompt)
         tpot_s = cluster.config.default_slo.tpot_s
         if tpot_s is not None and cluster.outputs.expected_tokens(_ANY_LENGTH) > 1.0:
-            blocked_s = min(blocked_s, tpot_s - costs.node_s(OpKind.DECODE, 1, prompt))
+            blocked_s = min(blocked_s, tpot_s - predict_iteration_s(now_s, node, prompt))
         if blocked_s <= 0.0:
             return most
         op_s = costs.training_op_s(live.task.batch, live.task.length, live.task.job_id)
-        return max(1, math.ceil(min(most, op_s * costs.num_stages / self._cut / blocked_s)))
+        return max(1, math.ceil(min(most, op_s * costs.num_stages / blocked_s)))
 
     def _overruns(self, now_s: float, live: LiveTraining, node: NodeState, cluster: Cluster) -> bool:
         """Whether an operation of the micro-batch would break a promise on the node."""
         op_s = node.costs.training_op_s(live.task.batch, live.task.length, live.task.job_id)
-        return overrun_s(now_s, op_s / self._num_parts(live, node, cluster), node, cluster) > 0.0
+        return overrun_s(now_s, op_s / self._num_parts(now_s, live, node, cluster), node, cluster) > 0.0
 
 
 def _saved_share(live: LiveInference, node: NodeState, cached_tokens: int) -> float:

@@ -1,0 +1,136 @@
+"""`make colocation`: how much training fits into what serving leaves, and what it costs the requests.
+
+Exit codes: 0 measured (whatever the claims), 2 bad arguments, 130 interrupted.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.colocation import report
+from bench.colocation.claims import claims
+from bench.colocation.config import ColocationConfig, ColocationError
+from bench.colocation.measure import Measured
+from bench.colocation.scenario import Run, promise, simulate
+from bench.colocation.study import Study
+from bench.report.summary import run_facts
+from bench.report.verdict import STYLES
+from services.arguments import parser_class
+from services.simulator.pool import workers
+from services.simulator.profile_file import ProfileError
+from services.simulator.trace_file import TraceError, read_trace
+
+#: `--quick`: enough to see that everything works, too few for figures.
+_QUICK: Mapping[str, Any] = {"seeds": (0,), "seconds": 15.0, "shares": (0.5, 1.0), "tolerance": 0.3}
+_FULL: Mapping[str, Any] = {"seeds": tuple(range(5)), "seconds": 400.0, "tolerance": 0.02}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of `make colocation COLOCATION_ARGS="..."`."""
+    defaults = ColocationConfig()
+    parser = parser_class("colocation")(prog="python -m bench.colocation", description=__doc__.splitlines()[0])
+    parser.add_argument("--policies", help=f"default {','.join(defaults.policies)}")
+    parser.add_argument("--nodes", type=int, default=defaults.nodes, help=f"default {defaults.nodes}")
+    parser.add_argument("--profile", type=Path, default=defaults.profile, help=f"of a node; default {defaults.profile}")
+    parser.add_argument(
+        "--fast-profile", type=Path, default=defaults.fast_profile, help="of the fast half of a cluster of two speeds"
+    )
+    parser.add_argument("--seconds", type=float, help="length of the traffic of a simulation")
+    parser.add_argument("--seeds", type=int, help="how many seeds (default 3)")
+    parser.add_argument("--trace", type=Path, help="CSV with arrival_s,prompt_tokens,output_tokens to follow")
+    parser.add_argument("--full", action="store_true", help="more and longer simulations")
+    parser.add_argument("--quick", action="store_true", help="a few short simulations: a check, no figures")
+    parser.add_argument("--processes", type=int, default=0, help="simulations at a time (default: one per core)")
+    parser.add_argument("--out", type=Path, default=defaults.out, help=f"where results go (default {defaults.out})")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> ColocationConfig:
+    """The configuration. Raises ColocationError, ProfileError and TraceError, which name what makes no sense."""
+    options = build_parser().parse_args(arguments)
+    changes: dict[str, Any] = dict(_QUICK if options.quick else _FULL if options.full else {})
+    if options.policies is not None:
+        changes["policies"] = tuple(name.strip() for name in options.policies.split(",") if name.strip())
+    if options.seconds is not None:
+        changes["seconds"] = options.seconds
+    if options.seeds is not None:
+        changes["seeds"] = tuple(range(options.seeds))
+    config = ColocationConfig(
+        nodes=options.nodes,
+        profile=options.profile,
+        fast_profile=options.fast_profile,
+        trace=options.trace,
+        processes=options.processes,
+        out=options.out,
+        **changes,
+    )
+    promise(config.profile)
+    promise(config.fast_profile)
+    if config.trace is not None:
+        read_trace(config.trace)
+    return config
+
+
+def run(config: ColocationConfig, console: Console) -> dict[str, Any]:
+    """Everything; writes the summary and the page and returns the former."""
+    began_s, known = time.monotonic(), run_facts()
+    with workers(config.num_processes) as pool:
+
+        def simulate_all(runs: Sequence[Run]) -> list[Measured]:
+            return list(pool.map(simulate, runs))
+
+        def say(line: str) -> None:
+            console.print(line, highlight=False, markup=False)
+
+        found = Study(config, simulate_all, say).run()
+    slo = promise(config.profile)
+    summary = {
+        **known,
+        "config": config.to_json(),
+        "slo": asdict(slo),
+        "seconds_total": round(time.monotonic() - began_s, 1),
+        **found,
+        "claims": claims(found),
+    }
+    (config.out / "summary.json").write_text(json.dumps(summary, indent=1, default=str) + "\n", encoding="utf-8")
+    (config.out / "report.html").write_text(report.render(summary), encoding="utf-8")
+    return summary
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run everything; returns the exit code."""
+    console = Console()
+    try:
+        config = parse(arguments)
+        config.out.mkdir(parents=True, exist_ok=True)
+    except (ColocationError, ProfileError, TraceError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"--out: {config.out}: {error.strerror}")
+    try:
+        summary = run(config, console)
+    except KeyboardInterrupt:
+        print("colocation: interrupted", file=sys.stderr)
+        return 130
+    for item in report.terminal_tables(summary):
+        console.print(item)
+    for verdict, words in report.claim_lines(summary):
+        console.print(f"[{STYLES[verdict]}]{verdict:>10}[/{STYLES[verdict]}]  {words}", highlight=False, soft_wrap=True)
+    print(f"Took {summary['seconds_total']:.0f} s. Open {config.out}/report.html; figures in {config.out}/summary.json")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"colocation: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

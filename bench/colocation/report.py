@@ -1,0 +1,144 @@
+"""The page, and the tables on the terminal. Pure."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from bench.colocation.claims import limit, line
+from bench.colocation.figures import DEFINITIONS
+from bench.report.colors import policy_color
+from bench.report.table import percent
+from services.charts.page import chip, configuration, document, facts, table, tile
+from services.charts.svg import Chart, legend, text
+
+#: Column -> how a row shows it.
+_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "attainment": lambda row: percent(row["slo_attainment"]),
+    "without training": lambda row: percent(row["slo_attainment_off"]),
+    "harvest": lambda row: f"{row['harvest']:.2f}",
+    "safe harvest": lambda row: f"{row['safe_harvest']:.2f}",
+    "training kept": lambda row: percent(row["training_kept"]),
+    "trained tokens/s": lambda row: f"{row['trained_tokens_per_s']:,.0f}",
+    "idle without training": lambda row: percent(row["idle_share_off"]),
+    "TTFT p50 / p99, ms": lambda row: _milliseconds(row["ttft_s"]),
+    "TPOT p50 / p99, ms": lambda row: _milliseconds(row["tpot_s"]),
+    "staleness p50 / p99, s": lambda row: _pair(row["staleness_s"], 1.0, ".1f"),
+}
+#: Those that a terminal has room for.
+_SHORT = ("attainment", "without training", "harvest", "safe harvest", "training kept")
+#: Figure -> its axis.
+_CHARTS = {
+    "safe_harvest": "safe harvest",
+    "slo_attainment": "SLO attainment, training on",
+    "training_kept": "training kept",
+}
+
+
+def terminal_tables(found: Mapping[str, Any]) -> list[Table]:
+    """A table of rates and policies, and one of the cluster of two speeds."""
+    rates = [
+        (f"{row['rate']:.1f}/s, {row['policy']}", *(_COLUMNS[name](row) for name in _SHORT)) for row in found["rates"]
+    ]
+    return [
+        _terminal("Colocation", ("requests/s, policy", *_SHORT), rates),
+        _terminal("Two speeds: attainment", *_two_speeds(found)),
+    ]
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """The page."""
+    claims = summary["claims"]
+    tiles = "".join(
+        tile("–" if c["value"] is None else f"{c['value']:.2f}", c["text"], chip(c["verdict"], limit(c)))
+        for c in claims
+    )
+    slo = summary["slo"]
+    promised = f"TTFT {1e3 * slo['ttft_s']:.0f} ms, TPOT {1e3 * slo['tpot_s']:.1f} ms"
+    head = ("requests/s", "share of capacity", "policy", *_COLUMNS)
+    rows = [
+        (f"{row['rate']:.2f}", percent(row["share"]), text(row["policy"]), *map(text, _cells(row)))
+        for row in summary["rates"]
+    ]
+    capacities = [(text(name), f"{value['rate']:.2f}") for name, value in summary["capacities"].items()]
+    policies = list(dict.fromkeys(row["policy"] for row in summary["rates"]))
+    keys = legend((policy, policy_color(policy)) for policy in policies)
+    charts = "".join(
+        f'<div class="figure">{_chart(summary["rates"], policies, figure, label)}</div>'
+        for figure, label in _CHARTS.items()
+    )
+    return document(
+        "LeMix: colocation",
+        [
+            "<h1>Training in what serving leaves</h1>",
+            f"<p>{summary['config']['nodes']} nodes, in the simulator, with the production scheduler and node cores. "
+            f"Promised: {promised}. Capacity {summary['capacity_rps']:.2f} requests/s.</p>",
+            f'<div class="tiles">{tiles}</div>',
+            f'<h2>By rate</h2>{keys}<div class="pair">{charts}</div>{table(head, rows)}',
+            f"<h2>Capacity without training</h2>{table(('policy', 'requests/s'), capacities)}",
+            "<h2>Two speeds</h2><p>Half of the nodes are fast. Attainment with the coefficients of every node, and "
+            f"with one mean set for all.</p>{table(*_two_speeds(summary))}",
+            f"<h2>Definitions</h2>{facts(DEFINITIONS)}",
+            facts(
+                {
+                    "machine": summary["machine"]["cpu"],
+                    "commit": summary["git_commit"],
+                    "took": f"{summary['seconds_total']:.0f} s",
+                }
+            ),
+            configuration(summary["config"]),
+        ],
+    )
+
+
+def claim_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(verdict, words) of every claim."""
+    return [(claim["verdict"], line(claim)) for claim in summary["claims"]]
+
+
+def _two_speeds(found: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    rows = [
+        (
+            f"{row['rate']:.1f}",
+            "with" if row["trains"] else "without",
+            percent(row["per_node"]),
+            percent(row["averaged"]),
+            f"{100 * (row['per_node'] - row['averaged']):+.1f}",
+        )
+        for row in found["heterogeneous"]["rates"]
+    ]
+    return ("requests/s", "training", "by node", "averaged", "points"), rows
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [form(row) for form in _COLUMNS.values()]
+
+
+def _milliseconds(pair: Mapping[str, float | None]) -> str:
+    return _pair(pair, 1e3, ".0f")
+
+
+def _pair(pair: Mapping[str, float | None], factor: float, form: str) -> str:
+    return " / ".join("–" if pair[key] is None else format(factor * (pair[key] or 0.0), form) for key in ("p50", "p99"))
+
+
+def _terminal(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    found = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    found.add_column(head[0], no_wrap=True)
+    for name in head[1:]:
+        found.add_column(name, justify="right", vertical="bottom")
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+def _chart(rows: Sequence[Mapping[str, Any]], policies: Sequence[str], figure: str, label: str) -> str:
+    highest = max(1.0, *(row[figure] for row in rows))
+    chart = Chart.plot(540, 280, (0.0, 1.05 * max(row["rate"] for row in rows)), (0.0, 1.02 * highest))
+    chart.axes("requests/s", label)
+    for policy in policies:
+        points = [(row["rate"], row[figure]) for row in rows if row["policy"] == policy]
+        chart.line(points, policy_color(policy))
+        chart.dots(points, policy_color(policy))
+    return chart.render(f"{label} by rate")

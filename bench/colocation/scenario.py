@@ -1,0 +1,162 @@
+"""One simulation: a cluster of nodes with profiles, traffic at a rate, and a backlog of training without end."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import count
+from pathlib import Path
+
+from bench.colocation.config import PROMISE_UNITS, ColocationConfig, Limits, Training
+from bench.colocation.measure import Measured, measure
+from services.latency import OpKind
+from services.node_agent.core.types import NodeCoreConfig
+from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.tasks import SloTarget
+from services.simulator.cluster import Simulation
+from services.simulator.profile_file import Profile, read_profile
+from services.simulator.trace_file import TraceRow
+from services.simulator.trace_file import read_trace as read_rows
+from services.simulator.traffic import WORKLOADS, CutTraffic, DrawnTraffic, RecordedTraffic
+from services.simulator.types import Microbatch, Request, SimulationConfig, VirtualNode
+
+WORKLOAD = "azure-conv"
+#: Mean lengths of the traffic that the promise is derived from (statistics of the published trace), tokens.
+MEAN_PROMPT_TOKENS, MEAN_OUTPUT_TOKENS = 1155, 211
+#: From a decision until the node has the task, and from an event until the scheduler knows: a call on a local network.
+_CALL_S = 0.001
+#: Output assumed until enough requests have ended.
+_INITIAL_OUTPUT_TOKENS = 211
+
+profile = cache(read_profile)
+_trace = cache(read_rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What one simulation depends on. profiles: a file per node. rate: requests per second; 0: nothing is served."""
+
+    profiles: tuple[Path, ...]
+    policy: str
+    rate: float
+    seed: int
+    seconds: float
+    trains: bool
+    max_tokens: int
+    limits: Limits
+    training: Training
+    trace: Path | None = None
+    options: tuple[tuple[str, float | bool], ...] = ()
+
+
+def run_of(config: ColocationConfig, policy: str, rate: float, seed: int, *, trains: bool) -> Run:
+    """On nodes alike."""
+    return Run(
+        profiles=(config.profile,) * config.nodes,
+        policy=policy,
+        rate=rate,
+        seed=seed,
+        seconds=config.seconds,
+        trains=trains,
+        max_tokens=config.max_tokens,
+        limits=config.limits,
+        training=config.training,
+        trace=config.trace,
+    )
+
+
+def promise(path: Path) -> SloTarget:
+    """What every request is promised on a cluster of nodes with this profile."""
+    latency = profile(path).latency
+    context = MEAN_PROMPT_TOKENS + MEAN_OUTPUT_TOKENS / 2
+    return SloTarget(
+        PROMISE_UNITS * latency.node_s(OpKind.PREFILL, 1, MEAN_PROMPT_TOKENS),
+        PROMISE_UNITS * latency.node_s(OpKind.DECODE, 1, context),
+    )
+
+
+def simulate(run: Run) -> Measured:
+    """The figures of one run. Raises ValueError for a profile, trace or rate that makes no sense."""
+    slo = promise(run.profiles[0])
+    core = CoreConfig(
+        policy=run.policy,
+        policy_options=dict(run.options),
+        default_slo=slo,
+        initial_output_tokens=_INITIAL_OUTPUT_TOKENS,
+        max_inflight_training=run.limits.max_inflight_training,
+        sync_every_steps=run.training.sync_every_steps,
+    )
+    nodes = [_node(f"node-{index:02}", run.limits, profile(path)) for index, path in enumerate(run.profiles)]
+    config = SimulationConfig(
+        core=core,
+        seed=run.seed,
+        noise=max(profile(path).noise for path in run.profiles),
+        dispatch_s=_CALL_S,
+        report_s=_CALL_S,
+        transfer_s=run.training.transfer_s,
+        # A backlog never ends: without requests the run does.
+        horizon_s=run.seconds if not run.rate else 10.0 * run.seconds,
+        keep_ops=True,
+    )
+    training = _backlog(run.training) if run.trains else None
+    result = Simulation(config, nodes, requests(run, slo), training).run()
+    return measure(result, {node.node_id: node.latency for node in nodes}, slo, run.seconds, run.training.accumulation)
+
+
+def requests(run: Run, slo: SloTarget) -> list[Request]:
+    """The traffic of a run; the same for every policy."""
+    return [
+        Request(f"r{index}", row.arrival_s, row.prompt_tokens, row.output_tokens, run.max_tokens, slo)
+        for index, row in enumerate(rows(run))
+    ]
+
+
+def rows(run: Run) -> list[TraceRow]:
+    """Arrivals and lengths."""
+    if not run.rate:
+        return []
+    workload = WORKLOADS[WORKLOAD]
+    if run.trace is None:
+        drawn = DrawnTraffic(workload.shape, run.rate, run.seconds, workload.cv)
+        return CutTraffic(drawn, run.max_tokens).draw(run.seed)
+    recorded = _trace(run.trace)
+    begin_s, end_s = recorded[0].arrival_s, recorded[-1].arrival_s
+    faster = RecordedTraffic(recorded, run.rate * (end_s - begin_s) / len(recorded))
+    # Another stretch of it with every seed.
+    span_s = run.seconds * (run.seed + 1)
+    found = CutTraffic(faster, run.max_tokens).draw(run.seed)
+    return [
+        row._replace(arrival_s=row.arrival_s - span_s + run.seconds)
+        for row in found
+        if span_s - run.seconds <= row.arrival_s < span_s
+    ]
+
+
+def _node(node_id: str, limits: Limits, found: Profile) -> VirtualNode:
+    core = NodeCoreConfig(
+        num_stages=found.latency.num_stages,
+        max_batch=limits.max_batch,
+        max_prefill_tokens=limits.max_prefill_tokens,
+        kv_capacity_tokens=limits.kv_capacity_tokens,
+        kv_block_tokens=limits.kv_block_tokens,
+        expected_output_tokens=limits.expected_output_tokens,
+        max_inflight_training=limits.max_inflight_training,
+        weight_handling=limits.weight_handling,
+        gradient_buffers=limits.gradient_buffers,
+    )
+    return VirtualNode(
+        node_id=node_id,
+        latency=found.latency,
+        core=core,
+        max_inflight_inference=limits.max_inflight_inference,
+        max_training_parts=limits.max_training_parts,
+    )
+
+
+def _backlog(training: Training) -> Iterator[Microbatch]:
+    for index in count():
+        yield Microbatch(f"m{index}", 0.0, "training", training.batch, training.length, training.accumulation)
+
+
+def with_options(run: Run, **options: float | bool) -> Run:
+    """The same with options of its policy."""
+    return replace(run, options=tuple(sorted({**dict(run.options), **options}.items())))

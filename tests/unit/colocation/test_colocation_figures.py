@@ -1,0 +1,106 @@
+"""Figures, capacity and claims from runs that are given."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from bench.colocation.capacity import find_capacity
+from bench.colocation.claims import claims
+from bench.colocation.config import ColocationConfig, ColocationError
+from bench.colocation.figures import colocated
+from bench.colocation.measure import Measured, pooled
+
+OFF = Measured(
+    seconds=100.0,
+    num_requests=1000,
+    num_kept=990,
+    num_rejected=0,
+    ttft_p50_s=0.1,
+    ttft_p99_s=0.3,
+    tpot_p50_s=0.02,
+    tpot_p99_s=0.04,
+    stage_s=800.0,
+    serving_s=300.0,
+    training_s=0.0,
+    trained_tokens=0,
+    trained_work_s=0.0,
+    staleness_p50_s=None,
+    staleness_p99_s=None,
+)
+ON = replace(OFF, num_kept=980, trained_tokens=50_000, trained_work_s=400.0, training_s=420.0, staleness_p50_s=0.5)
+
+
+def test_harvest_is_trained_work_over_the_idle_time_of_serving_alone():
+    row = colocated([ON, ON], [OFF, OFF], most_trained_per_s=1000.0)
+    assert row["harvest"] == pytest.approx(400.0 / 500.0)
+    assert row["attainment_kept"] == pytest.approx(980 / 990)
+    assert row["safe_harvest"] == pytest.approx(0.8 * 980 / 990)
+    assert row["training_kept"] == pytest.approx(0.5)
+    assert row["staleness_s"] == {"p50": 0.5, "p99": None}
+
+
+def test_better_attainment_than_without_training_counts_as_kept_and_no_more():
+    row = colocated([replace(ON, num_kept=1000)], [OFF], most_trained_per_s=1000.0)
+    assert row["attainment_kept"] == 1.0
+
+
+def test_nothing_is_safe_where_serving_alone_is_overload():
+    row = colocated([ON], [replace(OFF, num_kept=940)], most_trained_per_s=1000.0)
+    assert row["attainment_kept"] is None
+    assert row["safe_harvest"] == 0.0
+
+
+def test_a_latency_that_one_run_never_reached_is_no_mean():
+    assert pooled([1.0, 3.0, None]) == 2.0
+    assert pooled([1.0, math.inf]) is None
+    assert pooled([None]) is None
+
+
+@pytest.mark.parametrize("limit", [0.3, 1.0, 7.3, 30.0])
+def test_capacity_is_the_highest_rate_that_is_served(limit):
+    found = find_capacity(lambda rate: 1.0 if rate <= limit else 0.5, 0.99, 0.03)
+    assert 0.97 * limit <= found.rate <= limit
+    assert all((attained >= 0.99) == (rate <= limit) for rate, attained in found.probes)
+
+
+def test_a_cluster_that_serves_nothing_has_no_capacity():
+    assert find_capacity(lambda rate: 0.5, 0.99, 0.03).rate == 0.0
+
+
+def _row(policy, on, off, safe):
+    return {"share": 0.5, "policy": policy, "slo_attainment": on, "slo_attainment_off": off, "safe_harvest": safe}
+
+
+def test_claims_compare_with_the_best_policy_and_the_best_baseline():
+    found = {
+        "rates": [_row("lemix", 0.985, 0.99, 0.85), _row("separate", 0.97, 0.999, 0.5)],
+        "heterogeneous": {
+            "rates": [
+                {"share": 0.5, "trains": True, "per_node": 1.0, "averaged": 1.0},
+                {"share": 1.0, "trains": True, "per_node": 0.98, "averaged": 0.90},
+                {"share": 1.0, "trains": False, "per_node": 0.98, "averaged": 0.98},
+            ]
+        },
+    }
+    verdicts = {claim["name"]: (claim["value"], claim["verdict"]) for claim in claims(found)}
+    assert verdicts["safe_harvest"] == (0.85, "held")
+    assert verdicts["safe_harvest_goal"] == (0.85, "missed")
+    assert verdicts["attainment_lost"] == (pytest.approx(1.4), "missed")
+    assert verdicts["over_baselines"] == (pytest.approx(1.7), "held")
+    assert verdicts["per_node"] == (pytest.approx(8.0), "held")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"policies": ("separate",)}, "must name lemix"),
+        ({"policies": ("lemix", "nonsense")}, "unknown policy 'nonsense'"),
+        ({"nodes": 1}, "--nodes must be at least 2"),
+        ({"seeds": ()}, "--seeds names no seed"),
+        ({"seconds": 0.0}, "--seconds must be positive"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(changes, reason):
+    with pytest.raises(ColocationError, match=reason):
+        ColocationConfig(**changes)

@@ -1,0 +1,19 @@
+"""Mean coefficients of nodes."""
+
+from services.latency import LatencyModel, NodeLatency, OpKind
+from services.scheduler.core.policies.mean_latency import mean_latency
+
+
+def _node(form: str, *coefficients: float, stages: int = 1) -> NodeLatency:
+    return NodeLatency(({OpKind.PREFILL: LatencyModel(form, coefficients)},) * stages)
+
+
+def test_coefficients_are_averaged() -> None:
+    found = mean_latency([_node("affine", 1.0, 4.0), _node("affine", 3.0, 0.0)])
+    assert found.models[0][OpKind.PREFILL].coefficients == (2.0, 2.0)
+
+
+def test_of_other_forms_and_other_numbers_of_stages_the_first_one_counts() -> None:
+    first = _node("affine", 1.0, 4.0)
+    assert mean_latency([first, _node("quadratic", 1.0)]) == first
+    assert mean_latency([first, _node("affine", 3.0, 8.0, stages=2)]) == first

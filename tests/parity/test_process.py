@@ -17,9 +17,14 @@ from services.node_agent.engine.base import EngineConfig, WorkerDied
 from services.node_agent.engine.inference_ops import Decode, DecodeSequence, PrefillSequence, Sampling
 from services.node_agent.engine.ops import Forget
 from services.node_agent.engine.torch import process
+from services.node_agent.engine.torch.arena import create_arena
+from services.node_agent.engine.torch.device_sharing import share_device_memory
 from services.node_agent.engine.torch.engine import TorchEngine, load_engine
-from services.node_agent.engine.torch.load import ModelDirectoryError
-from services.node_agent.engine.training_ops import OptimizerSpec, TrainForward
+from services.node_agent.engine.torch.load import ModelDirectoryError, read_model
+from services.node_agent.engine.torch.process import ProcessStageWorker
+from services.node_agent.engine.torch.wire import Place, WorkerSetup
+from services.node_agent.engine.training_ops import Example, OptimizerSpec, TrainForward
+from services.node_agent.scratch import ScratchFolder
 from tests.parity.pipeline import Pipeline
 from tests.parity.test_training_parity import batch
 from tests.parity.test_weights_parity import existing
@@ -68,6 +73,29 @@ async def test_processes_compute_what_one_process_computes(engine: TorchEngine, 
     """Bit for bit: same code, same order, one thread each."""
     found = await serve_and_train(Pipeline(engine))
     assert found == await serve_and_train(Pipeline.load(models["llama-tied"], 2))
+
+
+async def test_outputs_that_stay_on_devices(models: dict[str, Path], tmp_path: Path) -> None:
+    """The way that outputs take between GPUs, with files for their memory: bit for bit the same again."""
+    config = EngineConfig(model_path=str(models["llama-tied"]), num_stages=2, dtype="float64")
+    spec = read_model(config.model_path)
+    fds = [create_arena() for _ in range(2)]
+    setups = [WorkerSetup(config, spec, stage, fds, tmp_path / "engine" / f"stage-{stage}") for stage in range(2)]
+    starting = [ProcessStageWorker.start(setup, fds, module="tests.parity.file_memory_worker") for setup in setups]
+    workers = await asyncio.gather(*starting)
+    for fd in fds:
+        os.close(fd)
+    engine = TorchEngine(spec.info(0), workers, ScratchFolder("engine"))
+    try:
+        assert await share_device_memory(workers) == ""
+        found = await serve_and_train(Pipeline(engine))
+        assert found == await serve_and_train(Pipeline.load(models["llama-tied"], 2))
+        output = (await Pipeline(engine, version=2).run(0, TrainForward(1, 2, "m", (Example((1, 2)),)))).output
+        assert output is not None
+        assert isinstance(output.token, Place)
+        assert output.token.on_device
+    finally:
+        await engine.close()
 
 
 async def test_workers_are_niced_pinned_and_ignore_interrupts(engine: TorchEngine) -> None:

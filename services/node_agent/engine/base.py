@@ -113,6 +113,10 @@ class EngineConfig:
     max_context_tokens: int = 0
     seed: int = 0
 
+    def device(self, stage: int) -> str:
+        """Where a stage is."""
+        return self.devices[stage] if len(self.devices) > 1 else self.devices[0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:

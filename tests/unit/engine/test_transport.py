@@ -1,33 +1,72 @@
 """Shared memory between stage workers: bounded, reused, and safe against tasks that are forgotten."""
 
+import asyncio
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import torch
 
 from services.node_agent.engine.handle import Handle
 from services.node_agent.engine.torch.arena import create_arena
-from services.node_agent.engine.torch.transport import ActivationLost, ArenaFull, LocalTransport, SharedTransport
+from services.node_agent.engine.torch.device_sharing import share_device_memory
+from services.node_agent.engine.torch.shared_transport import SharedTransport
+from services.node_agent.engine.torch.transport import ActivationLost, ArenaFull, LocalTransport
+from services.node_agent.engine.torch.wire import Place, Shared, Sharing
+from tests.unit.engine.file_memory import FileMemories, FileMemory
 
 CPU = torch.device("cpu")
 SIZE = 64 * 1024
+#: Nearly half an arena, in float32.
+HALF = (SIZE // 8 - 64,)
 
 
-@pytest.fixture
-def pair() -> Iterator[tuple[SharedTransport, SharedTransport]]:
+Pair = tuple[SharedTransport, SharedTransport]
+
+
+class Worker:
+    """A worker whose end of the transport is in this process."""
+
+    def __init__(self, transport: SharedTransport) -> None:
+        self._transport = transport
+
+    def share(self, message: Sharing) -> "asyncio.Future[Shared]":
+        """See SharingWorker."""
+        answer: asyncio.Future[Shared] = asyncio.get_running_loop().create_future()
+        answer.set_result(self._transport.share(message))
+        return answer
+
+
+async def share(pair: Pair) -> str:
+    return await share_device_memory([Worker(end) for end in pair])
+
+
+@contextlib.contextmanager
+def connected(*memories: FileMemories | None) -> Iterator[Pair]:
     """Two workers' ends."""
-    fds = [create_arena(SIZE), create_arena(SIZE)]
-    ends = SharedTransport(0, fds, SIZE), SharedTransport(1, fds, SIZE)
+    fds = [create_arena(SIZE, SIZE), create_arena(SIZE, SIZE)]
+    first, second = (
+        SharedTransport(stage, fds, SIZE, devices=devices, device_bytes=SIZE) for stage, devices in enumerate(memories)
+    )
     for fd in fds:
         os.close(fd)
-    yield ends
-    for end in ends:
-        end.close()
+    yield first, second
+    first.close()
+    second.close()
+
+
+@pytest.fixture(params=["host", "device"])
+async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
+    """Outputs in host memory, and in what stands for memory of devices."""
+    with connected(FileMemories(), FileMemories()) as ends:
+        if request.param == "device":
+            assert await share(ends) == ""
+        yield ends
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_values_arrive_both_ways(pair: tuple[SharedTransport, SharedTransport], dtype: torch.dtype) -> None:
+def test_values_arrive_both_ways(pair: Pair, dtype: torch.dtype) -> None:
     for sender, receiver in (pair, pair[::-1]):
         tensor = torch.randn(7, 5).to(dtype).t()
         received = receiver.take(sender.put(tensor, ["t"]), CPU)
@@ -35,11 +74,12 @@ def test_values_arrive_both_ways(pair: tuple[SharedTransport, SharedTransport], 
         assert torch.equal(received, tensor)
 
 
-def test_read_blocks_are_used_again(pair: tuple[SharedTransport, SharedTransport]) -> None:
+def test_read_blocks_are_used_again(pair: Pair) -> None:
     """Far more passes through than fits at once, with several outputs waiting."""
     sender, receiver = pair
     waiting: list[tuple[Handle, torch.Tensor]] = []
     for number in range(300):
+        receiver.settle()
         tensor = torch.full((number % 37 * 64 + 1,), float(number))
         waiting.append((sender.put(tensor, [f"t{number}"]), tensor))
         if len(waiting) == 3:
@@ -47,33 +87,128 @@ def test_read_blocks_are_used_again(pair: tuple[SharedTransport, SharedTransport
             assert torch.equal(receiver.take(handle, CPU), expected)
 
 
-def test_full_arena_says_so_and_recovers(pair: tuple[SharedTransport, SharedTransport]) -> None:
+def fill(sender: SharedTransport) -> list[Handle]:
+    """As many outputs of nearly half an arena as there is room for."""
+    handles: list[Handle] = []
+    with contextlib.suppress(ArenaFull):
+        while True:
+            handles.append(sender.put(torch.full(HALF, float(len(handles))), [f"t{len(handles)}"]))
+    return handles
+
+
+def test_full_arena_says_so_and_recovers(pair: Pair) -> None:
     sender, receiver = pair
-    half = torch.zeros(SIZE // 8 - 64)
-    first = sender.put(half, ["a"])
-    sender.put(half, ["b"])
-    with pytest.raises(ArenaFull, match="2 outputs wait to be read"):
-        sender.put(half, ["c"])
-    receiver.take(first, CPU)
-    sender.put(half, ["c"])
+    handles = fill(sender)
+    with pytest.raises(ArenaFull, match="does not fit into stage 0's arena of 65536 bytes; 2 outputs wait to be read"):
+        sender.put(torch.zeros(HALF), ["one too many"])
+    receiver.take(handles[0], CPU)
+    receiver.settle()
+    again = sender.put(torch.full(HALF, 9.0), ["again"])
+    assert [float(receiver.take(handle, CPU)[0]) for handle in (*handles[1:], again)] == [*range(1, len(handles)), 9.0]
 
 
-def test_unread_output_is_released_when_all_its_tasks_are_forgotten(
-    pair: tuple[SharedTransport, SharedTransport],
+def test_what_does_not_fit_on_the_device_goes_through_the_host() -> None:
+    with connected(FileMemories(), FileMemories()) as ends:
+        assert asyncio.run(share(ends)) == ""
+        places = [handle.token for handle in fill(ends[0])]
+        assert [place.on_device for place in places if isinstance(place, Place)] == [True, True, False, False]
+
+
+def test_a_block_that_a_device_may_still_read_is_not_written() -> None:
+    """The reader's kernels run behind what it computed so far."""
+    with connected(FileMemories(), FileMemories()) as ends:
+        assert asyncio.run(share(ends)) == ""
+        sender, receiver = ends
+        first = sender.put(torch.zeros(HALF), ["a"])
+        receiver.take(first, CPU)
+        second = sender.put(torch.ones(HALF), ["b"])
+        receiver.settle()
+        third = sender.put(torch.ones(HALF), ["c"])
+        offsets = [handle.token.offset for handle in (first, second, third) if isinstance(handle.token, Place)]
+        assert offsets[0] != offsets[1]
+        assert offsets[0] == offsets[2]
+
+
+def test_an_output_computed_in_place_is_not_copied(pair: Pair) -> None:
+    sender, receiver = pair
+    output = sender.allocate((4, 3), torch.float64, CPU)
+    torch.add(torch.ones(4, 3), 1.0, out=output)
+    received = receiver.take(sender.put(output.detach(), ["a"]), CPU)
+    assert torch.equal(received, torch.full((4, 3), 2.0, dtype=torch.float64))
+    output += 1.0
+    assert torch.equal(received, torch.full((4, 3), 3.0, dtype=torch.float64))
+    # It was given away: once more it is an output like any other.
+    copied = receiver.take(sender.put(output, ["b"]), CPU)
+    output += 1.0
+    assert torch.equal(copied, torch.full((4, 3), 3.0, dtype=torch.float64))
+
+
+def test_what_was_allocated_and_not_published_is_free_after_the_op(pair: Pair) -> None:
+    sender, _ = pair
+    for _ in range(10):
+        sender.allocate(HALF, torch.float32, CPU)
+        sender.forget(["t"])
+        sender.settle()
+    assert len(fill(sender)) >= 2
+    # Without room it is memory of its own, and what is computed there waits for room like any other output.
+    output = sender.allocate(HALF, torch.float32, CPU)
+    with pytest.raises(ArenaFull):
+        sender.put(output, ["t"])
+
+
+class Broken(FileMemories):
+    """What it opens holds something else."""
+
+    def open(self, export: bytes, num_bytes: int) -> FileMemory:
+        """See DeviceMemories."""
+        return self.create(num_bytes)
+
+
+class Refused(FileMemories):
+    """The driver does not open it."""
+
+    def open(self, export: bytes, num_bytes: int) -> FileMemory:
+        """See DeviceMemories."""
+        raise OSError("CUDA error 217")
+
+
+@pytest.mark.parametrize(
+    ("devices", "problem"),
+    [
+        (Broken(), "stage 1: what it reads from a device is not what was written"),
+        (Refused(), "stage 1: CUDA error 217"),
+        (None, "stage 1: it has no device whose memory can be shared"),
+    ],
+)
+async def test_one_stage_that_cannot_read_a_device_keeps_all_on_the_host(
+    devices: FileMemories | None, problem: str
 ) -> None:
+    fds_before = len(os.listdir("/proc/self/fd"))
+    with connected(FileMemories(), devices) as ends:
+        assert await share(ends) == problem
+        for sender, receiver in (ends, ends[::-1]):
+            handle = sender.put(torch.ones(3), ["a"])
+            assert isinstance(handle.token, Place)
+            assert not handle.token.on_device
+            assert torch.equal(receiver.take(handle, CPU), torch.ones(3))
+        # Every end maps every arena, and nothing else.
+        assert len(os.listdir("/proc/self/fd")) == fds_before + len(ends) ** 2
+
+
+def test_unread_output_is_released_when_all_its_tasks_are_forgotten(pair: Pair) -> None:
     sender, receiver = pair
-    whole = torch.zeros(SIZE // 4 - 64)
-    handle = sender.put(whole, ["a", "b"])
+    handles = [sender.put(torch.zeros(HALF), ["a", "b"]), *fill(sender)]
     sender.forget(["a"])
     with pytest.raises(ArenaFull):
-        sender.put(whole, ["c"])
+        sender.put(torch.zeros(HALF), ["c"])
     sender.forget(["b", "unknown"])
-    assert torch.equal(receiver.take(sender.put(whole + 1, ["c"]), CPU), whole + 1)
+    again = sender.put(torch.ones(HALF), ["c"])
+    assert torch.equal(receiver.take(again, CPU), torch.ones(HALF))
     with pytest.raises(ActivationLost, match="stage 0"):
-        receiver.take(handle, CPU)
+        receiver.take(handles[0], CPU)
 
 
-def test_a_handle_is_read_once(pair: tuple[SharedTransport, SharedTransport]) -> None:
+def test_a_handle_is_read_once(pair: Pair) -> None:
     sender, receiver = pair
     handle = sender.put(torch.zeros(4), ["a"])
     receiver.take(handle, CPU)
@@ -81,7 +216,7 @@ def test_a_handle_is_read_once(pair: tuple[SharedTransport, SharedTransport]) ->
         receiver.take(handle, CPU)
 
 
-def test_received_tensor_is_private(pair: tuple[SharedTransport, SharedTransport]) -> None:
+def test_received_tensor_is_private(pair: Pair) -> None:
     sender, receiver = pair
     received = receiver.take(sender.put(torch.zeros(4), ["a"]), CPU)
     sender.put(torch.ones(4), ["b"])

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from services.node_agent.engine.base import EngineConfig, ModelInfo, StageResult, StageWorker
 from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.arena import create_arena
+from services.node_agent.engine.torch.device_sharing import share_device_memory
 from services.node_agent.engine.torch.load import ModelSpec, check_engine_config, read_model
 from services.node_agent.engine.torch.process import ProcessStageWorker
 from services.node_agent.engine.torch.wire import Ready, WorkerSetup
@@ -22,6 +24,7 @@ from services.node_agent.scratch import ScratchFolder
 if TYPE_CHECKING:
     from services.node_agent.engine.torch.executor import StageExecutor
 
+_LOG = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0
 #: Raised when the engine computes the same with other kernels: profiles measured before do not hold any more.
 _KERNELS = 2
@@ -71,6 +74,7 @@ async def load_engine(config: EngineConfig, *, start_timeout_s: float = START_TI
     try:
         async with asyncio.timeout(start_timeout_s):
             workers = await asyncio.gather(*starts)
+            await _choose_transport(config, workers)
     except BaseException:
         await _abandon(starts)
         folder.remove()
@@ -79,6 +83,16 @@ async def load_engine(config: EngineConfig, *, start_timeout_s: float = START_TI
         for fd in arena_fds:
             os.close(fd)
     return TorchEngine(_info(config, spec, [worker.ready for worker in workers]), workers, folder)
+
+
+async def _choose_transport(config: EngineConfig, workers: Sequence[ProcessStageWorker]) -> None:
+    if config.num_stages == 1:
+        return
+    where, problem = "host memory", ""
+    if all(config.device(stage).startswith("cuda") for stage in range(config.num_stages)):
+        problem = await share_device_memory(workers)
+        where = "host memory" if problem else "device memory (CUDA IPC)"
+    _LOG.info("outputs go from stage to stage through %s%s", where, f": {problem}" if problem else "")
 
 
 def _info(config: EngineConfig, spec: ModelSpec, stages: Sequence[Ready]) -> ModelInfo:

@@ -24,7 +24,7 @@ from services.node_agent.engine.torch.stage import Stage, parse_dtype, widen
 from services.node_agent.engine.torch.training import Training
 from services.node_agent.engine.torch.transport import Transport
 from services.node_agent.engine.torch.weights import Snapshots, read_weights
-from services.node_agent.engine.torch.wire import Ready
+from services.node_agent.engine.torch.wire import Ready, Shared, Sharing
 from services.node_agent.engine.training_ops import OptimizerStep, TrainBackward, TrainForward
 from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint, SaveCheckpoint, Snapshot
 
@@ -40,18 +40,18 @@ class StageExecutor:
         self, config: EngineConfig, spec: ModelSpec, stage: int, transport: Transport, snapshot_folder: Path
     ) -> None:
         """Loads the stage's weights. Raises ModelDirectoryError or ValueError."""
-        device = config.devices[stage] if len(config.devices) > 1 else config.devices[0]
         context = spec.info(config.max_context_tokens).max_context_tokens
-        self.stage = Stage(spec, stage, config.num_stages, device=device, dtype=config.dtype)
+        self.stage = Stage(spec, stage, config.num_stages, device=config.device(stage), dtype=config.dtype)
         self._transport = transport
         self.inference = Inference(
             self.stage,
             kv_capacity_tokens=config.kv_capacity_tokens,
             max_context_tokens=context,
             kv_block_tokens=config.kv_block_tokens,
+            allocate=transport.allocate,
         )
         options = training_options(config, self.stage)
-        self.training = Training(self.stage, max_context_tokens=context, options=options)
+        self.training = Training(self.stage, max_context_tokens=context, options=options, allocate=transport.allocate)
         self._can_offload = config.can_offload
         self._snapshots = Snapshots(snapshot_folder)
         self._timer = StageTimer(self.stage, snapshot_folder, context, config.kv_block_tokens, options)
@@ -99,6 +99,7 @@ class StageExecutor:
             result = self._handlers[type(op)](op)
             if self.stage.device.type == "cuda":
                 torch.cuda.synchronize(self.stage.device)
+            self._transport.settle()
         except Exception as error:
             result = StageResult(op.op_id, 0.0, 0.0, 0, error=f"{type(error).__name__}: {_message(error)}")
             if isinstance(op, VersionedChange) and op.version == self.version:
@@ -106,6 +107,10 @@ class StageExecutor:
                 self.stage.advance(op.oldest_version)
         held_bytes = self.held_bytes if self._can_offload else 0
         return replace(result, begin_s=begin_s, end_s=time.monotonic(), version=self.version, held_bytes=held_bytes)
+
+    def share(self, message: Sharing) -> Shared:
+        """One step of sharing device memory with the other stages."""
+        return self._transport.share(message)
 
     def close(self) -> None:
         """Remove what the stage left on disk and let go of shared memory."""

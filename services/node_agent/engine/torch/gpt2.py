@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from services.node_agent.engine.torch.attention import Attend
 from services.node_agent.engine.torch.load import ModelSpec
+from services.node_agent.engine.torch.outlet import CLOSED, Outlet
 from services.node_agent.engine.torch.stage import ACTIVATIONS, BoundaryWeights
 from services.node_agent.engine.torch.weights import Weight, WeightLoader
 
@@ -51,25 +52,39 @@ class Gpt2Family:
         assert self._positions is not None
         return self._boundary.embed(token_ids) + functional.embedding(positions, self._positions.parameter)
 
-    def run_layers(self, rows: Tensor, positions: Tensor, attend: Attend, layers: range | None = None) -> Tensor:
+    def run_layers(
+        self, rows: Tensor, positions: Tensor, attend: Attend, layers: range | None = None, outlet: Outlet = CLOSED
+    ) -> Tensor:
         """See stage.Family."""
         del positions
+        rows, entering = outlet.fork(rows)
+        update: Tensor | None = None
         for index in range(len(self._layers)) if layers is None else layers:
-            rows = self._run_layer(index, self._layers[index], rows, attend)
-        return rows
+            if update is not None:
+                rows = entering = rows + update
+            rows = rows + self._attend(index, entering, attend)
+            update = self._transform(index, rows)
+        assert update is not None
+        return outlet.add(rows, update)
 
     def project(self, rows: Tensor) -> Tensor:
         """See stage.Family."""
         assert self._norm is not None
         return self._boundary.project(self._normalise(rows, self._norm))
 
-    def _run_layer(self, index: int, layer: _Layer, rows: Tensor, attend: Attend) -> Tensor:
+    def _attend(self, index: int, rows: Tensor, attend: Attend) -> Tensor:
+        """What a layer's attention adds to its rows."""
+        layer = self._layers[index]
         qkv = _affine(self._normalise(rows, layer.attention_norm), layer.qkv)
         query, key, value = torch.split(qkv.view(-1, 3 * self._heads, self._head_dim), self._heads, dim=1)
         attended = attend(index, query, key, value, layer.scale)
-        rows = rows + _affine(attended.reshape(-1, self._heads * self._head_dim), layer.output)
+        return _affine(attended.reshape(-1, self._heads * self._head_dim), layer.output)
+
+    def _transform(self, index: int, rows: Tensor) -> Tensor:
+        """What a layer's MLP adds to its rows."""
+        layer = self._layers[index]
         inner = self._activation(_affine(self._normalise(rows, layer.mlp_norm), layer.up))
-        return rows + _affine(inner, layer.down)
+        return _affine(inner, layer.down)
 
     def _normalise(self, rows: Tensor, norm: _Affine) -> Tensor:
         return functional.layer_norm(rows, rows.shape[-1:], norm.weight.parameter, norm.bias.parameter, self._eps)

@@ -39,6 +39,7 @@ class SavedTensors:
         self._slots: WeakSet[_Slot] = WeakSet()
         # Those whose tensors are where they were when they were saved: only then does an address tell them apart.
         self._unmoved: WeakValueDictionary[_Key, _Slot] = WeakValueDictionary()
+        self._is_away = False
         #: In host memory: the data of tensors that others hold, by what they are.
         self._away: list[tuple[Tensor, Tensor]] = []
 
@@ -48,7 +49,7 @@ class SavedTensors:
 
     def num_bytes(self, others: Iterable[Tensor]) -> int:
         """Bytes on the device: what graphs saved, and what of `others` they did not save too."""
-        if self._away:
+        if self._is_away:
             return 0
         found = {_key(slot.tensor): slot.tensor for slot in self._slots}
         found.update((_key(tensor), tensor) for tensor in others)
@@ -56,6 +57,7 @@ class SavedTensors:
 
     def offload(self, others: Iterable[Tensor]) -> None:
         """Everything to host memory; `others` stay the tensors they are, without data."""
+        self._is_away = True
         self._unmoved.clear()
         for slot in self._slots:
             slot.tensor = to_host(slot.tensor)
@@ -70,6 +72,7 @@ class SavedTensors:
         for tensor, data in self._away:
             tensor.data = data.to(tensor.device, copy=True)
         self._away = []
+        self._is_away = False
 
     def _pack(self, tensor: Tensor) -> _Slot | Tensor:
         if tensor.untyped_storage().data_ptr() in self._kept:

@@ -19,6 +19,7 @@ from services.node_agent.engine.inference_ops import (
 from services.node_agent.engine.torch.adapters import Use
 from services.node_agent.engine.torch.cached_attention import CachedAttention, DecodeAttention, PromptAttention
 from services.node_agent.engine.torch.kv_cache import KvCache, KvEntry, KvShape, plan_write
+from services.node_agent.engine.torch.outlet import CLOSED, Allocate, Outlet
 from services.node_agent.engine.torch.sampler import Sampler
 from services.node_agent.engine.torch.stage import Stage
 
@@ -56,10 +57,20 @@ class _Piece:
 class Inference:
     """Serving state of a stage: its KV cache and, on the last stage, how each request is sampled."""
 
-    def __init__(self, stage: Stage, *, kv_capacity_tokens: int, max_context_tokens: int, kv_block_tokens: int) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        kv_capacity_tokens: int,
+        max_context_tokens: int,
+        kv_block_tokens: int,
+        allocate: Allocate | None = None,
+    ) -> None:
+        """allocate: memory for rows that go to the next stage; None: memory like any other."""
         spec = stage.spec
         shape = KvShape(stage.num_layers, spec.num_kv_heads, spec.head_dim, stage.dtype, stage.device, kv_block_tokens)
         self._stage = stage
+        self._outlet = CLOSED if stage.is_last else Outlet(output=allocate)
         self._max_context_tokens = max_context_tokens
         self._sampler = Sampler(spec.eos_token_ids)
         #: Requests that are served by an isolated adapter.
@@ -171,7 +182,7 @@ class Inference:
         inputs = stage.tensor(token_ids) if stage.is_first else hidden
         assert inputs is not None
         with stage.adapters.applied(self._adapter_uses(pieces, lengths, decodes)):
-            rows = stage.forward(inputs, stage.tensor(positions), attention)
+            rows = stage.forward(inputs, stage.tensor(positions), attention, self._outlet)
         for piece in pieces:
             piece.entry.token_ids[piece.start :] = piece.sequence.token_ids[piece.start : piece.end]
         for entry, sequence in zip(decode_entries, decodes, strict=True):

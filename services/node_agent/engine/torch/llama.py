@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from services.node_agent.engine.torch.attention import Attend
 from services.node_agent.engine.torch.load import ModelSpec, rope_type
+from services.node_agent.engine.torch.outlet import CLOSED, Outlet
 from services.node_agent.engine.torch.stage import ACTIVATIONS, BoundaryWeights, project, widen
 from services.node_agent.engine.torch.weights import Weight, WeightLoader
 
@@ -48,32 +49,44 @@ class LlamaFamily:
         del positions
         return self._boundary.embed(token_ids)
 
-    def run_layers(self, rows: Tensor, positions: Tensor, attend: Attend, layers: range | None = None) -> Tensor:
+    def run_layers(
+        self, rows: Tensor, positions: Tensor, attend: Attend, layers: range | None = None, outlet: Outlet = CLOSED
+    ) -> Tensor:
         """See stage.Family."""
         cos = self._cos[positions].unsqueeze(1)
         sin = self._sin[positions].unsqueeze(1)
+        rows, entering = outlet.fork(rows)
+        update: Tensor | None = None
         for index in range(len(self._layers)) if layers is None else layers:
-            rows = self._run_layer(index, self._layers[index], rows, cos, sin, attend)
-        return rows
+            if update is not None:
+                rows = entering = rows + update
+            rows = rows + self._attend(index, entering, cos, sin, attend)
+            update = self._transform(index, rows)
+        assert update is not None
+        return outlet.add(rows, update)
 
     def project(self, rows: Tensor) -> Tensor:
         """See stage.Family."""
         assert self._norm is not None
         return self._boundary.project(_rms_norm(rows, self._norm, self._eps))
 
-    def _run_layer(self, index: int, layer: _Layer, rows: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        heads, head_dim = self._heads, self._head_dim
+    def _attend(self, index: int, rows: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """What a layer's attention adds to its rows."""
+        layer, heads, head_dim = self._layers[index], self._heads, self._head_dim
         normed = _rms_norm(rows, layer.input_norm, self._eps)
         qkv = project(normed, layer.qkv, layer.qkv_bias)
         qkv = qkv.view(-1, heads + 2 * self._kv_heads, head_dim)
         rotated = _rotate(qkv[:, : heads + self._kv_heads], cos, sin)
         value = qkv[:, heads + self._kv_heads :]
         attended = attend(index, rotated[:, :heads], rotated[:, heads:], value, self._scale)
-        attended = attended.reshape(-1, heads * head_dim)
-        rows = rows + project(attended, layer.output, layer.output_bias)
+        return project(attended.reshape(-1, heads * head_dim), layer.output, layer.output_bias)
+
+    def _transform(self, index: int, rows: Tensor) -> Tensor:
+        """What a layer's MLP adds to its rows."""
+        layer = self._layers[index]
         normed = _rms_norm(rows, layer.mlp_norm, self._eps)
         gate, up = project(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return rows + project(self._activation(gate) * up, layer.down, layer.down_bias)
+        return project(self._activation(gate) * up, layer.down, layer.down_bias)
 
 
 def _load_layer(spec: ModelSpec, index: int, loader: WeightLoader) -> _Layer:

@@ -13,11 +13,13 @@ from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from services.node_agent.engine.torch.adapters import Adapter
 from services.node_agent.engine.torch.attention import PackedRuns, TrainingAttention
 from services.node_agent.engine.torch.host_memory import SavedTensors
+from services.node_agent.engine.torch.outlet import CLOSED, Allocate, Outlet
 from services.node_agent.engine.torch.stage import Stage, widen
 from services.node_agent.engine.torch.weights import WeightSet
 from services.node_agent.engine.training_ops import Example
@@ -68,12 +70,13 @@ class _Rows:
 
 @dataclass(slots=True)
 class _Unit:
-    """`inputs`: what entered the layers, where that has a gradient. `output` has the graph; None: it is made again."""
+    """`inputs`: what entered the layers, where that has a gradient. `output` has the graph, alone where its values left
+    the stage; None: it is made again."""
 
     rows: _Rows
     layers: range
     inputs: Tensor | None = None
-    output: Tensor | None = None
+    output: Tensor | GradientEdge | None = None
 
 
 class Microbatch:
@@ -91,8 +94,10 @@ class Microbatch:
         parts: int = 1,
         adapter: Adapter | None = None,
         dropout_key: str = "",
+        allocate: Allocate | None = None,
     ) -> None:
-        """hidden: rows from the stage before, None on the first one. adapter: what is trained; None: all weights."""
+        """hidden: rows from the stage before, None on the first one. adapter: what is trained; None: all weights.
+        allocate: memory for what leaves the stage; None: memory like any other."""
         #: The weights that get gradients, and the parameters they have in this micro-batch.
         self.weights = stage.weights if adapter is None else adapter.weights
         self.parameters = self.weights.parameters()
@@ -108,7 +113,9 @@ class Microbatch:
         self._options = options
         every = [parameter for _, parameters in self._ran_with for parameter in parameters]
         self._saved_tensors = SavedTensors(every) if options.can_offload else None
+        self._allocate = allocate
         self._units = _units(stage, examples, parts, options.checkpointing)
+        self._num_groups = sum(self._is_top(unit) for unit in self._units)
         #: Rows between two units of the same examples: values on the way up, gradients on the way down.
         self._carried: Tensor | None = None
         #: Forward: outputs of the last layers. Backward: gradients of what entered the first ones, last rows first.
@@ -125,7 +132,7 @@ class Microbatch:
         for unit in self._share(self._units, part):
             with torch.no_grad() if self._options.checkpointing else self._recording():
                 unit.inputs = self._entering(unit)
-                output = self._run(unit)
+                output = self._run(unit, self._outlet(unit))
             unit.output = None if self._options.checkpointing else output
             if not self._is_top(unit):
                 self._carried = output.detach()
@@ -133,6 +140,8 @@ class Microbatch:
                 self._loss += float(output.detach())
             else:
                 self._finished.append(output.detach())
+                if unit.output is not None:
+                    unit.output = get_gradient_edge(output)
         if part + 1 < self.parts:
             return ForwardOutput()
         self._hidden = self._carried = None
@@ -182,7 +191,7 @@ class Microbatch:
         """What it holds itself, beside its graphs; each once."""
         held = [self._hidden, self._carried, self._gradient, *self._finished]
         for unit in self._units:
-            held += [unit.inputs, unit.output]
+            held += [unit.inputs, unit.output if isinstance(unit.output, Tensor) else None]
         return list({id(tensor): tensor for tensor in held if tensor is not None}.values())
 
     # ------------------------------------------------------------- units
@@ -204,7 +213,16 @@ class Microbatch:
         assert self._hidden is not None
         return self._hidden[unit.rows.rows].detach().requires_grad_()
 
-    def _run(self, unit: _Unit) -> Tensor:
+    def _outlet(self, unit: _Unit, *, again: bool = False) -> Outlet:
+        """What of a unit leaves the stage as it is: nothing where results of several are joined first. again: the
+        forward is repeated for its graph alone."""
+        leaves = self._is_top(unit) and not self._stage.is_last and not again
+        enters = unit.layers.start == 0 and not self._stage.is_first
+        if self._num_groups > 1:
+            return CLOSED
+        return Outlet(self._allocate if leaves else None, self._allocate if enters else None)
+
+    def _run(self, unit: _Unit, outlet: Outlet) -> Tensor:
         """Rows behind the unit's layers; at the model's end its part of the mean loss."""
         stage, rows = self._stage, unit.rows
         uses = [use.within(str(rows.rows.start)) for use in self._uses]
@@ -212,7 +230,7 @@ class Microbatch:
             inputs = unit.inputs
             if inputs is None:
                 inputs = stage.family.embed(rows.tokens, rows.positions)
-            output = stage.family.run_layers(inputs, rows.positions, rows.attention, unit.layers)
+            output = stage.family.run_layers(inputs, rows.positions, rows.attention, unit.layers, outlet)
             if not (stage.is_last and self._is_top(unit)):
                 return output
             logits = widen(stage.logits(output[rows.places]))
@@ -222,7 +240,7 @@ class Microbatch:
         """Gradients of the parameters; that of the inputs is carried to the unit below."""
         output, unit.output = unit.output, None
         if output is None:
-            output = self._run(unit)
+            output = self._run(unit, self._outlet(unit, again=True))
         wanted: list[Tensor] = [*self.parameters]
         if unit.inputs is not None:
             wanted.append(unit.inputs)
@@ -239,20 +257,25 @@ class Microbatch:
             unit.inputs = None
         return gradients
 
-    def _leaving(self, unit: _Unit, output: Tensor) -> Tensor:
+    def _leaving(self, unit: _Unit, output: Tensor | GradientEdge) -> Tensor:
         """Gradient of a unit's output."""
         if not self._is_top(unit):
             assert self._carried is not None
             return self._carried
-        if self._stage.is_last:
+        if isinstance(output, Tensor) and self._stage.is_last:
             return torch.full_like(output, self._loss_scale)
         assert self._gradient is not None
         return self._gradient[unit.rows.rows]
 
     def _take_finished(self) -> Tensor:
-        rows = self._finished[0] if len(self._finished) == 1 else torch.cat(self._finished)
-        self._finished = []
-        return rows
+        finished, self._finished = self._finished, []
+        first = finished[0]
+        if len(finished) == 1:
+            return first
+        if self._allocate is None:
+            return torch.cat(finished)
+        shape = (sum(len(rows) for rows in finished), *first.shape[1:])
+        return torch.cat(finished, out=self._allocate(shape, first.dtype, first.device))
 
     def _own_weights(self) -> AbstractContextManager[object]:
         """A graph holds the weights it was made with; one that is made again must find the same."""

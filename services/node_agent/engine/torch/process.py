@@ -15,7 +15,7 @@ from typing import cast
 from services.node_agent.engine.base import StageResult, WorkerDied
 from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.load import ModelDirectoryError
-from services.node_agent.engine.torch.wire import FRAME, Ready, StartFailed, WorkerSetup
+from services.node_agent.engine.torch.wire import FRAME, Ready, Shared, Sharing, StartFailed, WorkerSetup
 
 _LOG = logging.getLogger(__name__)
 WORKER_MODULE = "services.node_agent.engine.torch.worker"
@@ -75,6 +75,10 @@ class ProcessStageWorker:
     def run(self, op: StageOp) -> "asyncio.Future[StageResult]":
         """See StageWorker."""
         return cast("asyncio.Future[StageResult]", self._connection.ask(op))
+
+    def share(self, message: Sharing) -> "asyncio.Future[Shared]":
+        """One step of sharing device memory with the other stages."""
+        return cast("asyncio.Future[Shared]", self._connection.ask(message))
 
     async def close(self) -> None:
         """See StageWorker. Closing the connection ends an idle worker; one that does not end is killed."""

@@ -18,6 +18,7 @@ from services.node_agent.engine.torch.adapters import Adapters
 from services.node_agent.engine.torch.attention import Attend
 from services.node_agent.engine.torch.linear import linear
 from services.node_agent.engine.torch.load import ModelSpec
+from services.node_agent.engine.torch.outlet import CLOSED, Outlet
 from services.node_agent.engine.torch.weights import Weight, WeightLoader, WeightSet
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,8 +37,11 @@ class Family(Protocol):
         """Rows that enter the first layer."""
         ...
 
-    def run_layers(self, rows: Tensor, positions: Tensor, attend: Attend, layers: range | None = None) -> Tensor:
-        """Rows behind this stage's layers, or behind those of them in `layers`, counted from 0 within the stage."""
+    def run_layers(
+        self, rows: Tensor, positions: Tensor, attend: Attend, layers: range | None = None, outlet: Outlet = CLOSED
+    ) -> Tensor:
+        """Rows behind this stage's layers, or behind those of them in `layers`, counted from 0 within the stage; at
+        least one."""
         ...
 
     def project(self, rows: Tensor) -> Tensor:
@@ -70,10 +74,10 @@ class Stage:
         self.weights = WeightSet(tuple(loader.weights))
         self.adapters = Adapters(spec, self.weights, self.device, self.dtype)
 
-    def forward(self, inputs: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, inputs: Tensor, positions: Tensor, attend: Attend, outlet: Outlet = CLOSED) -> Tensor:
         """Rows behind this stage's layers, (T, hidden)."""
         rows = self.family.embed(inputs, positions) if self.is_first else inputs
-        return self.family.run_layers(rows, positions, attend)
+        return self.family.run_layers(rows, positions, attend, outlet=outlet)
 
     def weights_of(self, job_id: str) -> WeightSet:
         """What a job trains: its adapter, if it has one, else all weights."""

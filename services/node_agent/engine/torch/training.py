@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from services.node_agent.engine.torch.adapters import Adapter
 from services.node_agent.engine.torch.microbatch import ForwardOutput, Microbatch, TrainingOptions, num_labels
+from services.node_agent.engine.torch.outlet import Allocate
 from services.node_agent.engine.torch.schedule import make_schedule
 from services.node_agent.engine.torch.stage import Stage
 from services.node_agent.engine.torch.weights import WeightSet
@@ -66,8 +67,12 @@ class _Accumulated:
 class Training:
     """Training state of a stage: micro-batches in flight, gradients by accumulation group, one AdamW per job."""
 
-    def __init__(self, stage: Stage, *, max_context_tokens: int, options: TrainingOptions) -> None:
+    def __init__(
+        self, stage: Stage, *, max_context_tokens: int, options: TrainingOptions, allocate: Allocate | None = None
+    ) -> None:
+        """allocate: memory for what goes to another stage; None: memory like any other."""
         self._stage = stage
+        self._allocate = allocate
         self._max_context_tokens = max_context_tokens
         self._options = options
         self._saved: dict[str, Microbatch] = {}
@@ -124,6 +129,7 @@ class Training:
                 parts=op.parts,
                 adapter=self._adapter_of(op),
                 dropout_key="" if op.measures else op.task_id,
+                allocate=self._allocate,
             )
         else:
             microbatch = self._in_flight(op.task_id)

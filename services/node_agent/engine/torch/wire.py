@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from services.node_agent.engine.base import EngineConfig, StageResult
+from services.node_agent.engine.handle import Handle
 from services.node_agent.engine.inference_ops import Decode, Prefill, PrefillSequence
 from services.node_agent.engine.torch.load import ModelSpec
 from services.node_agent.engine.training_ops import Example, OptimizerStep, TrainBackward, TrainForward
@@ -45,11 +46,69 @@ class StartFailed:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a published tensor lies: in memory of `stage`, on its device or on the host, from byte `offset` on."""
+
+    stage: int
+    on_device: bool
+    offset: int
+    sequence: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportDeviceMemory:
+    """Take memory of the device for outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDeviceMemory:
+    """Open that of the other stages. `exports`: what each stage answered, by stage."""
+
+    exports: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UseDeviceMemory:
+    """Publish outputs there from now on; or else let go of it, because some stage cannot read it."""
+
+    use: bool
+
+
+Sharing = ExportDeviceMemory | OpenDeviceMemory | UseDeviceMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Answer to a step of sharing. problem: why it failed; empty: it did not."""
+
+    export: bytes = b""
+    problem: str = ""
+
+
 def _reducer(cls: type[Any]) -> Callable[[Any], tuple[Any, ...]]:
-    values = attrgetter(*(item.name for item in fields(cls)))
+    names = [item.name for item in fields(cls)]
+    if len(names) == 1:
+        value = attrgetter(names[0])
+        return lambda instance: (cls, (value(instance),))
+    values = attrgetter(*names)
     return lambda instance: (cls, values(instance))
 
 
 # What travels with every op: a frozen dataclass with slots would look up its fields anew at both ends.
-for _cls in (Decode, Example, OptimizerStep, Prefill, PrefillSequence, StageResult, TrainBackward, TrainForward):
+_FREQUENT = (
+    Decode,
+    Example,
+    Handle,
+    OptimizerStep,
+    Place,
+    Prefill,
+    PrefillSequence,
+    StageResult,
+    TrainBackward,
+    TrainForward,
+)
+for _cls in _FREQUENT:
     copyreg.pickle(_cls, _reducer(_cls))

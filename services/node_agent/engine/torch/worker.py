@@ -15,11 +15,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from services.node_agent.engine.base import EngineConfig, StageResult
 from services.node_agent.engine.ops import StageOp
-from services.node_agent.engine.torch.wire import FRAME, Ready, StartFailed, WorkerSetup
+from services.node_agent.engine.torch.wire import FRAME, Ready, Shared, Sharing, StartFailed, WorkerSetup
+
+if TYPE_CHECKING:
+    from services.node_agent.engine.torch.memory import DeviceMemories
 
 #: A worker looks for its next op for so long before it sleeps. Most come within this time, and to wake up with cold
 #: caches takes as long as all else between two ops.
@@ -36,6 +39,10 @@ class Executor(Protocol):
 
     def run(self, op: StageOp) -> StageResult:
         """Run one op to its end."""
+        ...
+
+    def share(self, message: Sharing) -> Shared:
+        """One step of sharing device memory with the other stages."""
         ...
 
     def close(self) -> None:
@@ -64,8 +71,11 @@ def serve(make: Callable[[WorkerSetup], Executor]) -> None:
     gc.freeze()
     try:
         _send(connection, ready)
-        while (op := _next_op(connection)) is not None:
-            _send(connection, executor.run(cast(StageOp, op)))
+        while (message := _next_message(connection)) is not None:
+            if isinstance(message, Sharing):
+                _send(connection, executor.share(message))
+            else:
+                _send(connection, executor.run(cast(StageOp, message)))
     except (BrokenPipeError, ConnectionResetError):
         pass  # The parent is gone; so is everything that could use an answer.
     finally:
@@ -75,16 +85,20 @@ def serve(make: Callable[[WorkerSetup], Executor]) -> None:
             setup.snapshot_folder.parent.rmdir()
 
 
-def load(setup: WorkerSetup) -> Executor:
-    """The stage, warmed up."""
+def load(setup: WorkerSetup, memories: "DeviceMemories | None" = None) -> Executor:
+    """The stage, warmed up. memories: how it may share memory of its device; None: as such devices do."""
     # Imported here so that thread counts and niceness are set before torch starts its threads.
     import torch
 
+    from services.node_agent.engine.torch.cuda_memory import CudaMemories
     from services.node_agent.engine.torch.executor import StageExecutor
-    from services.node_agent.engine.torch.transport import SharedTransport
+    from services.node_agent.engine.torch.shared_transport import SharedTransport
 
     torch.set_num_threads(setup.config.threads_per_stage)
-    transport = SharedTransport(setup.stage, setup.arena_fds)
+    device = torch.device(setup.config.device(setup.stage))
+    if memories is None and device.type == "cuda":
+        memories = CudaMemories(device)
+    transport = SharedTransport(setup.stage, setup.arena_fds, devices=memories)
     executor = StageExecutor(setup.config, setup.spec, setup.stage, transport, setup.snapshot_folder)
     executor.warm_up()
     torch.manual_seed(setup.config.seed)
@@ -98,8 +112,8 @@ def _limit_process(config: EngineConfig, stage: int) -> None:
         os.sched_setaffinity(0, {config.cpus[stage]})
 
 
-def _next_op(connection: socket.socket) -> object:
-    """The next op, awaited awake for a short time; None when the parent closed the connection."""
+def _next_message(connection: socket.socket) -> object:
+    """The next message, awaited awake for a short time; None when the parent closed the connection."""
     end_s = time.monotonic() + _AWAKE_S
     while time.monotonic() < end_s:
         with contextlib.suppress(BlockingIOError):

@@ -23,6 +23,8 @@ class LocalClusterConfig:
     core: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     node: Mapping[str, Any] = field(default_factory=dict)
+    #: Settings of single nodes, by index, over those of `node`. Fewer than nodes: the others have none.
+    each_node: Sequence[Mapping[str, Any]] = ()
     gateway: Mapping[str, Any] = field(default_factory=dict)
     profiler: Mapping[str, Any] = field(default_factory=dict)
     #: Port of the REST API; 0: a free one.
@@ -113,6 +115,7 @@ def _node(config: LocalClusterConfig, addresses: Addresses, index: int, cores: S
         "nice": config.nice,
         "cpus": list(stage_cores(config, cores)[index]),
         **config.node,
+        **(config.each_node[index] if index < len(config.each_node) else {}),
     }
 
 

@@ -31,7 +31,7 @@ def write_tiny_model(
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         temporary.chmod(0o755)
-        _write_tokenizer(temporary, max_context_tokens)
+        write_tokenizer(temporary, max_context_tokens)
         _write_weights(temporary, hidden, layers, max_context_tokens, seed)
         if path.exists():
             shutil.rmtree(path)
@@ -41,11 +41,20 @@ def write_tiny_model(
         raise
 
 
-def _write_tokenizer(path: Path, max_context_tokens: int) -> None:
+def write_tokenizer(path: Path, max_context_tokens: int, *, vocab_size: int = 0) -> None:
+    """tokenizer.json and tokenizer_config.json of one token per byte and the special tokens.
+
+    vocab_size: further tokens up to so many, " t<id>", which no text becomes. Raises ValueError when that is too few.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    tokens = [*alphabet, *SPECIAL_TOKENS]
+    if vocab_size and vocab_size < len(tokens):
+        raise ValueError(f"a tokenizer of bytes needs {len(tokens)} tokens, not {vocab_size}")
+    # The byte-level alphabet writes a space so.
+    tokens += [f"\u0120t{token_id}" for token_id in range(len(tokens), vocab_size)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from google.protobuf import json_format
-
-from lemix.internal.v1 import profile_pb2
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.node_agent.config import NodeAgentSettings
 from services.node_agent.engine.base import Engine, EngineConfig, WorkerDied
 from services.node_agent.engine.emulated.engine import emulated_fingerprint, load_emulated_engine
 from services.node_agent.engine.emulated.timing import EmulatedTiming
+from services.profile_artifact import read_artifact
 from services.profile_messages import latency_from_profile
 from services.runtime.app import StartupError
 
@@ -68,9 +66,8 @@ def _emulated_latency(settings: NodeAgentSettings) -> NodeLatency:
         raise StartupError("set emulated_profile or emulated_latency, not both")
     path = Path(settings.emulated_profile)
     try:
-        profile = json_format.Parse(path.read_text(encoding="utf-8"), profile_pb2.Profile())
-        latency = latency_from_profile(profile)
-    except (OSError, ValueError, json_format.ParseError) as error:
+        latency = latency_from_profile(read_artifact(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise StartupError(f"emulated_profile: {path} is not a usable profile: {error}") from error
     if latency.num_stages != settings.num_stages:
         message = f"{path} is of {latency.num_stages} stages, num_stages is {settings.num_stages}"

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from google.protobuf import json_format
-
 from services.arguments import parser_class
 from services.model_shape import ModelShape
+from services.profile_artifact import write_artifact
 from services.profiler.fit import FitError
 from services.profiler.vidur.artifact import profile_of
 from services.profiler.vidur.devices import DEVICES
@@ -51,7 +50,8 @@ def main(arguments: Sequence[str]) -> int:
             source=_source(options),
             created_unix_s=created.timestamp(),
         )
-        text = json_format.MessageToJson(profile, preserving_proto_field_name=True, indent=None)
+        # On one line: half as large.
+        text = json.dumps(json.loads(write_artifact(profile)), separators=(",", ":"))
         options.output.write_text(text + "\n", encoding="utf-8")
     except (TableError, FitError) as error:
         print(f"{_NAME}: {error}", file=sys.stderr)

@@ -14,14 +14,15 @@ _BOUNDS = tuple(_SMALLEST * _GROWTH**index for index in range(_BUCKETS))
 class SlipFigures:
     """Clock slip since the start: late noticed ends by the time of the operation that ended. Shares, not per cent.
 
-    Quantiles are of the operations' own shares, and at most an eighth too high. total: all lateness by all time.
+    Quantiles are of the operations' own shares, and at most an eighth too high. late_s, busy_s: of all together.
     """
 
     ops: int = 0
     p50: float = 0.0
     p99: float = 0.0
     worst_s: float = 0.0
-    total: float = 0.0
+    late_s: float = 0.0
+    busy_s: float = 0.0
 
 
 class ClockSlip:
@@ -30,7 +31,7 @@ class ClockSlip:
     def __init__(self) -> None:
         self._counts = [0] * (_BUCKETS + 1)
         self._ops = 0
-        self._late_s = self._duration_s = self._worst_s = 0.0
+        self._late_s = self._busy_s = self._worst_s = 0.0
 
     def observe(self, late_s: float, duration_s: float) -> None:
         """An operation of `duration_s` was noticed to have ended `late_s` after its end."""
@@ -38,18 +39,18 @@ class ClockSlip:
         self._counts[bisect_left(_BOUNDS, share)] += 1
         self._ops += 1
         self._late_s += late_s
-        self._duration_s += duration_s
+        self._busy_s += duration_s
         self._worst_s = max(self._worst_s, late_s)
         metrics.CLOCK_SLIP.observe(share)
 
     def figures(self) -> SlipFigures:
         """What was counted so far."""
-        if not self._ops:
-            return SlipFigures()
-        total = self._late_s / self._duration_s
-        return SlipFigures(self._ops, self._quantile(0.5), self._quantile(0.99), self._worst_s, total)
+        p50, p99 = self._quantile(0.5), self._quantile(0.99)
+        return SlipFigures(self._ops, p50, p99, self._worst_s, self._late_s, self._busy_s)
 
     def _quantile(self, share: float) -> float:
+        if not self._ops:
+            return 0.0
         wanted = share * self._ops
         seen = 0
         for bound, count in zip(_BOUNDS, self._counts, strict=False):

@@ -1,6 +1,8 @@
 """Calls back at a time, to some tens of microseconds: the timers of the event loop know milliseconds only.
 
-On Linux a timer file descriptor wakes the loop; elsewhere the loop's own timers do.
+On Linux a timer file descriptor wakes the loop; elsewhere the loop's own timers do. A processor that sleeps needs some
+tenths of a millisecond to wake up: the descriptor is set so much earlier as the quickest of the last wake-ups was late,
+and what is left is waited for awake.
 """
 
 import asyncio
@@ -10,6 +12,8 @@ import heapq
 import itertools
 import os
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -18,6 +22,9 @@ _TFD_NONBLOCK = os.O_NONBLOCK
 _TFD_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 _TFD_TIMER_ABSTIME = 1
 _NS = 1_000_000_000
+#: Wake-ups among which the quickest counts, and the most that is waited for awake, seconds.
+_WAKE_UPS = 32
+_LONGEST_LEAD_S = 0.0005
 
 
 class Timer(Protocol):
@@ -80,6 +87,8 @@ class PreciseTimer:
         #: What the kernel's timer is set to, seconds; None: it is not set.
         self._set_s: float | None = None
         self._value = _Itimerspec()
+        self._late_s: deque[float] = deque((0.0,), maxlen=_WAKE_UPS)
+        self._lead_s = 0.0
         self._loop.add_reader(self._descriptor, self._due)
 
     def call_at(self, time_s: float, call: Callable[[], None]) -> None:
@@ -98,19 +107,29 @@ class PreciseTimer:
     def _due(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._descriptor, 8)
+        now_s = time.monotonic()
+        if self._set_s is not None:
+            self._learn(now_s - (self._set_s - self._lead_s))
         self._set_s = None
-        now_s = self._loop.time()
+        if self._calls and now_s < self._calls[0][0] <= now_s + _LONGEST_LEAD_S:
+            while now_s < self._calls[0][0]:
+                now_s = time.monotonic()
         while self._calls and self._calls[0][0] <= now_s and self._descriptor >= 0:
             heapq.heappop(self._calls)[2]()
         if self._descriptor >= 0:
             self._set()
 
+    def _learn(self, late_s: float) -> None:
+        """The kernel woke the loop so much later than it was told to."""
+        self._late_s.append(late_s)
+        self._lead_s = min(_LONGEST_LEAD_S, max(0.0, min(self._late_s)))
+
     def _set(self) -> None:
         if not self._calls or self._set_s == self._calls[0][0]:
             return
         self._set_s = self._calls[0][0]
-        # A time of zero would stop the timer; one that is past fires at once. Rounded up, so as not to wake too early.
-        ns = max(1, int(self._set_s * _NS) + 1)
+        # A time of zero would stop the timer; one that is past fires at once.
+        ns = max(1, int((self._set_s - self._lead_s) * _NS))
         self._value.it_value.tv_sec, self._value.it_value.tv_nsec = divmod(ns, _NS)
         if self._libc.timerfd_settime(self._descriptor, _TFD_TIMER_ABSTIME, ctypes.byref(self._value), None) < 0:
             error = ctypes.get_errno()

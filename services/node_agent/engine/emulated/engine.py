@@ -17,8 +17,11 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from services.latency import NodeLatency, OpKind
 from services.model_shape import ModelShape
@@ -31,6 +34,8 @@ from services.node_agent.engine.emulated.worker import EmulatedStage
 from services.node_agent.engine.ops import Offload, Reload, StageOp
 from services.node_agent.engine.training_ops import TrainBackward
 from services.runtime.clock import Clock, SystemClock
+
+_log = structlog.get_logger()
 
 #: Sees every result before the agent does and may change it, or raise WorkerDied. For tests of failures.
 Tamper = Callable[[int, StageOp, StageResult], StageResult]
@@ -171,10 +176,11 @@ class EmulatedEngine:
         return self._device.slip
 
     async def close(self) -> None:
-        """Close the workers and remove the snapshots."""
+        """Close the workers, tell the clock slip and remove the snapshots."""
         for worker in self._workers:
             await worker.close()
         self._device.close()
+        _log.info("clock slip", **asdict(self.slip.figures()))
         shutil.rmtree(self._directory, ignore_errors=True)
 
 

@@ -18,10 +18,10 @@ from services.profiler.tabulate import held_out_s, tabulate
 
 #: Forms tried per operation, simplest first; a table comes last.
 CANDIDATES: Mapping[OpKind, tuple[str, ...]] = {
-    OpKind.PREFILL: ("quadratic", "affine", "full"),
-    OpKind.DECODE: ("quadratic", "affine", "full_decode"),
-    OpKind.TRAIN_FORWARD: ("quadratic", "affine", "full"),
-    OpKind.TRAIN_BACKWARD: ("quadratic", "affine", "full"),
+    OpKind.PREFILL: ("quadratic", "affine", "full", TABULATED),
+    OpKind.DECODE: ("quadratic", "affine", "full_decode", TABULATED),
+    OpKind.TRAIN_FORWARD: ("quadratic", "affine", "full", TABULATED),
+    OpKind.TRAIN_BACKWARD: ("quadratic", "affine", "full", TABULATED),
     OpKind.OPTIMIZER_STEP: ("constant",),
     OpKind.WEIGHT_SYNC: ("constant",),
 }

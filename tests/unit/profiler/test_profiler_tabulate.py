@@ -18,6 +18,16 @@ def points(truth, grid):
     return [Timing(batch, length, (truth(batch, length),) * 3) for batch, length in grid]
 
 
+def test_a_table_is_chosen_where_no_polynomial_follows():
+    grid = [(batch, length) for batch in (1, 2, 4, 8) for length in LENGTHS]
+    fits = fit_op(0, OpKind.PREFILL, points(kinked_s, grid))
+    (best,) = [fit for fit in fits if fit.chosen]
+    assert best.form == "tabulated"
+    assert best.model.predict_s(2, 24) == pytest.approx(2e-3)
+    assert best.model.predict_s(8, 224) == pytest.approx(2e-5 * 8 * 224)
+    assert {fit.form for fit in fits} == {"quadratic", "affine", "full", "tabulated"}
+
+
 def test_prompts_behind_cached_tokens_are_predicted_by_every_form():
     grid = [(batch, length) for batch in (1, 2, 4) for length in LENGTHS]
     timings = points(lambda b, n: 1e-3 + 1e-7 * b * n * n, grid)

@@ -29,6 +29,8 @@ def read_artifact(text: str) -> profile_pb2.Profile:
         profile = json_format.Parse(text, profile_pb2.Profile())
     except json_format.ParseError as error:
         raise ArtifactError(" ".join(str(error).split())) from error
+    if not profile.fits:
+        raise ArtifactError("holds no latency model")
     if profile.content_hash and profile.content_hash != content_hash(profile):
         raise ArtifactError(
             f"the content does not match content_hash {profile.content_hash[:12]}: it was changed after it was measured"

@@ -24,7 +24,7 @@ def latency_from_profile(profile: profile_pb2.Profile) -> NodeLatency:
             continue
         if fit.stage >= len(stages):
             raise ValueError(f"{where} has {len(stages)} stages and a fit for stage {fit.stage}")
-        stages[fit.stage][KIND_OF_PROTO[fit.op]] = _model(fit)
+        stages[fit.stage][KIND_OF_PROTO[fit.op]] = model_from_fit(fit)
     for stage, models in enumerate(stages):
         if OpKind.PREFILL not in models:
             raise ValueError(f"{where} has no chosen fit for prefill on stage {stage}")
@@ -36,7 +36,8 @@ def latency_from_profile(profile: profile_pb2.Profile) -> NodeLatency:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _model(fit: profile_pb2.LatencyFit) -> LatencyModel:
+def model_from_fit(fit: profile_pb2.LatencyFit) -> LatencyModel:
+    """What predicts with a stored fit. Raises ValueError for one that makes no sense."""
     table = None
     if fit.HasField("table"):
         durations_s = tuple(fit.table.durations_s)

@@ -66,7 +66,7 @@ class Measured:
         Raises LemixError INTERNAL when nothing can be fitted, or when the node ended without what belongs to its end.
         """
         info = self._info
-        missing = self._missing()
+        missing = self._missing(budget_was_spent=not ended_because)
         profile = profile_pb2.Profile(
             fingerprint=info.profile_fingerprint,
             node_id=info.node_id,
@@ -92,7 +92,7 @@ class Measured:
             raise self._unusable(str(error)) from error
         return profile
 
-    def _missing(self) -> str:
+    def _missing(self, *, budget_was_spent: bool) -> str:
         """What of the grid was not measured; empty when nothing is missing."""
         unseen = [index for index in range(len(self._points)) if index not in self._seen]
         if not unseen:
@@ -100,7 +100,10 @@ class Measured:
         names = [_name(self._points[index]) for index in unseen[:_MOST_NAMED]]
         more = f" and {len(unseen) - _MOST_NAMED} more" if len(unseen) > _MOST_NAMED else ""
         reasons = "".join(f" ({reason})" for reason in list(self._left_out.values())[:1])
-        return f"{len(unseen)} of {len(self._points)} points were not measured: {', '.join(names)}{more}{reasons}"
+        spent = "the budget was spent: " if budget_was_spent and len(unseen) > len(self._left_out) else ""
+        return (
+            f"{spent}{len(unseen)} of {len(self._points)} points were not measured: {', '.join(names)}{more}{reasons}"
+        )
 
     def _add_statistics(self, profile: profile_pb2.Profile, samples: Sequence[work_pb2.TrainingExample]) -> None:
         losses = [] if self._last is None else list(self._last.sample_losses)

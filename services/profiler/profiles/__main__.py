@@ -1,0 +1,203 @@
+"""Measures nodes, and shows, compares, reports and deletes their profiles.
+
+Exit codes: 0 done, 1 not found or refused, 2 wrong usage or a file that cannot be used, 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+
+from lemix.errors import ErrorCode, LemixError
+from lemix.internal.v1 import profile_pb2
+from lemix.internal.v1 import profiler_service_pb2 as profiler_pb2
+from lemix.internal.v1 import profiler_service_pb2_grpc as profiler_grpc
+from services.arguments import parser_class
+from services.profile_artifact import ArtifactError, read_artifact
+from services.profiler.config import ProfilerSettings
+from services.profiler.profiles import render
+from services.profiler.report.page import report
+
+_NAME = "profiles"
+_TIMEOUT_S = 30.0
+#: Longest measurement that is waited for.
+_RUN_TIMEOUT_S = 86_400.0
+
+
+class FileError(ValueError):
+    """A file that is no profile or cannot be written; the message names it."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The sub-commands."""
+    parser = parser_class(_NAME)(prog="python -m services.profiler.profiles", description=__doc__.splitlines()[0])
+    address: str = ProfilerSettings.model_fields["listen"].default
+    parser.add_argument("--address", default=address, help=f"host:port of the profiler (default {address})")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="measure a node now")
+    run.add_argument("node", help="host:port of the node agent")
+    run.add_argument("--budget-s", type=_seconds, default=0.0, help="longest time (default: as the profiler is set)")
+    run.add_argument("--allow-busy", action="store_true", help="measure between the operations of a node with work")
+    listed = commands.add_parser("list", help="the stored profiles, newest first")
+    listed.add_argument("--fingerprint", default="", help="only those of this kind of node")
+    show = commands.add_parser("show", help="what a profile is and predicts with")
+    show.add_argument("profile", help="its id, or a file")
+    diff = commands.add_parser("diff", help="what two profiles predict differently")
+    diff.add_argument("base", help="id of the one that is compared with")
+    diff.add_argument("other", help="id of the other one")
+    delete = commands.add_parser("delete", help="delete profiles for ever")
+    delete.add_argument("profile", nargs="+", help="their ids")
+    page = commands.add_parser("report", help="a page with points, fits, residuals, interference and memory")
+    page.add_argument("profile", help="its id, or a file")
+    page.add_argument("--output", type=Path, help="file to write (default: <id>.html)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; failures are one line on stderr."""
+    options = build_parser().parse_args(arguments)
+    try:
+        match options.command:
+            case "run":
+                _run(options.address, options.node, options.budget_s, options.allow_busy)
+            case "list":
+                _list(options.address, options.fingerprint)
+            case "show":
+                _say(render.details(_profile(options.address, options.profile)))
+            case "diff":
+                _diff(options.address, options.base, options.other)
+            case "delete":
+                _delete(options.address, options.profile)
+            case "report":
+                _report(_profile(options.address, options.profile), options.output)
+    except FileError as error:
+        return _fail(str(error), 2)
+    except LemixError as error:
+        return _fail(error.message, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever reads has seen enough; what is left must not be flushed at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"{_NAME}: {message}\n")
+    return code
+
+
+# ------------------------------------------------------------------------- commands
+
+
+def _run(address: str, node: str, budget_s: float, allow_busy: bool) -> None:
+    request = profiler_pb2.ProfileNodeRequest(node_address=node, budget_s=budget_s, allow_busy=allow_busy)
+    profile: profile_pb2.Profile | None = None
+    with _asking(address) as stub:
+        for response in stub.ProfileNode(request, timeout=_RUN_TIMEOUT_S):
+            if response.HasField("profile"):
+                profile = response.profile
+            else:
+                _show_progress(response.progress)
+    if profile is None:
+        raise LemixError(ErrorCode.INTERNAL, "the profiler sent no profile")
+    _say(render.details(profile))
+
+
+def _show_progress(progress: profiler_pb2.ProfileProgress) -> None:
+    """One line that is written over; for a file a line per tenth."""
+    done, total = progress.points_done, progress.points_total
+    line = f"{done}/{total} points, {render.kind(progress.op)}, {progress.seconds_left:.0f} s left"
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if done == total else ""))
+        sys.stderr.flush()
+    elif done == total or done % max(1, total // 10) == 0:
+        sys.stderr.write(line + "\n")
+
+
+def _list(address: str, fingerprint: str) -> None:
+    with _asking(address) as stub:
+        listed = stub.ListProfiles(profiler_pb2.ListProfilesRequest(fingerprint=fingerprint), timeout=_TIMEOUT_S)
+    _say(render.listing(listed))
+
+
+def _diff(address: str, base: str, other: str) -> None:
+    with _asking(address) as stub:
+        request = profiler_pb2.DiffProfilesRequest(base_id=base, other_id=other)
+        found = stub.DiffProfiles(request, timeout=_TIMEOUT_S)
+    _say(render.difference(found))
+
+
+def _delete(address: str, profile_ids: Sequence[str]) -> None:
+    with _asking(address) as stub:
+        for profile_id in profile_ids:
+            stub.DeleteProfile(profiler_pb2.DeleteProfileRequest(profile_id=profile_id), timeout=_TIMEOUT_S)
+            _say([f"deleted {profile_id}"])
+
+
+def _report(profile: profile_pb2.Profile, output: Path | None) -> None:
+    path = output or Path(f"{profile.profile_id or 'profile'}.html")
+    try:
+        page = report(profile)
+        path.write_text(page, encoding="utf-8")
+    except ValueError as error:
+        raise FileError(str(error)) from error
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from error
+    _say([f"wrote {path}"])
+
+
+# ------------------------------------------------------------------------- where profiles come from
+
+
+def _profile(address: str, named: str) -> profile_pb2.Profile:
+    """The profile of an id, or in a file. Raises FileError, LemixError."""
+    path = Path(named)
+    if path.suffix == ".json" or path.is_file():
+        try:
+            return read_artifact(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FileError(f"{path}: {error.strerror}") from error
+        except (UnicodeDecodeError, ArtifactError) as error:
+            raise FileError(f"{path}: {error}") from error
+    with _asking(address) as stub:
+        return stub.GetProfile(profiler_pb2.GetProfileRequest(profile_id=named), timeout=_TIMEOUT_S).profile
+
+
+@contextlib.contextmanager
+def _asking(address: str) -> "Iterator[profiler_grpc.ProfilerServiceStub]":
+    """A profiler to ask. Raises LemixError for what it, or the way to it, answers."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            yield profiler_grpc.ProfilerServiceStub(channel)
+        except grpc.RpcError as error:
+            reason = LemixError.from_rpc(error)
+            if not reason.answered:
+                message = f"no answer from a profiler at {address}: {reason.message} (--address names another)"
+                raise LemixError(reason.code, message) from error
+            raise reason from error
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= _RUN_TIMEOUT_S:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds up to {_RUN_TIMEOUT_S:g}, not {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,232 @@
+"""The page of one profile: a single file without any outside resource."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from statistics import median
+
+from lemix.internal.v1 import profile_pb2
+from services.charts.page import document, facts, notice, table, tile
+from services.charts.svg import number, text
+from services.latency import MOVES, NodeLatency, OpKind
+from services.profile_messages import KIND_OF_PROTO, latency_from_profile
+from services.profiler.report import charts
+
+_MS = 1000.0
+
+
+def report(profile: profile_pb2.Profile) -> str:
+    """HTML of a profile. Raises ValueError for one that predicts nothing."""
+    latency = latency_from_profile(profile)
+    parts = [
+        f"<h1>Profile {text(profile.profile_id)}</h1>",
+        notice("Incomplete", [profile.incomplete_reason] if profile.incomplete_reason else []),
+        facts(_facts(profile)),
+        _tiles(profile),
+        *_operations(profile),
+        *_behind_and_mixed(profile, latency),
+        *_interference(profile),
+        *_host_links(profile),
+        *_memory(profile),
+        *_samples(profile),
+    ]
+    return document(f"Profile {profile.profile_id}", parts)
+
+
+def _facts(profile: profile_pb2.Profile) -> dict[str, object]:
+    created = datetime.fromtimestamp(profile.created_unix_s, tz=UTC)
+    return {
+        "model": f"{profile.model}, {profile.num_stages} stages, {profile.dtype or 'number format unknown'}",
+        "node": profile.node_id or "none",
+        "engine": profile.engine or "unknown",
+        "device": f"{profile.device or 'unknown'}, {profile.threads_per_stage} threads per stage",
+        "measured": created.strftime("%Y-%m-%d %H:%M UTC"),
+        "source": profile.source or "unknown",
+        "content hash": profile.content_hash or "none",
+    }
+
+
+def _tiles(profile: profile_pb2.Profile) -> str:
+    chosen = [fit for fit in profile.fits if fit.chosen]
+    repetitions = sum(len(item.durations_s) for item in profile.measurements)
+    outliers = sum(item.outliers for item in profile.measurements)
+    worst = max(chosen, key=lambda fit: fit.mape)
+    where = f"{_kind(worst.op)}, stage {worst.stage}"
+    tiles = [
+        tile(_percent(sum(fit.mape for fit in chosen) / len(chosen)), "mean held-out error of the chosen forms", ""),
+        tile(_percent(worst.mape), f"largest of them: {where}", ""),
+        tile(str(len(profile.measurements)), f"points with {repetitions} repetitions", ""),
+        tile(str(outliers), "repetitions left out as outliers", ""),
+    ]
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _operations(profile: profile_pb2.Profile) -> list[str]:
+    """Every operation of every stage: durations, residuals of every form, and the forms."""
+    parts = [
+        "<h2>Operations alone</h2>",
+        "<p class='soft'>Dots are medians (left) and repetitions (right); lines are predictions of the chosen form. "
+        "Errors and the 90 % interval (band) are those of points that the fit did not see, the residuals drawn those "
+        "of the final fits.</p>",
+    ]
+    for op in sorted({fit.op for fit in profile.fits}):
+        for stage in range(profile.num_stages):
+            fits = [fit for fit in profile.fits if fit.op == op and fit.stage == stage]
+            points = [
+                item
+                for item in profile.measurements
+                if item.op == op and item.stage == stage and not (item.busy or item.decodes)
+            ]
+            if fits:
+                parts += _operation(f"{_kind(op)}, stage {stage}", fits, points)
+    return parts
+
+
+def _operation(
+    name: str, fits: Sequence[profile_pb2.LatencyFit], points: Sequence[profile_pb2.Measurement]
+) -> list[str]:
+    parts = [f"<h3>{text(name)}</h3>"]
+    plain = [point for point in points if not point.cached_tokens]
+    chosen = next((fit for fit in fits if fit.chosen), fits[0])
+    if len({point.length for point in plain}) > 1:
+        drawn = charts.durations(plain, chosen, f"{name}: durations")
+        parts.append(f'<div class="pair">{drawn}{charts.residuals(points, fits, f"{name}: residuals")}</div>')
+    rows = [
+        [
+            f"<b>{text(fit.model)}</b>" if fit.chosen else text(fit.model),
+            text(", ".join(f"{value:.3g}" for value in fit.coefficients) or _table_size(fit)),
+            _percent(fit.mape),
+            f"{fit.r2:.4f}",
+            f"{_signed(fit.residual_p5)} to {_signed(fit.residual_p95)}",
+        ]
+        for fit in fits
+    ]
+    parts.append(table(("form", "coefficients, s", "held-out error", "R²", "90 % interval"), rows))
+    return parts
+
+
+def _table_size(fit: profile_pb2.LatencyFit) -> str:
+    return f"{len(fit.table.batches)} batches x {len(fit.table.lengths)} lengths"
+
+
+def _behind_and_mixed(profile: profile_pb2.Profile, latency: NodeLatency) -> list[str]:
+    """Prefills behind cached tokens and with decoding requests: measured and predicted."""
+    points = [item for item in profile.measurements if (item.cached_tokens or item.decodes) and not item.busy]
+    if not points:
+        return []
+    rows = []
+    for item in points:
+        predicted_s = latency.op_s(item.stage, OpKind.PREFILL, item.batch, item.length, item.cached_tokens)
+        if item.decodes:
+            decode_s = latency.op_s(item.stage, OpKind.DECODE, item.decodes, item.decode_length)
+            predicted_s = latency.mixed_s(item.stage, predicted_s, decode_s)
+        measured_s = median(item.durations_s)
+        error = _signed(measured_s / predicted_s - 1.0) if predicted_s > 0.0 else "-"
+        decodes = f"{item.decodes} x {item.decode_length}" if item.decodes else "-"
+        rows.append(
+            [
+                str(item.stage),
+                f"{item.batch} x {item.length}",
+                str(item.cached_tokens or "-"),
+                decodes,
+                _ms(measured_s),
+                _ms(predicted_s),
+                error,
+            ]
+        )
+    head = ("stage", "prefill", "behind", "decodes", "measured, ms", "predicted, ms", "measured / predicted - 1")
+    return ["<h2>Prefills behind cached tokens, and with decodes</h2>", table(head, rows)]
+
+
+def _interference(profile: profile_pb2.Profile) -> list[str]:
+    if not profile.interference:
+        return []
+    rows = [
+        [_kind(item.op), str(item.stage), _kind(item.busy), _signed(item.slowdown), _percent(item.std)]
+        for item in profile.interference
+    ]
+    head = ("operation", "stage", "other stages run", "takes longer by", "standard deviation")
+    return ["<h2>Interference</h2>", table(head, rows)]
+
+
+def _host_links(profile: profile_pb2.Profile) -> list[str]:
+    if not profile.host_links:
+        return []
+    rows = [
+        [
+            str(link.stage),
+            number(link.offload_bytes_per_s / 1e9),
+            number(link.reload_bytes_per_s / 1e9),
+            _ms(link.fixed_s),
+        ]
+        for link in profile.host_links
+    ]
+    parts = ["<h2>Host link</h2>", table(("stage", "offload, GB/s", "reload, GB/s", "fixed, ms"), rows)]
+    moves = [item for item in profile.measurements if KIND_OF_PROTO.get(item.op) in MOVES]
+    rows = [
+        [str(item.stage), _kind(item.op), number(item.num_bytes / 2**20), _ms(median(item.durations_s))]
+        for item in moves
+    ]
+    return [*parts, table(("stage", "move", "MiB", "measured, ms"), rows)] if rows else parts
+
+
+def _memory(profile: profile_pb2.Profile) -> list[str]:
+    if not profile.memory:
+        return []
+    rows = [
+        [
+            str(item.stage),
+            number(item.weight_bytes / 2**20),
+            number(item.fixed_bytes / 2**20) if item.fixed_bytes else "-",
+            number(item.activation_bytes_per_token / 2**10) if item.fixed_bytes else "-",
+            number(item.kv_bytes_per_token / 2**10),
+            _percent(item.mape) if item.fixed_bytes else "-",
+        ]
+        for item in profile.memory
+    ]
+    head = ("stage", "weights, MiB", "fixed, MiB", "activations, KiB/token", "KV cache, KiB/token", "error of the line")
+    parts = [
+        "<h2>Memory</h2>",
+        "<p class='soft'>M_peak = fixed + activations x tokens in flight + KV cache x tokens of context. Dots are the "
+        "largest memory of a stage while it trained.</p>",
+        table(head, rows),
+    ]
+    figures = []
+    for item in profile.memory:
+        points = [
+            point
+            for point in profile.measurements
+            if point.stage == item.stage
+            and point.op == profile_pb2.OP_KIND_TRAIN_FORWARD
+            and point.peak_bytes
+            and not point.busy
+        ]
+        if points and item.fixed_bytes:
+            figures.append(charts.peaks(points, item, f"stage {item.stage}: peak memory"))
+    return [*parts, f'<div class="pair">{"".join(figures)}</div>'] if figures else parts
+
+
+def _samples(profile: profile_pb2.Profile) -> list[str]:
+    if not profile.HasField("loss"):
+        return []
+    rows = [
+        [name, str(values.count), number(values.mean), number(values.std), number(values.p50), number(values.p99)]
+        for name, values in (("loss, nats per token", profile.loss), ("length, tokens", profile.length))
+    ]
+    return ["<h2>Sample examples</h2>", table(("", "count", "mean", "std", "median", "p99"), rows)]
+
+
+def _kind(op: profile_pb2.OpKind) -> str:
+    kind = KIND_OF_PROTO.get(op)
+    return kind.value.replace("_", " ") if kind is not None else f"operation {op}"
+
+
+def _ms(seconds: float) -> str:
+    return number(_MS * seconds)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100.0 * fraction:.1f} %"
+
+
+def _signed(fraction: float) -> str:
+    return f"{100.0 * fraction:+.1f} %"

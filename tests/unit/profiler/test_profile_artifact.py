@@ -1,0 +1,54 @@
+"""Artifacts and their hash."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lemix.internal.v1 import profile_pb2
+from services.latency.artifact import document_hash
+from services.profile_artifact import ArtifactError, content_hash, read_artifact, write_artifact
+
+FINITE = st.floats(0.0, 1e12, allow_nan=False)
+
+
+def profile(**fields):
+    fit = profile_pb2.LatencyFit(op=1, model="affine", coefficients=[1e-3, 2e-5], chosen=True)
+    return profile_pb2.Profile(fingerprint="abc", num_stages=2, fits=[fit], **fields)
+
+
+@given(created=FINITE, durations=st.lists(FINITE, max_size=5), peak=st.integers(0, 2**63))
+def test_what_is_written_is_read_again(created, durations, peak):
+    measured = profile_pb2.Measurement(op=1, durations_s=durations, peak_bytes=peak)
+    before = profile(created_unix_s=created, measurements=[measured])
+    after = read_artifact(write_artifact(before))
+    assert after.content_hash == content_hash(before) == content_hash(after)
+    after.content_hash = ""
+    assert after == before
+
+
+def test_the_hash_is_of_what_was_measured_not_of_its_name():
+    assert content_hash(profile(version=1, profile_id="abc-1")) == content_hash(profile(version=2))
+    assert content_hash(profile(node_id="a")) != content_hash(profile(node_id="b"))
+
+
+def test_layout_and_the_way_of_writing_numbers_do_not_matter():
+    text = write_artifact(profile(created_unix_s=5.0))
+    document = json.loads(text)
+    shuffled = dict(reversed(document.items()))
+    shuffled["created_unix_s"] = 5
+    assert read_artifact(json.dumps(shuffled)).content_hash == document["content_hash"] == document_hash(shuffled)
+
+
+def test_a_changed_artifact_is_refused():
+    text = write_artifact(profile(node_id="node-0"))
+    with pytest.raises(ArtifactError, match="does not match content_hash"):
+        read_artifact(text.replace("node-0", "node-1"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"unknown": 1}', '{"num_stages": "many"}'])
+def test_what_is_no_profile_is_refused_in_one_line(text):
+    with pytest.raises(ArtifactError) as refused:
+        read_artifact(text)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,166 @@
+"""The operator's command line: files, usage, and the page it writes. With a running service: integration tests."""
+
+import pytest
+
+from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
+from lemix.internal.v1 import profile_pb2
+from lemix.internal.v1 import profiler_service_pb2 as profiler_pb2
+from services.profile_artifact import read_artifact, write_artifact
+from services.profiler.compare import compare
+from services.profiler.config import GridSettings
+from services.profiler.grid import Limits, grid_points
+from services.profiler.measured import Measured
+from services.profiler.profiles import render
+from services.profiler.profiles.__main__ import main
+from services.profiler.report.page import report
+from tests.unit.pages import assert_self_contained, charts
+
+INFO = node_pb2.GetNodeInfoResponse(
+    node_id="node-0",
+    model="tiny",
+    num_stages=2,
+    profile_fingerprint="f00d",
+    max_context_tokens=512,
+    max_batch=8,
+    device="cpu test",
+)
+KINDS = {
+    profile_pb2.OP_KIND_TRAIN_FORWARD: profile_pb2.OP_KIND_TRAIN_BACKWARD,
+    profile_pb2.OP_KIND_OFFLOAD: profile_pb2.OP_KIND_RELOAD,
+}
+
+
+def seconds(point, repetition):
+    if point.num_bytes:
+        return 1e-4 + point.num_bytes / 1e9
+    own_s = 1e-3 + 1e-5 * point.batch * point.length * (1.0 + 0.01 * repetition)
+    return own_s + 1e-4 * point.decodes + (5e-4 if point.busy else 0.0)
+
+
+def answer(index, point):
+    kinds = [point.op, *([KINDS[point.op]] if point.op in KINDS else [])]
+    shared = {name: getattr(point, name) for name in ("batch", "length", "cached_tokens", "decodes", "decode_length")}
+    measurements = [
+        profile_pb2.Measurement(
+            stage=stage,
+            op=op,
+            busy=point.busy,
+            num_bytes=point.num_bytes,
+            durations_s=[seconds(point, repetition) for repetition in range(4)],
+            peak_bytes=10**8 + 1000 * point.batch * point.length,
+            **shared,
+        )
+        for op in kinds
+        for stage in (0, 1)
+    ]
+    return node_pb2.MeasureOpsResponse(point=index, measurements=measurements)
+
+
+def profile(left_out=0):
+    points = grid_points(GridSettings(), Limits(8, 512, 2, 1 << 22, 512))
+    measured = Measured(INFO, points)
+    for index, point in enumerate(points[: len(points) - left_out]):
+        measured.add(answer(index, point))
+    memory = [profile_pb2.StageMemory(stage=stage, weight_bytes=1 << 20, kv_bytes_per_token=64) for stage in (0, 1)]
+    measured.add(node_pb2.MeasureOpsResponse(peak_memory_bytes=[1, 2], memory=memory))
+    made = measured.profile((), now_unix_s=1e9)
+    made.profile_id = "f00d-1"
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return profile()
+
+
+def test_the_page_shows_everything_and_loads_nothing(whole):
+    page = report(whole)
+    assert_self_contained(page)
+    # Durations and residuals of prefill, decode, forward and backward on two stages, and the memory of both.
+    assert len(charts(page)) == 2 * 4 * 2 + 2
+    for heading in ("Operations alone", "Prefills behind cached tokens", "Interference", "Host link", "Memory"):
+        assert heading in page
+    for fit in whole.fits:
+        assert fit.model in page
+    assert "Incomplete" not in page
+
+
+def test_the_page_of_an_incomplete_profile_says_so_first():
+    page = report(profile(left_out=30))
+    assert "<b>Incomplete:</b>" in page
+    assert "the budget was spent: 30 of" in page
+    assert_self_contained(page)
+
+
+def test_names_in_the_page_are_escaped(whole):
+    evil = profile_pb2.Profile()
+    evil.CopyFrom(whole)
+    evil.model = evil.device = evil.profile_id = "<script>alert(1)</script>"
+    assert_self_contained(report(evil))
+
+
+def test_a_page_is_written_from_a_file_without_any_service(whole, tmp_path, capsys):
+    source, target = tmp_path / "p.json", tmp_path / "p.html"
+    source.write_text(write_artifact(whole))
+    assert main(["report", str(source), "--output", str(target)]) == 0
+    assert target.read_text() == report(read_artifact(source.read_text()))
+    assert main(["show", str(source)]) == 0
+    shown = capsys.readouterr().out
+    assert "f00d-1" in shown
+    assert "decode" in shown
+    assert "beside train_forward" in shown
+
+
+@pytest.mark.parametrize("content", ["{", "", '{"fits": 7}'])
+def test_a_file_that_is_no_profile_is_told_in_one_line(tmp_path, capsys, content):
+    path = tmp_path / "p.json"
+    path.write_text(content)
+    for command in ("show", "report"):
+        code = main([command, str(path)])
+        told = capsys.readouterr().err
+        assert (code, told.count("\n"), "p.json" in told) == (2, 1, True)
+    assert main(["show", str(tmp_path / "none.json")]) == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["run", "h:1", "--budget-s", "-1"], ["diff", "a-1"], ["delete"]])
+def test_wrong_usage_is_one_line(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_profiler_that_is_not_there_is_named(capsys):
+    assert main(["--address", "127.0.0.1:1", "list"]) == 1
+    assert "no answer from a profiler at 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_a_slower_node_shows_in_the_difference(whole):
+    slow = profile_pb2.Profile()
+    slow.CopyFrom(whole)
+    for fit in slow.fits:
+        fit.coefficients[:] = [2.0 * value for value in fit.coefficients]
+        if fit.HasField("table"):
+            fit.table.durations_s[:] = [2.0 * value for value in fit.table.durations_s]
+    del slow.fits[-1]
+    slow.device = "cpu slow"
+    found = compare(whole, slow)
+    ratios = [ratio for op in found.ops if op.points for ratio in (op.ratio_min, op.ratio_p50, op.ratio_max)]
+    assert ratios == [pytest.approx(2.0)] * len(ratios)
+    assert len([op for op in found.ops if not op.HasField("other")]) == 1
+    lines = list(render.difference(found))
+    assert lines[0] == "different device: 'cpu test' and 'cpu slow'"
+    assert any("none" in line for line in lines)
+
+
+def test_the_listing_names_what_is_incomplete_and_what_is_broken():
+    listed = profiler_pb2.ListProfilesResponse(
+        profiles=[
+            profiler_pb2.ProfileSummary(profile_id="f-2", incomplete_reason="the node died", mape=0.05),
+            profiler_pb2.ProfileSummary(profile_id="f-1", mape=0.1),
+        ],
+        problems=["x/1.json: damaged"],
+    )
+    lines = list(render.listing(listed))
+    assert [line.split()[0] for line in lines] == ["profile", "f-2", "f-1", "cannot"]
+    assert "incomplete: the node died" in lines[1]

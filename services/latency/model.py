@@ -10,6 +10,8 @@ from services.latency.table import LatencyTable
 
 #: Quantile of the standard normal distribution that bounds a 90 % interval.
 _SIGMAS_OF_90 = 1.645
+#: A model with wider residuals says nothing about single operations.
+_MOST_NOISE = 0.5
 
 TABULATED = "tabulated"
 
@@ -94,8 +96,8 @@ class LatencyModel:
 
     @property
     def noise(self) -> float:
-        """Relative standard deviation of durations about the prediction, as wide as its 90 % interval."""
-        return max(0.0, self.residual_p95 - self.residual_p5) / (2.0 * _SIGMAS_OF_90)
+        """Relative standard deviation of durations about the prediction, as wide as its 90 % interval; at most 0.5."""
+        return min(max(0.0, self.residual_p95 - self.residual_p5) / (2.0 * _SIGMAS_OF_90), _MOST_NOISE)
 
 
 def _behind(table: LatencyTable, batch: float, length: float, cached: float) -> float:

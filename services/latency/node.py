@@ -1,6 +1,6 @@
 """Latency of a node: the models of its stages, and what operations cost that run together or beside each other."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from services.latency.kinds import OpKind
@@ -113,5 +113,14 @@ class NodeLatency:
         return self.mixed[stage].predict_s(prefill_s, decode_s) if self.mixed else prefill_s + decode_s
 
     def slowdown(self, stage: int, op: OpKind, busy: OpKind) -> float:
-        """What `op` takes longer while other stages run `busy` (a fraction); 0 when it was not measured."""
+        """What `op` takes longer while all other stages run `busy` (a fraction); 0 when it was not measured."""
         return self._slowdowns.get((stage, op, busy), 0.0)
+
+    def slowdown_beside(self, stage: int, op: OpKind, busy: Iterable[OpKind]) -> float:
+        """The same when only some of the other stages are busy, with an operation each.
+
+        Approximate: what was measured with all of them busy is shared out evenly among them.
+        """
+        if not self._slowdowns:
+            return 0.0
+        return sum(self.slowdown(stage, op, other) for other in busy) / max(1, len(self.models) - 1)

@@ -17,8 +17,6 @@ from services.scheduler.core.costs import NodeCosts
 from services.simulator.types import SimulationConfig, VirtualNode
 
 _INFERENCE = (OpKind.PREFILL, OpKind.DECODE)
-#: A model whose residuals are wider says nothing about single operations.
-_MOST_NOISE = 0.5
 #: A noisy duration stays above this share of the modelled one.
 _SHORTEST = 0.1
 
@@ -65,10 +63,8 @@ class SimNode:
     def begin(self, stage: int, op: Op) -> float:
         """An operation begins on an idle stage; it will take so many seconds."""
         duration_s = self.duration_s(stage, op)
-        latency = self.spec.latency
-        if latency.interference:
-            slowdowns = [latency.slowdown(stage, op.kind, busy) for busy in self._running if busy is not None]
-            duration_s *= 1.0 + sum(slowdowns) / max(1, self.top)
+        busy = (kind for kind in self._running if kind is not None)
+        duration_s *= 1.0 + self.spec.latency.slowdown_beside(stage, op.kind, busy)
         self._running[stage] = op.kind
         return duration_s
 
@@ -128,4 +124,4 @@ def _noise(models: Mapping[OpKind, LatencyModel], noise: float | None) -> dict[O
     """Relative standard deviation of durations by kind: the one that was asked for, or each model's own."""
     if noise is not None:
         return dict.fromkeys(OpKind, noise)
-    return {kind: min(models[kind].noise, _MOST_NOISE) if kind in models else 0.0 for kind in OpKind}
+    return {kind: models[kind].noise if kind in models else 0.0 for kind in OpKind}

@@ -13,8 +13,6 @@ _Place = tuple[int | str, ...]
 
 _PREFIX = "OP_KIND_"
 _KINDS = {f"{_PREFIX}{kind.name}": kind for kind in OpKind}
-#: A profile so uncertain says nothing about single operations.
-_MOST_NOISE = 0.5
 
 
 class ProfileError(ValueError):
@@ -202,11 +200,7 @@ def _grid(points: Sequence[tuple[int, int]]) -> Grid:
 def _noise(models: list[dict[OpKind, LatencyModel]]) -> float:
     """Mean over the operations that depend on a length: the others are single, rare measurements."""
     known = [model.noise for stage in models for model in stage.values() if model.form != "constant"]
-    if not known:
-        return 0.0
-    noise = sum(known) / len(known)
-    # Not a number, too: a fit may have no interval.
-    return min(noise, _MOST_NOISE) if noise >= 0.0 else 0.0
+    return sum(known) / len(known) if known else 0.0
 
 
 def _reason(error: Any) -> str:

@@ -88,6 +88,8 @@ def test_the_interval_is_about_the_prediction_and_its_noise_as_wide():
     assert model.interval_s(1, 1) == (1.5, 3.0)
     assert model.noise == pytest.approx(0.75 / 3.29)
     assert LatencyModel("constant", (2.0,), residual_p5=-2.0).interval_s(1, 1)[0] == 0.0
+    assert LatencyModel("constant", (2.0,), residual_p95=math.nan).noise == 0.0
+    assert LatencyModel("constant", (2.0,), residual_p95=math.inf).noise == 0.5
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,16 @@ def test_a_node_says_what_runs_together_beside_and_between():
     assert node.host_links[0].move_s(OpKind.OFFLOAD, 100) == 10.5
     assert node.host_links[0].move_s(OpKind.RELOAD, 100) == 5.5
     assert NodeLatency(({},)).mixed_s(0, 3.0, 1.0) == 4.0
+
+
+def test_a_slowdown_is_shared_out_among_the_neighbours_that_are_busy():
+    backward, decode = OpKind.TRAIN_BACKWARD, OpKind.DECODE
+    node = NodeLatency(({},) * 3, (Interference(0, decode, backward, 0.6), Interference(0, decode, decode, -0.2)))
+    assert node.slowdown_beside(0, decode, ()) == 0.0
+    assert node.slowdown_beside(0, decode, (backward,)) == pytest.approx(0.3)
+    assert node.slowdown_beside(0, decode, (backward, decode)) == pytest.approx(0.2)
+    assert node.slowdown_beside(0, decode, (backward, backward)) == pytest.approx(0.6)
+    assert node.slowdown_beside(1, decode, (backward, backward)) == 0.0
 
 
 @given(st.floats(0, 5), st.floats(0, 5), st.floats(0, 5), st.floats(0, 10), st.floats(0, 10))

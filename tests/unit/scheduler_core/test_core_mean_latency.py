@@ -1,6 +1,6 @@
 """Mean coefficients of nodes."""
 
-from services.latency import LatencyModel, NodeLatency, OpKind
+from services.latency import LatencyModel, LatencyTable, NodeLatency, OpKind
 from services.scheduler.core.policies.mean_latency import mean_latency
 
 
@@ -11,6 +11,17 @@ def _node(form: str, *coefficients: float, stages: int = 1) -> NodeLatency:
 def test_coefficients_are_averaged() -> None:
     found = mean_latency([_node("affine", 1.0, 4.0), _node("affine", 3.0, 0.0)])
     assert found.models[0][OpKind.PREFILL].coefficients == (2.0, 2.0)
+
+
+def _tabulated(lengths: tuple[int, ...], *durations: float) -> NodeLatency:
+    table = LatencyTable((1,), lengths, durations)
+    return NodeLatency(({OpKind.PREFILL: LatencyModel("tabulated", (), table=table)},))
+
+
+def test_tables_over_one_grid_are_averaged() -> None:
+    first = _tabulated((8, 16), 1.0, 2.0)
+    assert mean_latency([first, _tabulated((8, 16), 3.0, 6.0)]) == _tabulated((8, 16), 2.0, 4.0)
+    assert mean_latency([first, _tabulated((8, 32), 3.0, 6.0)]) == first
 
 
 def test_of_other_forms_and_other_numbers_of_stages_the_first_one_counts() -> None:

@@ -39,9 +39,9 @@ class StageDurations:
 
     def measured_s(self, kind: OpKind, op: Measure) -> tuple[float, ...]:
         """What the repetitions of a measurement took."""
-        busy = (OpKind(op.beside),) if op.beside else ()
         predicted_s = self.timing.measured_s(self._stage, kind, op)
-        predicted_s *= 1.0 + self.timing.slowdown(self._stage, kind, busy)
+        if op.beside:
+            predicted_s *= 1.0 + self.timing.latency.slowdown(self._stage, kind, OpKind(op.beside))
         return tuple(max(_SHORTEST_S, predicted_s) * self._noise(kind) for _ in range(op.repetitions))
 
     def _noise(self, kind: OpKind) -> float:

@@ -72,8 +72,8 @@ class EmulatedTiming:
         return self.latency.mixed_s(stage, alone_s, self.predict_s(stage, OpKind.DECODE, op.decodes, op.decode_length))
 
     def slowdown(self, stage: int, kind: OpKind, busy: Iterable[OpKind]) -> float:
-        """What an op takes longer while other stages run these: the most that one of them alone costs it."""
-        return max((self.latency.slowdown(stage, kind, other) for other in busy), default=0.0)
+        """What an op takes longer while other stages run these."""
+        return self.latency.slowdown_beside(stage, kind, busy)
 
     def noise(self, stage: int, kind: OpKind) -> float:
         """Relative standard deviation of an operation's durations."""

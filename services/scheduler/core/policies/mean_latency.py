@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from services.latency import LatencyModel, NodeLatency, OpKind
+from services.latency import LatencyModel, LatencyTable, NodeLatency, OpKind
 
 
 def mean_latency(latencies: Sequence[NodeLatency]) -> NodeLatency:
     """What operations take on average over nodes with as many stages as the first one.
 
-    Coefficients are averaged; of an operation that not all nodes describe in the same form, the first one's are taken.
+    Coefficients, or durations of tables over the same grid, are averaged; of an operation that not all nodes describe
+    in the same form, the first one's are taken.
     """
     first = latencies[0]
     alike = [latency for latency in latencies if latency.num_stages == first.num_stages]
@@ -19,8 +20,17 @@ def mean_latency(latencies: Sequence[NodeLatency]) -> NodeLatency:
 def _mean(op: OpKind, stage: int, latencies: Sequence[NodeLatency]) -> LatencyModel:
     models = [latency.models[stage].get(op) for latency in latencies]
     first = latencies[0].models[stage][op]
-    known = [model for model in models if model is not None and model.form == first.form and model.table is None]
+    known = [model for model in models if model is not None and model.form == first.form]
     if len(known) < len(models):
         return first
-    columns = zip(*(model.coefficients for model in known), strict=True)
-    return LatencyModel(first.form, tuple(sum(column) / len(known) for column in columns))
+    tables = [model.table for model in known if model.table is not None]
+    if not tables:
+        return LatencyModel(first.form, _means([model.coefficients for model in known]))
+    if len({(table.batches, table.lengths) for table in tables}) > 1:
+        return first
+    durations_s = _means([table.durations_s for table in tables])
+    return LatencyModel(first.form, (), table=LatencyTable(tables[0].batches, tables[0].lengths, durations_s))
+
+
+def _means(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))

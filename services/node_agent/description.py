@@ -1,6 +1,7 @@
 """What a node tells of itself: when it joins, with its heartbeats, and to whoever asks."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
@@ -100,7 +101,7 @@ class NodeDescription:
 
     def node_info(self) -> node_pb2.GetNodeInfoResponse:
         """For GetNodeInfo."""
-        settings, info = self._settings, self._engine.info
+        settings, info, slip = self._settings, self._engine.info, self._engine.clock_slip
         return node_pb2.GetNodeInfoResponse(
             node_id=settings.node_id,
             model=self._model_name,
@@ -117,4 +118,5 @@ class NodeDescription:
             threads_per_stage=settings.threads_per_stage,
             kv_bytes_per_token=info.kv_bytes_per_token,
             kv_capacity_tokens=self._loop.snapshot().kv_capacity_tokens,
+            clock_slip=None if slip is None else node_pb2.ClockSlip(**asdict(slip)),
         )

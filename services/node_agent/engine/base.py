@@ -137,6 +137,21 @@ class ModelInfo:
     projections: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ClockSlip:
+    """How late the ends of emulated operations were noticed since the start, as shares of the operations' own times.
+
+    p50, p99: at most an eighth too high. late_s, busy_s: lateness and time of all operations together, seconds.
+    """
+
+    ops: int = 0
+    p50: float = 0.0
+    p99: float = 0.0
+    worst_s: float = 0.0
+    late_s: float = 0.0
+    busy_s: float = 0.0
+
+
 class Engine(Protocol):
     """A loaded model: its stage workers in pipeline order."""
 
@@ -148,6 +163,11 @@ class Engine(Protocol):
     @property
     def workers(self) -> tuple[StageWorker, ...]:
         """Stage 0 first."""
+        ...
+
+    @property
+    def clock_slip(self) -> ClockSlip | None:
+        """How well an emulated engine keeps time; None: its operations are real."""
         ...
 
     async def close(self) -> None:

@@ -416,6 +416,7 @@ async def test_node_info(tmp_path: Path) -> None:
         assert (info.vocab_size, info.max_context_tokens, info.weight_step) == (97, 512, 0)
         assert info.profile_fingerprint == "fingerprint"
         assert len(info.worker_pids) == 3
+        assert info.HasField("clock_slip")
 
 
 async def test_a_task_of_the_node_that_ends_by_a_stray_cancellation_breaks_it(tmp_path: Path) -> None:

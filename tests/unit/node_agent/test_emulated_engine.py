@@ -353,7 +353,7 @@ async def test_what_the_agent_needs_between_ops_does_not_add_up(model: Path) -> 
     step(0, 0)
     await ended.wait()
     assert [result.end_s for result in results] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-    figures = engine.slip.figures()
+    figures = engine.clock_slip
     assert (figures.ops, figures.worst_s, figures.late_s, figures.busy_s) == (6, 0.25, 1.5, 6.0)
     assert 0.25 <= figures.p50 <= figures.p99 <= 0.25 * 1.125
 

@@ -2,12 +2,14 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from google.protobuf import json_format
 
 from lemix.internal.v1 import profile_pb2
 from services.model_shape import ModelShape
+from services.profile_artifact import read_artifact
 from services.profiler.vidur.__main__ import main
 from services.profiler.vidur.devices import DEVICES
 from services.profiler.vidur.stage_times import StageTimes, Tables
@@ -23,6 +25,7 @@ from services.profiler.vidur.tables import (
     read_send_recv,
 )
 
+ROOT = Path(__file__).resolve().parents[3]
 SHAPE = ModelShape(num_layers=4, hidden=256, intermediate=512, kv_hidden=256, vocab_size=1024)
 OPERATIONS = sorted({*MATMULS, *ELEMENTWISE, EMBEDDING})
 
@@ -243,3 +246,14 @@ def test_a_table_that_cannot_be_used_is_named(files, capsys, spoil):
     with pytest.raises(TableError, match=told):
         raise TableError(error)
     assert not files["output"].exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "deploy" / "profiles").glob("*.json")), ids=lambda path: path.stem)
+def test_the_profiles_that_come_along_are_whole_and_name_their_source(path):
+    profile = read_artifact(path.read_text())
+    assert profile.content_hash
+    assert (profile.fingerprint, profile.model) == (path.stem, "llama-2-7b")
+    assert "Vidur (Agrawal et al., MLSys 2024, MIT licence)" in profile.source
+    assert len(profile.host_links) == len(profile.mixed) == len(profile.memory) == profile.num_stages
+    weights = sum(stage.weight_bytes for stage in profile.memory)
+    assert weights == pytest.approx(2 * 6.738e9, rel=1e-3)

@@ -119,7 +119,7 @@ class GetNodeInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetNodeInfoResponse(_message.Message):
-    __slots__ = ("node_id", "model", "num_stages", "profile_fingerprint", "max_context_tokens", "max_batch", "vocab_size", "worker_pids", "weight_step", "engine", "device", "dtype", "threads_per_stage", "kv_bytes_per_token", "kv_capacity_tokens")
+    __slots__ = ("node_id", "model", "num_stages", "profile_fingerprint", "max_context_tokens", "max_batch", "vocab_size", "worker_pids", "weight_step", "engine", "device", "dtype", "threads_per_stage", "kv_bytes_per_token", "kv_capacity_tokens", "clock_slip")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +135,7 @@ class GetNodeInfoResponse(_message.Message):
     THREADS_PER_STAGE_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_SLIP_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     model: str
     num_stages: int
@@ -150,4 +151,21 @@ class GetNodeInfoResponse(_message.Message):
     threads_per_stage: int
     kv_bytes_per_token: int
     kv_capacity_tokens: int
-    def __init__(self, node_id: _Optional[str] = ..., model: _Optional[str] = ..., num_stages: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., vocab_size: _Optional[int] = ..., worker_pids: _Optional[_Iterable[int]] = ..., weight_step: _Optional[int] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., threads_per_stage: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ...) -> None: ...
+    clock_slip: ClockSlip
+    def __init__(self, node_id: _Optional[str] = ..., model: _Optional[str] = ..., num_stages: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., vocab_size: _Optional[int] = ..., worker_pids: _Optional[_Iterable[int]] = ..., weight_step: _Optional[int] = ..., engine: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., threads_per_stage: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., clock_slip: _Optional[_Union[ClockSlip, _Mapping]] = ...) -> None: ...
+
+class ClockSlip(_message.Message):
+    __slots__ = ("ops", "p50", "p99", "worst_s", "late_s", "busy_s")
+    OPS_FIELD_NUMBER: _ClassVar[int]
+    P50_FIELD_NUMBER: _ClassVar[int]
+    P99_FIELD_NUMBER: _ClassVar[int]
+    WORST_S_FIELD_NUMBER: _ClassVar[int]
+    LATE_S_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    ops: int
+    p50: float
+    p99: float
+    worst_s: float
+    late_s: float
+    busy_s: float
+    def __init__(self, ops: _Optional[int] = ..., p50: _Optional[float] = ..., p99: _Optional[float] = ..., worst_s: _Optional[float] = ..., late_s: _Optional[float] = ..., busy_s: _Optional[float] = ...) -> None: ...

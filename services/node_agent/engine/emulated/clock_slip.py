@@ -1,31 +1,16 @@
 """How late the ends of emulated operations are noticed: the error of an emulation in real time."""
 
 from bisect import bisect_left
-from dataclasses import dataclass
 
 from services.node_agent import metrics
+from services.node_agent.engine.base import ClockSlip
 
 #: Upper bounds of the buckets, as a share of the operation's own time; each is an eighth more than the one before.
 _SMALLEST, _GROWTH, _BUCKETS = 1e-5, 1.125, 120
 _BOUNDS = tuple(_SMALLEST * _GROWTH**index for index in range(_BUCKETS))
 
 
-@dataclass(frozen=True, slots=True)
-class SlipFigures:
-    """Clock slip since the start: late noticed ends by the time of the operation that ended. Shares, not per cent.
-
-    Quantiles are of the operations' own shares, and at most an eighth too high. late_s, busy_s: of all together.
-    """
-
-    ops: int = 0
-    p50: float = 0.0
-    p99: float = 0.0
-    worst_s: float = 0.0
-    late_s: float = 0.0
-    busy_s: float = 0.0
-
-
-class ClockSlip:
+class SlipCounter:
     """Counts the clock slip of a node's stages."""
 
     def __init__(self) -> None:
@@ -43,10 +28,10 @@ class ClockSlip:
         self._worst_s = max(self._worst_s, late_s)
         metrics.CLOCK_SLIP.observe(share)
 
-    def figures(self) -> SlipFigures:
+    def figures(self) -> ClockSlip:
         """What was counted so far."""
         p50, p99 = self._quantile(0.5), self._quantile(0.99)
-        return SlipFigures(self._ops, p50, p99, self._worst_s, self._late_s, self._busy_s)
+        return ClockSlip(self._ops, p50, p99, self._worst_s, self._late_s, self._busy_s)
 
     def _quantile(self, share: float) -> float:
         if not self._ops:

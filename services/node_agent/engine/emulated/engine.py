@@ -25,8 +25,8 @@ import structlog
 
 from services.latency import NodeLatency, OpKind
 from services.model_shape import ModelShape
-from services.node_agent.engine.base import EngineConfig, ModelInfo, StageResult
-from services.node_agent.engine.emulated.clock_slip import ClockSlip
+from services.node_agent.engine.base import ClockSlip, EngineConfig, ModelInfo, StageResult
+from services.node_agent.engine.emulated.clock_slip import SlipCounter
 from services.node_agent.engine.emulated.device_timer import Timer, device_timer
 from services.node_agent.engine.emulated.durations import StageDurations
 from services.node_agent.engine.emulated.timing import EmulatedTiming, kind_of
@@ -48,7 +48,7 @@ class EmulatedDevice:
 
     def __init__(self, clock: Clock, timer: Callable[[], Timer]) -> None:
         self.clock = clock
-        self.slip = ClockSlip()
+        self.slip = SlipCounter()
         #: By stage: the kind of op that runs there.
         self.running: dict[int, OpKind] = {}
         #: While the agent is told of an op's end: when that was. Whatever it starts then could have begun at that time.
@@ -171,16 +171,16 @@ class EmulatedEngine:
         return self._workers
 
     @property
-    def slip(self) -> ClockSlip:
+    def clock_slip(self) -> ClockSlip:
         """How late ends were noticed."""
-        return self._device.slip
+        return self._device.slip.figures()
 
     async def close(self) -> None:
         """Close the workers, tell the clock slip and remove the snapshots."""
         for worker in self._workers:
             await worker.close()
         self._device.close()
-        _log.info("clock slip", **asdict(self.slip.figures()))
+        _log.info("clock slip", **asdict(self.clock_slip))
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
@@ -229,7 +229,7 @@ def _read_info(model_path: Path, config: EngineConfig) -> ModelInfo:
         content = json.loads(path.read_text(encoding="utf-8"))
         eos = content.get("eos_token_id")
         context = int(content.get("max_position_embeddings", _DEFAULT_CONTEXT_TOKENS))
-        shape = ModelShape.from_config(content) if config.can_offload else None
+        shape = ModelShape.from_config(content) if config.can_offload or "hidden_size" in content else None
         layers = shape.layers_of(0, config.num_stages) if shape is not None else 0
         return ModelInfo(
             architecture=(content.get("architectures") or ["Emulated"])[0],

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.node_agent.engine.base import EngineConfig, ModelInfo, StageResult, StageWorker
+from services.node_agent.engine.base import ClockSlip, EngineConfig, ModelInfo, StageResult, StageWorker
 from services.node_agent.engine.ops import StageOp
 from services.node_agent.engine.torch.arena import create_arena
 from services.node_agent.engine.torch.device_sharing import share_device_memory
@@ -47,6 +47,11 @@ class TorchEngine:
     def workers(self) -> tuple[StageWorker, ...]:
         """See Engine."""
         return self._workers
+
+    @property
+    def clock_slip(self) -> ClockSlip | None:
+        """See Engine."""
+        return None
 
     async def close(self) -> None:
         """See Engine."""

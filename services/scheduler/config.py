@@ -77,6 +77,11 @@ class SchedulerSettings(ServiceSettings):
     profile_path: str = ""
     #: Longest measurement of a new node, seconds.
     profile_timeout_s: float = Field(600.0, gt=0.0)
+    #: A node whose operations are off their profile is measured again, between its operations, once it has had nothing
+    #: to do for so long, seconds; needs `profiler_address`. 0: never.
+    reprofile_idle_s: float = Field(0.0, ge=0.0)
+    #: Longest such measurement, seconds.
+    reprofile_budget_s: float = Field(60.0, gt=0.0)
     #: A node without a sign of life for this long is lost, seconds.
     node_lease_s: float = Field(5.0, gt=0.0)
     #: How long what a lost node has trained since its newest checkpoint, and was to train next, waits for it, seconds;

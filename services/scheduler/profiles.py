@@ -86,6 +86,20 @@ class ProfilerClient:
         except ValueError as error:
             raise LemixError(ErrorCode.CONFLICT, str(error)) from error
 
+    async def measure_again(self, node_id: str, address: str, budget_s: float) -> NodeLatency:
+        """Models of a node that may get work meanwhile: it is measured between its operations. Raises LemixError."""
+        request = profiler_service_pb2.ProfileNodeRequest(node_address=address, budget_s=budget_s, allow_busy=True)
+        try:
+            profile = await self._run(request, node_id)
+        except grpc.aio.AioRpcError as error:
+            raise LemixError.from_rpc(error) from error
+        if _lacks_something(profile):
+            raise LemixError(ErrorCode.CONFLICT, f"profile {profile.profile_id}: {profile.incomplete_reason}")
+        try:
+            return latency_from_profile(profile)
+        except ValueError as error:
+            raise LemixError(ErrorCode.CONFLICT, str(error)) from error
+
     async def _measured(
         self, hello: scheduler_service_pb2.NodeHello, partial: profile_pb2.Profile | None
     ) -> profile_pb2.Profile:
@@ -93,16 +107,19 @@ class ProfilerClient:
         _log.info("measuring a new node", node=hello.node_id, address=hello.address)
         request = profiler_service_pb2.ProfileNodeRequest(node_address=hello.address)
         try:
-            async for response in self._stub.ProfileNode(request, timeout=self._measure_timeout_s):
-                if response.HasField("profile"):
-                    return response.profile
+            return await self._run(request, hello.node_id)
         except grpc.aio.AioRpcError as error:
             if partial is None:
                 raise
             reason = LemixError.from_rpc(error).message
             _log.warning("using an incomplete profile", node=hello.node_id, profile=partial.profile_id, reason=reason)
             return partial
-        raise LemixError(ErrorCode.INTERNAL, f"the profiler measured node {hello.node_id} and sent no profile")
+
+    async def _run(self, request: profiler_service_pb2.ProfileNodeRequest, node_id: str) -> profile_pb2.Profile:
+        async for response in self._stub.ProfileNode(request, timeout=self._measure_timeout_s):
+            if response.HasField("profile"):
+                return response.profile
+        raise LemixError(ErrorCode.INTERNAL, f"the profiler measured node {node_id} and sent no profile")
 
     async def close(self) -> None:
         """Close the channel."""

@@ -36,6 +36,7 @@ from services.scheduler.inbox import Delivered, Inbox, NodeGone
 from services.scheduler.nodes import NodeRegistry
 from services.scheduler.profiles import ProfilerClient, ProfileSource, StoredProfile
 from services.scheduler.quality import QualityGate
+from services.scheduler.reprofiler import Reprofiler
 from services.scheduler.server import SchedulerServicer
 from services.scheduler.training import Training
 
@@ -114,12 +115,27 @@ class SchedulerService:
             inbox=self.inbox,
             look_ahead=settings.core.max_waiting_training,
         )
+        self._reprofiler = self._make_reprofiler()
         self.failover = Failover(self.checkpoints, on=settings.checkpoint_failover)
         live = LiveTasks()
         self._accuracy = Accuracy(live)  # before the decisions
         decisions = Decisions(live, settings.core.policy)
         self.driver = self._make_driver(live)
         self._server = self._make_server(decisions)
+
+    def _make_reprofiler(self) -> Reprofiler | None:
+        settings, profiles = self._settings, self._profiles
+        if not settings.reprofile_idle_s or not isinstance(profiles, ProfilerClient):
+            return None
+        return Reprofiler(
+            core=self._core,
+            profiles=profiles,
+            nodes=self.nodes,
+            inbox=self.inbox,
+            clock=self._clock,
+            idle_s=settings.reprofile_idle_s,
+            budget_s=settings.reprofile_budget_s,
+        )
 
     def _make_driver(self, live: LiveTasks) -> Driver:
         settings = self._settings
@@ -194,6 +210,7 @@ class SchedulerService:
             "health": self._report_health(changed),
             "metrics": self._report_metrics(),
             "orphans": self._reclaim(orphaned),
+            **({} if self._reprofiler is None else {"reprofiler": self._reprofiler.run()}),
         }
 
     async def run_until(self, stop: asyncio.Event) -> None:
@@ -304,6 +321,8 @@ def _core(config: CoreConfig) -> SchedulerCore:
 
 def _profiles(settings: SchedulerSettings) -> ProfileSource:
     if settings.profile_path:
+        if settings.reprofile_idle_s:
+            raise StartupError("reprofile_idle_s needs profiler_address and no profile_path: it measures nodes again")
         return StoredProfile(Path(settings.profile_path))
     if not settings.profiler_address:
         raise StartupError("set profiler_address, or profile_path to a stored profile: nodes need a latency model")

@@ -8,7 +8,7 @@ named tuple, which takes a fifth of the time of a frozen dataclass.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.latency import OpKind
+from services.latency import NodeLatency, OpKind
 from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.tasks import Task
 
@@ -179,6 +179,14 @@ class WeightsTold:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeProfiled:
+    """A node was measured again; from now on it is predicted with this. One of another number of stages is ignored."""
+
+    node_id: str
+    latency: NodeLatency
+
+
+@dataclass(frozen=True, slots=True)
 class AdaptersTold:
     """The isolated adapters that a node holds now."""
 
@@ -209,6 +217,7 @@ Event = (
     | SyncEnded
     | SyncIntervalSet
     | WeightsTold
+    | NodeProfiled
     | AdaptersTold
     | Tick
 )

@@ -6,8 +6,9 @@ time (S-PP). Where it goes is the policy's decision.
 """
 
 import math
+from dataclasses import replace
 
-from services.latency import OpKind
+from services.latency import NodeLatency, OpKind
 from services.scheduler.core import policies, traces
 from services.scheduler.core.admission import deadline_s, refuse, refuse_overloaded, refuse_stale
 from services.scheduler.core.assignment import Assigner
@@ -24,6 +25,7 @@ from services.scheduler.core.events import (
     NodeDraining,
     NodeJoined,
     NodeLost,
+    NodeProfiled,
     OpFinished,
     SnapshotReady,
     SyncEnded,
@@ -151,6 +153,8 @@ class SchedulerCore:
                 self._sync.set_interval(steps)
             case WeightsTold(node_id, weight_step, trained_s):
                 self._weights_told(node_id, weight_step, trained_s)
+            case NodeProfiled(node_id, latency):
+                self._node_profiled(node_id, latency)
             case AdaptersTold(node_id, adapter_ids):
                 self._adapters_told(node_id, adapter_ids)
             case Tick():
@@ -294,9 +298,7 @@ class SchedulerCore:
         known = cluster.nodes.get(spec.node_id)
         if known is not None and known.spec.num_stages == spec.num_stages:
             # The same node with a new profile or new bounds: it still holds its work.
-            if known.spec.latency != spec.latency:
-                self._commands += _alarms_ended(known)
-                known.costs = NodeCosts(spec.latency, self._config.drift_band)
+            self._predict_with(known, spec.latency)
             known.spec = spec
             known.is_draining = False
             known.adapter_ids = None
@@ -314,6 +316,19 @@ class SchedulerCore:
         self._commands += self._sync.joined(now_s, spec)
         self._set_roles()
         self._look_again()
+
+    def _node_profiled(self, node_id: str, latency: NodeLatency) -> None:
+        node = self._cluster.nodes.get(node_id)
+        if node is not None and latency.num_stages == node.spec.num_stages:
+            self._predict_with(node, latency)
+            self._set_roles()
+
+    def _predict_with(self, node: NodeState, latency: NodeLatency) -> None:
+        """What was learnt about the old profile goes with it."""
+        if node.spec.latency != latency:
+            self._commands += _alarms_ended(node)
+            node.costs = NodeCosts(latency, self._config.drift_band)
+            node.spec = replace(node.spec, latency=latency)
 
     def _node_lost(self, now_s: float, node_id: str, *, keeps_training: bool = False) -> None:
         node = self._cluster.nodes.pop(node_id, None)

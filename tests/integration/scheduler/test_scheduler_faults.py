@@ -96,6 +96,7 @@ async def test_a_taken_port_leaves_the_leader_in_place(cluster: Cluster) -> None
     ("settings", "named"),
     [
         ({"profile_path": ""}, "profiler_address"),
+        ({"reprofile_idle_s": 5.0}, "reprofile_idle_s"),
         ({"profile_path": "/nowhere/p.json"}, "/nowhere/p.json"),
         ({"core": {"policy": "fastest"}}, "fastest"),
         ({"core": {"policy": "round_robin", "max_waiting_training": 0}}, "max_waiting_training"),

@@ -67,6 +67,7 @@ EVENTS = [
     events.SyncEnded,
     events.SyncIntervalSet,
     events.WeightsTold,
+    events.NodeProfiled,
     events.AdaptersTold,
     events.Tick,
 ]

@@ -9,7 +9,7 @@ from services.latency import OpKind
 from services.scheduler.core.commands import DriftAlarm
 from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.drift import DriftDetector
-from services.scheduler.core.events import NodeJoined, OpFinished
+from services.scheduler.core.events import NodeJoined, NodeProfiled, OpFinished
 from services.scheduler.core.scheduler import SchedulerCore
 from tests.unit.scheduler_core.support import PREFILL_S, constant_latency, core_with, node
 
@@ -87,6 +87,16 @@ def test_a_new_profile_ends_the_alarm_and_the_same_one_keeps_what_was_learnt() -
     commands = core.step(501.0, NodeJoined(node("a", latency=constant_latency(prefill=1.5 * PREFILL_S))))
     (ended,) = [command for command in commands if isinstance(command, DriftAlarm)]
     assert not ended.active
+    assert core.op_records()["a"] == []
+    assert not alarms(core, 1.5, 100, 600.0)
+
+
+def test_a_node_measured_again_starts_from_its_new_profile() -> None:
+    core = core_with(node("a"))
+    assert alarms(core, 1.5, 300)
+    profiled = NodeProfiled("a", constant_latency(prefill=1.5 * PREFILL_S))
+    (ended,) = [command for command in core.step(500.0, profiled) if isinstance(command, DriftAlarm)]
+    assert (ended.node_id, ended.active) == ("a", False)
     assert core.op_records()["a"] == []
     assert not alarms(core, 1.5, 100, 600.0)
 

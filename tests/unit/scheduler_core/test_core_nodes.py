@@ -7,14 +7,16 @@ from services.scheduler.core.events import (
     NodeDraining,
     NodeJoined,
     NodeLost,
+    NodeProfiled,
     OpFinished,
     TaskArrived,
     TaskEnded,
     TaskRecovered,
+    Tick,
 )
 from services.scheduler.core.node_spec import NodeRole
 from services.scheduler.core.policies import POLICIES
-from tests.unit.scheduler_core.support import assigned, core_with, microbatch, node, request
+from tests.unit.scheduler_core.support import assigned, constant_latency, core_with, microbatch, node, request
 
 
 @pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"separate", "separate_dynamic"}))
@@ -93,3 +95,15 @@ def test_a_node_that_may_return_takes_its_training_along_and_nothing_else(policy
     for task_id in taken:
         core.step(4.0, TaskEnded(task_id, "a", ok=True))
     assert core.snapshot().nodes[0].inflight_training + core.snapshot().waiting_training == 2 - len(taken)
+
+
+def test_a_new_profile_is_predicted_with_and_nothing_else_changes() -> None:
+    core = core_with(node("a"), node("b"), policy="round_robin")
+    core.step(1.0, TaskArrived(request("r")))
+    core.step(1.0, NodeDraining("b"))
+    core.step(2.0, Tick())
+    before = core.snapshot()
+    assert core.step(2.0, NodeProfiled("a", constant_latency(1, prefill=9.0))) == []
+    assert core.snapshot() == before
+    assert core.step(2.0, NodeProfiled("a", constant_latency(2))) == []
+    assert core.step(2.0, NodeProfiled("x", constant_latency(1))) == []

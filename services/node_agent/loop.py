@@ -308,7 +308,7 @@ class AgentLoop:
             payload = self._payloads.build(op, stage)
         self._runners[stage].submit(payload, lambda result: self._op_ended(stage, op, result))
         if stage == 0 and op.batch:
-            metrics.batch_size(op.kind).observe(op.batch)
+            metrics.BATCH_SIZE.labels(op.kind).observe(op.batch)
 
     # ------------------------------------------------------------- results
 

@@ -1,19 +1,19 @@
 """Prometheus metrics of a node."""
 
-from functools import cache
-
 import prometheus_client as prometheus
 
-OPS = prometheus.Counter("lemix_node_ops_total", "Ops that ended", ["stage", "op", "result"])
-OP_SECONDS = prometheus.Counter("lemix_node_op_seconds_total", "Time spent in ops", ["stage", "op"])
-BATCH_SIZE = prometheus.Histogram(
+from services.runtime.counts import Counts, Distributions
+
+OPS = Counts("lemix_node_ops", "Ops that ended", ["stage", "op", "result"])
+OP_SECONDS = Counts("lemix_node_op_seconds", "Time spent in ops", ["stage", "op"])
+BATCH_SIZE = Distributions(
     "lemix_node_batch_size", "Sequences per op on stage 0", ["op"], buckets=(1, 2, 4, 8, 16, 32, 64, 128)
 )
 KV_USED_TOKENS = prometheus.Gauge("lemix_node_kv_used_tokens", "KV cache reserved, tokens", ["node"])
 WAITING = prometheus.Gauge("lemix_node_waiting_tasks", "Tasks taken and not started", ["node", "kind"])
 QUEUE_LENGTH = prometheus.Gauge("lemix_node_stage_queue_length", "Ops ready and not started", ["node", "stage"])
 WEIGHT_STEP = prometheus.Gauge("lemix_node_weight_step", "Weights step of stage 0", ["node"])
-TOKENS = prometheus.Counter("lemix_node_tokens_total", "Tokens computed, padding not counted", ["op"])
+TOKENS = Counts("lemix_node_tokens", "Tokens computed, padding not counted", ["op"])
 TRAINING_LOSS = prometheus.Gauge("lemix_node_training_loss", "Loss of the newest micro-batch, nats per token", ["node"])
 TASKS = prometheus.Counter("lemix_node_tasks_total", "Tasks that ended", ["kind", "reason"])
 REFUSED = prometheus.Counter("lemix_node_refused_deliveries_total", "Deliveries not taken", ["reason"])
@@ -28,9 +28,3 @@ CLOCK_SLIP = prometheus.Histogram(
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
 )
 UNSAVED = prometheus.Gauge("lemix_node_unsaved_microbatches", "Micro-batches trained that no checkpoint has", ["node"])
-
-# Looking a child up by its labels costs more than counting does; what is counted with every op is looked up once.
-ops = cache(OPS.labels)
-op_seconds = cache(OP_SECONDS.labels)
-batch_size = cache(BATCH_SIZE.labels)
-tokens = cache(TOKENS.labels)

@@ -148,7 +148,7 @@ def unusable(op: Op, result: StageResult) -> str:
 
 def count(stage: int, op: Op, result: StageResult, *, failed: bool) -> None:
     """Count an op that ended."""
-    metrics.ops(stage, op.kind, "error" if failed else "ok").inc()
-    metrics.op_seconds(stage, op.kind).inc(result.end_s - result.begin_s)
+    metrics.OPS.labels(stage, op.kind, "error" if failed else "ok").add()
+    metrics.OP_SECONDS.labels(stage, op.kind).add(result.end_s - result.begin_s)
     if stage == 0 and not failed:
-        metrics.tokens(op.kind).inc(op.num_tokens)
+        metrics.TOKENS.labels(op.kind).add(op.num_tokens)

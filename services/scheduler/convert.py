@@ -58,29 +58,30 @@ def ops_from_traces(
     node_id: str, ops: Iterable[scheduler_service_pb2.OpTrace], offset_s: float
 ) -> tuple[OpFinished, ...]:
     """Traces on the scheduler's clock, `offset_s` ahead of the node's; unknown operations are left out."""
-    return tuple(
+    # By position, and through the list that Python makes for a comprehension: this runs for every operation.
+    return tuple([
         OpFinished(
-            node_id=node_id,
-            stage=op.stage,
-            op=KIND_OF_PROTO[op.op],
-            begin_s=op.begin_monotonic_s + offset_s,
-            end_s=op.begin_monotonic_s + offset_s + op.duration_s,
-            task_ids=tuple(op.task_ids),
-            num_tokens=op.num_tokens,
-            context_tokens=op.context_tokens,
-            first_token=op.first_token,
-            weight_step=op.weight_step,
-            part=op.part,
-            parts=max(1, op.parts),
-            partials=op.partials,
-            decodes=op.decodes,
-            decode_context_tokens=op.decode_context_tokens,
-            isolated=op.isolated,
-            job_id=op.job_id,
+            node_id,
+            op.stage,
+            kind,
+            begin_s := op.begin_monotonic_s + offset_s,
+            begin_s + op.duration_s,
+            tuple(op.task_ids),
+            op.num_tokens,
+            op.context_tokens,
+            op.first_token,
+            op.weight_step,
+            op.part,
+            op.parts or 1,
+            op.partials,
+            op.decodes,
+            op.decode_context_tokens,
+            op.isolated,
+            op.job_id,
         )
         for op in ops
-        if op.op in KIND_OF_PROTO
-    )
+        if (kind := KIND_OF_PROTO.get(op.op))
+    ])
 
 
 def sync_mode_to_proto(mode: SyncMode) -> scheduler_service_pb2.SyncMode:

@@ -147,7 +147,7 @@ class Driver:
             started_s = time.perf_counter()
             commands = self._core.step(now_s, current)
             metrics.DECISION_SECONDS.observe(time.perf_counter() - started_s)
-            metrics.events(type(current).__name__).inc()
+            metrics.EVENTS.labels(type(current).__name__).add()
             if self._event_log is not None:
                 self._event_log.add(now_s, current, commands)
             if self._signatures is not None:
@@ -156,7 +156,7 @@ class Driver:
             if self._live is not None:
                 self._live.add(now_s, current, commands)
             for command in commands:
-                metrics.commands(type(command).__name__).inc()
+                metrics.COMMANDS.labels(type(command).__name__).add()
                 await self._performer.perform(command)
 
 

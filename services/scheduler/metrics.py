@@ -1,21 +1,21 @@
 """Prometheus metrics of the scheduler."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge
 
+from services.runtime.counts import Counts, Distributions
 from services.scheduler.core.costs import OpRecord
 from services.scheduler.core.status import CoreSnapshot
 from services.scheduler.explain.accuracy import PredictionError
 
-EVENTS = Counter("lemix_scheduler_events_total", "Events the core took in", ["event"])
-COMMANDS = Counter("lemix_scheduler_commands_total", "Decisions of the core", ["command"])
-DECISION_SECONDS = Histogram(
+EVENTS = Counts("lemix_scheduler_events", "Events the core took in", ["event"])
+COMMANDS = Counts("lemix_scheduler_commands", "Decisions of the core", ["command"])
+DECISION_SECONDS = Distributions(
     "lemix_scheduler_decision_seconds",
     "Time the core took for one event",
     buckets=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 1.0),
-)
+).labels()
 LEDGER_ERRORS = Counter("lemix_scheduler_ledger_errors_total", "Ledger operations that failed for now")
 DROPPED_TRACES = Counter("lemix_scheduler_dropped_traces_total", "Operations not shown to the core: it was behind")
 DROPPED_LOG_LINES = Counter("lemix_scheduler_dropped_log_lines_total", "Events missing in the event log")
@@ -43,18 +43,6 @@ PREDICTION_ERROR = Gauge(
     "Running mean of |predicted - real| / real of requests, predicted at assignment, with and without training there",
     ["predicted", "training"],
 )
-
-
-@cache
-def events(name: str) -> Counter:
-    """Counter of one kind of event."""
-    return EVENTS.labels(name)
-
-
-@cache
-def commands(name: str) -> Counter:
-    """Counter of one kind of command."""
-    return COMMANDS.labels(name)
 
 
 def report(snapshot: CoreSnapshot) -> None:

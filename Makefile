@@ -84,6 +84,7 @@ bench: install  ## Run the benchmarks behind the published figures
 	@$(BIN)/python -m bench.engine
 	@$(BIN)/python -m bench.simulator
 	@$(BIN)/python -m bench.exchange
+	@$(BIN)/python -m bench.control
 
 clean:  ## Remove what the commands made
 	@rm -rf out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -59,29 +59,31 @@ def ops_from_traces(
 ) -> tuple[OpFinished, ...]:
     """Traces on the scheduler's clock, `offset_s` ahead of the node's; unknown operations are left out."""
     # By position, and through the list that Python makes for a comprehension: this runs for every operation.
-    return tuple([
-        OpFinished(
-            node_id,
-            op.stage,
-            kind,
-            begin_s := op.begin_monotonic_s + offset_s,
-            begin_s + op.duration_s,
-            tuple(op.task_ids),
-            op.num_tokens,
-            op.context_tokens,
-            op.first_token,
-            op.weight_step,
-            op.part,
-            op.parts or 1,
-            op.partials,
-            op.decodes,
-            op.decode_context_tokens,
-            op.isolated,
-            op.job_id,
-        )
-        for op in ops
-        if (kind := KIND_OF_PROTO.get(op.op))
-    ])
+    return tuple(
+        [
+            OpFinished(
+                node_id,
+                op.stage,
+                kind,
+                begin_s := op.begin_monotonic_s + offset_s,
+                begin_s + op.duration_s,
+                tuple(op.task_ids),
+                op.num_tokens,
+                op.context_tokens,
+                op.first_token,
+                op.weight_step,
+                op.part,
+                op.parts or 1,
+                op.partials,
+                op.decodes,
+                op.decode_context_tokens,
+                op.isolated,
+                op.job_id,
+            )
+            for op in ops
+            if (kind := KIND_OF_PROTO.get(op.op))
+        ]
+    )
 
 
 def sync_mode_to_proto(mode: SyncMode) -> scheduler_service_pb2.SyncMode:

@@ -1,5 +1,6 @@
 """Latency profiles from the JSON artifacts that the profiler stores (`<directory>/<fingerprint>/<version>.json`)."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import yaml
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from services.latency import HostLink, Interference, LatencyModel, LatencyTable, MixedCost, NodeLatency, OpKind
+from services.latency.artifact import HASH_FIELD, document_hash
 
 _Place = tuple[int | str, ...]
 
@@ -93,6 +95,7 @@ class _Mixed(BaseModel):
 
 class _Artifact(BaseModel):
     profile_id: str = ""
+    content_hash: str = ""
     model: str = ""
     num_stages: int = Field(default=0, ge=1, le=64, validate_default=True)
     fits: tuple[_Fit, ...] = ()
@@ -103,7 +106,8 @@ class _Artifact(BaseModel):
 
 
 def read_profile(path: Path, *, model: str = "", num_stages: int = 0) -> Profile:
-    """The chosen fits. Raises ProfileError; also when the profile is of another `model` or number of stages."""
+    """The chosen fits. Raises ProfileError; also when the profile is of another `model` or number of stages, or was
+    changed after it was written."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -115,6 +119,8 @@ def read_profile(path: Path, *, model: str = "", num_stages: int = 0) -> Profile
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _error(path, text, first["loc"], _reason(first)) from error
+    if artifact.content_hash and artifact.content_hash != document_hash(json.loads(text)):
+        raise _error(path, text, (HASH_FIELD,), "is not that of the content: it was changed after it was measured")
     if model and artifact.model != model:
         raise _error(path, text, ("model",), f"is {artifact.model!r}, asked for is {model!r}")
     if num_stages and artifact.num_stages != num_stages:

@@ -1,6 +1,7 @@
 """Artifacts and their hash."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from lemix.internal.v1 import profile_pb2
 from services.latency.artifact import document_hash
 from services.profile_artifact import ArtifactError, content_hash, read_artifact, write_artifact
+from services.profile_messages import latency_from_profile
 
 FINITE = st.floats(0.0, 1e12, allow_nan=False)
 
@@ -52,3 +54,10 @@ def test_what_is_no_profile_is_refused_in_one_line(text):
     with pytest.raises(ArtifactError) as refused:
         read_artifact(text)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "deploy" / "profiles").glob("*.json")), ids=str)
+def test_the_artifacts_of_the_repository_have_the_hash_of_their_content(path):
+    profile = read_artifact(path.read_text(encoding="utf-8"))
+    assert profile.content_hash
+    assert latency_from_profile(profile).num_stages == profile.num_stages

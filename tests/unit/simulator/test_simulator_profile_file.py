@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from services.latency import OpKind
+from services.latency.artifact import document_hash
 from services.simulator.profile_file import ProfileError, read_profile
 
 
@@ -110,3 +111,12 @@ def test_a_field_is_named_without_its_line_where_yaml_cannot_read_the_json(tmp_p
 def test_a_missing_profile_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"nowhere\.json"):
         read_profile(tmp_path / "nowhere.json")
+
+
+def test_an_artifact_that_was_changed_after_it_was_measured_is_refused(tmp_path: Path) -> None:
+    whole = artifact()
+    whole["content_hash"] = document_hash(whole)
+    read_profile(write(tmp_path, whole))
+    whole["fits"][0]["coefficients"] = [0.01, 0.0002]
+    with pytest.raises(ProfileError, match="field 'content_hash': is not that of the content"):
+        read_profile(write(tmp_path, whole))

@@ -41,7 +41,8 @@ class CoreConfig:
     max_sessions: int = 16384
     #: Output length assumed until enough requests of the cluster have ended, tokens.
     initial_output_tokens: int = 64
-    #: How far operations may be off the profile, a fraction, before an alarm tells of it; 0: none does.
+    #: How far operations may be off the profile, a fraction, before an alarm tells of it (where the profile's held-out
+    #: error is larger, that far); 0: none does.
     drift_band: float = 0.12
     #: Seconds without activity after which a node no longer counts as held.
     hold_s: float = 10.0

@@ -78,7 +78,8 @@ class _Learner:
         self.coefficients = Coefficients(model)
         self.table = None if is_polynomial(model) else model
         self.residuals = Residuals(model)
-        self.drift = DriftDetector(drift_band) if drift_band else None
+        # Where the form misses its own measurements by more than the band, being off is nothing new.
+        self.drift = DriftDetector(max(drift_band, model.mape)) if drift_band else None
         self.alone = MeanError()
         self.beside = MeanError()
 
@@ -102,7 +103,8 @@ class NodeCosts:
     """Durations in seconds of one node's operations; batch in sequences, length in tokens per sequence.
 
     job_id: whose training operation it is; of an unknown job it takes what this node's operations take in general.
-    drift_band: error of the profile that raises no alarm, a fraction; 0: no alarms.
+    drift_band: error of the profile that raises no alarm, a fraction; where the profile's own held-out error is larger,
+    that. 0: no alarms.
     """
 
     __slots__ = (

@@ -5,9 +5,10 @@ from random import Random
 
 import pytest
 
-from services.latency import OpKind
+from services.latency import LatencyModel, NodeLatency, OpKind
 from services.scheduler.core.commands import DriftAlarm
 from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.drift import DriftDetector
 from services.scheduler.core.events import NodeJoined, NodeProfiled, OpFinished
 from services.scheduler.core.scheduler import SchedulerCore
@@ -107,6 +108,19 @@ def test_the_band_is_a_setting_and_zero_switches_alarms_off() -> None:
     assert not alarms(core_with(node("a"), drift_band=0.0), 3.0, 500)
     with pytest.raises(ValueError, match="drift_band"):
         CoreConfig(drift_band=-0.1)
+
+
+def test_a_profile_that_knows_it_is_rough_has_a_wider_band() -> None:
+    def first(mape: float) -> int | None:
+        costs = NodeCosts(NodeLatency(({OpKind.PREFILL: LatencyModel("constant", (0.1,), mape=mape)},)), BAND)
+        for index in range(500):
+            costs.calibrate(0, OpKind.PREFILL, 1, 1, 0.13)
+            if costs.changes:
+                return index
+        return None
+
+    assert first(0.02) == first(0.1)
+    assert first(0.4) is None
 
 
 def test_the_ablation_without_a_profile_has_nothing_to_be_off() -> None:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 not found or refused, 2 wrong usage or a file that cannot 
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 import grpc
 
 from lemix.errors import ErrorCode, LemixError
-from lemix.internal.v1 import profile_pb2
+from lemix.internal.v1 import profile_pb2, work_pb2
 from lemix.internal.v1 import profiler_service_pb2 as profiler_pb2
 from lemix.internal.v1 import profiler_service_pb2_grpc as profiler_grpc
 from services.arguments import parser_class
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="measure a node now")
     run.add_argument("node", help="host:port of the node agent")
     run.add_argument("--budget-s", type=_seconds, default=0.0, help="longest time (default: as the profiler is set)")
+    run.add_argument("--samples", type=Path, help="JSON lines of examples, each a list of token ids: their losses")
     run.add_argument("--allow-busy", action="store_true", help="measure between the operations of a node with work")
     listed = commands.add_parser("list", help="the stored profiles, newest first")
     listed.add_argument("--fingerprint", default="", help="only those of this kind of node")
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         match options.command:
             case "run":
-                _run(options.address, options.node, options.budget_s, options.allow_busy)
+                _run(options)
             case "list":
                 _list(options.address, options.fingerprint)
             case "show":
@@ -95,10 +97,15 @@ def _fail(message: str, code: int) -> int:
 # ------------------------------------------------------------------------- commands
 
 
-def _run(address: str, node: str, budget_s: float, allow_busy: bool) -> None:
-    request = profiler_pb2.ProfileNodeRequest(node_address=node, budget_s=budget_s, allow_busy=allow_busy)
+def _run(options: argparse.Namespace) -> None:
+    request = profiler_pb2.ProfileNodeRequest(
+        node_address=options.node,
+        budget_s=options.budget_s,
+        allow_busy=options.allow_busy,
+        samples=[] if options.samples is None else _samples(options.samples),
+    )
     profile: profile_pb2.Profile | None = None
-    with _asking(address) as stub:
+    with _asking(options.address) as stub:
         for response in stub.ProfileNode(request, timeout=_RUN_TIMEOUT_S):
             if response.HasField("profile"):
                 profile = response.profile
@@ -167,6 +174,21 @@ def _profile(address: str, named: str) -> profile_pb2.Profile:
             raise FileError(f"{path}: {error}") from error
     with _asking(address) as stub:
         return stub.GetProfile(profiler_pb2.GetProfileRequest(profile_id=named), timeout=_TIMEOUT_S).profile
+
+
+def _samples(path: Path) -> list[work_pb2.TrainingExample]:
+    """Raises FileError naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: {error}") from error
+    samples = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            samples.append(work_pb2.TrainingExample(token_ids=json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise FileError(f"{path}: line {number}: not a list of token ids: {error}") from error
+    return samples
 
 
 @contextlib.contextmanager

@@ -63,6 +63,8 @@ def details(profile: profile_pb2.Profile) -> Iterator[str]:
     for link in profile.host_links:
         rates = f"{link.offload_bytes_per_s / 1e9:.2f} GB/s offload, {link.reload_bytes_per_s / 1e9:.2f} GB/s reload"
         yield f"host link of stage {link.stage}: {rates}"
+    if profile.HasField("loss"):
+        yield f"{profile.loss.count} samples: loss {profile.loss.mean:.3f}, length {profile.length.mean:.1f} on average"
     for memory in profile.memory:
         yield (
             f"memory of stage {memory.stage}: {memory.fixed_bytes / 2**20:.0f} MiB fixed, "

@@ -13,6 +13,7 @@ from lemix.internal.v1 import profiler_service_pb2_grpc as profiler_grpc
 from services.latency import LatencyModel
 from services.profile_artifact import content_hash
 from services.profiler.config import GridSettings, OpGrid, ProfilerSettings
+from services.profiler.profiles.__main__ import main
 from services.profiler.server import ProfilerServicer
 from services.profiler.store import ProfileStore
 from services.runtime.clock import FakeClock
@@ -49,7 +50,9 @@ async def start(tmp_path):
         await server.start()
         channel = grpc.aio.insecure_channel(server.address)
         running.append((server, channel))
-        return profiler_grpc.ProfilerServiceStub(channel)
+        stub = profiler_grpc.ProfilerServiceStub(channel)
+        stub.address = server.address
+        return stub
 
     yield start
     for server, channel in running:
@@ -354,3 +357,28 @@ async def test_a_profile_is_got_by_fingerprint_or_id_not_by_both(start):
     both = profiler_pb2.GetProfileRequest(fingerprint="f00d", profile_id="f00d-1")
     for request in (both, profiler_pb2.GetProfileRequest()):
         assert (await error_of(stub.GetProfile(request))).code is ErrorCode.INVALID_REQUEST
+
+
+async def test_the_command_line_measures_lists_shows_compares_reports_and_deletes(start, node, tmp_path, capsys):
+    stub = await start()
+    samples, page = tmp_path / "samples.jsonl", tmp_path / "page.html"
+    samples.write_text("[1, 2]\n[1, 2, 3, 4]\n")
+
+    async def run(*arguments):
+        code = await asyncio.to_thread(main, ["--address", stub.address, *arguments])
+        return code, capsys.readouterr()
+
+    code, told = await run("run", node.address, "--samples", str(samples))
+    assert (code, "f00d-1" in told.out, "2 samples: loss 1.500" in told.out) == (0, True, True)
+    assert "0 s left" in told.err
+    assert (await run("run", node.address))[0] == 0
+    code, told = await run("list")
+    assert (code, [line.split()[0] for line in told.out.splitlines()]) == (0, ["profile", "f00d-2", "f00d-1"])
+    assert "affine" in (await run("show", "f00d-1"))[1].out
+    code, told = await run("diff", "f00d-1", "f00d-2")
+    assert (code, told.out.count("1.000")) == (0, 3 * 12)
+    assert (await run("report", "f00d-1", "--output", str(page)))[0] == 0
+    assert "Sample examples" in page.read_text()
+    assert (await run("delete", "f00d-1"))[1].out.endswith("deleted f00d-1\n")
+    code, told = await run("show", "f00d-1")
+    assert (code, told.err) == (1, "profiles: no profile f00d-1\n")

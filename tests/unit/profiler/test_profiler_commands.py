@@ -130,6 +130,14 @@ def test_wrong_usage_is_one_line(capsys, arguments):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("line", ["{", "7", '["a"]', "[-1]"])
+def test_a_sample_that_is_no_list_of_tokens_is_named(tmp_path, capsys, line):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(f"[1, 2]\n{line}\n")
+    assert main(["run", "127.0.0.1:1", "--samples", str(path)]) == 2
+    assert "samples.jsonl: line 2: not a list of token ids" in capsys.readouterr().err
+
+
 def test_a_profiler_that_is_not_there_is_named(capsys):
     assert main(["--address", "127.0.0.1:1", "list"]) == 1
     assert "no answer from a profiler at 127.0.0.1:1" in capsys.readouterr().err

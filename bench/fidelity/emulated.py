@@ -10,7 +10,7 @@ from google.protobuf import json_format
 
 from bench.fidelity import compare, delays, log
 from bench.fidelity.config import FidelityConfig
-from bench.fidelity.live import Cluster, Run, started
+from bench.fidelity.live import MODEL_NAME, Cluster, Run, started
 from bench.fidelity.simulated import Truth, simulate
 from bench.fidelity.workloads import Lengths, Workload, arrivals, capacity_rps, letters, request
 from bench.live.requests import PlannedRequest
@@ -126,8 +126,10 @@ class EmulatedCluster:
 
 
 def scaled_profile(path: Path, scale: float) -> profile_pb2.Profile:
-    """A profile `scale` times as slow: what nodes of that `time_scale` do."""
+    """A profile `scale` times as slow, of this benchmark's model: what its nodes of that `time_scale` do."""
     profile = json_format.Parse(path.read_text(encoding="utf-8"), profile_pb2.Profile())
+    profile.model = MODEL_NAME
+    profile.content_hash = ""
     for fit in profile.fits:
         fit.coefficients[:] = [scale * value for value in fit.coefficients]
         if fit.HasField("table"):

@@ -1,12 +1,15 @@
 """A node core that follows a node: it takes what the node is given, and its operations end when traces say so.
 
 While nothing contradicts it, it is in the node's own state: running operations since when they began, batches, queues,
-accumulation groups. A trace of an operation that it does not run (a task reached the node later than thought, a weight
-synchronisation, an operation that failed) shows that it is not; then it starts again from what the scheduler knows.
+accumulation groups. A trace of an operation that it does not run shows that it is not. Most often a task reached the
+node later than thought: then it goes back to where it took the task in, and takes it in after that operation began.
+When that explains nothing (a weight synchronisation, an operation that failed), it starts again from what the scheduler
+knows.
 """
 
 import math
 from bisect import insort
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -34,6 +37,11 @@ from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.state import LiveInference, LiveTask, NodeState
 from services.scheduler.core.tasks import TrainingTask
 
+#: Inputs it can go back by, and tasks among them whose arrival it can put off.
+_MOST_TAKEN = 64
+_MOST_MARKS = 8
+#: Traces that come late are remembered for so many more.
+_LAG_TRACES = 256
 #: So many inputs are taken in although nobody asks: who asks is in a hurry. Not at once, for the ends of requests come
 #: after the traces of their last operations.
 _MOST_INPUTS = 8
@@ -60,6 +68,39 @@ class Running:
     begin_s: float
 
 
+@dataclass(slots=True)
+class _Mark:
+    """The state before a task was taken in that has not run; index: of that among the inputs taken in."""
+
+    index: int
+    task_id: str
+    core: NodeCore
+    running: list[Running | None]
+    now_s: float
+
+
+class _Lag:
+    """The longest of the last `_LAG_TRACES` to twice as many times that traces took, seconds."""
+
+    __slots__ = ("_before_s", "_count", "_newest_s")
+
+    def __init__(self) -> None:
+        self._before_s = self._newest_s = 0.0
+        self._count = 0
+
+    def observe(self, lag_s: float) -> None:
+        """A trace took so long."""
+        if self._count >= _LAG_TRACES:
+            self._before_s, self._newest_s, self._count = self._newest_s, 0.0, 0
+        self._newest_s = max(self._newest_s, lag_s)
+        self._count += 1
+
+    @property
+    def longest_s(self) -> float:
+        """0 before any."""
+        return max(self._before_s, self._newest_s)
+
+
 _at_s = attrgetter("at_s")
 
 
@@ -72,12 +113,14 @@ class NodeMirror:
         "_given_s",
         "_inputs",
         "_is_lost",
-        "_lag_s",
+        "_lag",
+        "_marks",
         "_node",
         "_now_s",
         "_num_tasks",
         "_order",
         "_running",
+        "_taken",
         "_top",
         "num_restarts",
     )
@@ -90,8 +133,11 @@ class NodeMirror:
         self._running: list[Running | None] = [None] * node.spec.num_stages
         self._inputs: list[_Input] = []
         self._now_s = now_s
-        #: Longest time from the end of an operation until its trace came.
-        self._lag_s = 0.0
+        #: Time from the end of an operation until its trace came.
+        self._lag = _Lag()
+        #: The newest inputs that were taken in, and where to go back to.
+        self._taken: list[_Input] = []
+        self._marks: list[_Mark] = []
         #: Shortest time from a decision until the node ran the task, and when tasks were given that have not run.
         self._delay_s = math.inf
         self._given_s: dict[str, float] = {}
@@ -130,7 +176,7 @@ class NodeMirror:
 
     def ran(self, now_s: float, trace: OpFinished) -> None:
         """An operation ended on a stage."""
-        self._lag_s = max(self._lag_s, now_s - trace.end_s)
+        self._lag.observe(now_s - trace.end_s)
         for task_id in trace.task_ids:
             given_s = self._given_s.pop(task_id, None)
             if given_s is not None:
@@ -174,8 +220,8 @@ class NodeMirror:
 
     @property
     def lag_s(self) -> float:
-        """Longest time that a trace took."""
-        return self._lag_s
+        """Longest time that one of the newest traces took."""
+        return self._lag.longest_s
 
     @property
     def delay_s(self) -> float:
@@ -189,18 +235,64 @@ class NodeMirror:
 
     def _take_in(self, now_s: float) -> None:
         inputs = self._inputs
-        known_s = now_s - self._lag_s
+        known_s = now_s - self.lag_s
         count = len(inputs)
         while count and inputs[count - 1].trace is None and inputs[count - 1].at_s > known_s:
             count -= 1
-        for item in inputs[:count]:
-            if not self._is_lost:
-                self._take(item)
-            elif item.trace is not None:
-                self._now_s = max(self._now_s, item.at_s)
+        due = deque(inputs[:count])
         del inputs[:count]
+        while due:
+            item = due.popleft()
+            if self._is_lost:
+                if item.trace is not None:
+                    self._now_s = max(self._now_s, item.at_s)
+                continue
+            self._remember(item)
+            self._take(item)
+            if self._is_lost:
+                due.extendleft(reversed(self._gone_back(item)))
         if self._is_lost:
             self._restart(now_s)
+
+    def _remember(self, item: _Input) -> None:
+        """So that it can be put off, or taken in again after another one was."""
+        if len(self._taken) >= _MOST_TAKEN:
+            self._forget_oldest()
+        if type(item.event) in (RequestArrived, MicrobatchArrived):
+            if len(self._marks) >= _MOST_MARKS:
+                del self._marks[0]
+            mark = _Mark(len(self._taken), _task_id(item), self._core.fork(), self._running.copy(), self._now_s)
+            self._marks.append(mark)
+        elif item.trace is not None and self._marks:
+            # What has run was there.
+            self._marks = [mark for mark in self._marks if mark.task_id not in item.trace.task_ids]
+        if self._marks:
+            self._taken.append(item)
+        else:
+            self._taken.clear()
+
+    def _forget_oldest(self) -> None:
+        """What is older than the second mark."""
+        del self._marks[:1]
+        start = self._marks[0].index if self._marks else len(self._taken)
+        del self._taken[:start]
+        for mark in self._marks:
+            mark.index -= start
+
+    def _gone_back(self, item: _Input) -> list[_Input]:
+        """What is to be taken in again, beginning with the state before a task that `item`, a trace, shows to have come
+        later; nothing when there is none such: it stays lost."""
+        trace = item.trace
+        while trace is not None and self._marks:
+            mark = self._marks.pop()
+            arrival, *since = self._taken[mark.index :]
+            del self._taken[mark.index :]
+            if arrival.at_s < trace.begin_s:
+                self._core, self._running, self._now_s = mark.core, mark.running, mark.now_s
+                self._is_lost = False
+                arrival.at_s = trace.begin_s
+                return sorted((*since, arrival), key=_at_s)
+        return []
 
     def _take(self, item: _Input) -> None:
         at_s = self._tick(item.at_s)
@@ -244,6 +336,8 @@ class NodeMirror:
         self._is_lost = False
         self.num_restarts += 1
         self._inputs.clear()
+        self._taken.clear()
+        self._marks.clear()
         # What runs now began when the last operation that is known of ended.
         self._now_s = at_s = min(self._now_s, now_s)
         decoding, arrived = [], []
@@ -265,6 +359,17 @@ class NodeMirror:
             return RequestArrived(node_request(live))
         self._num_tasks += 1
         return MicrobatchArrived(_node_microbatch(now_s, live.task, self._num_tasks, live.parts))
+
+
+def _task_id(item: _Input) -> str:
+    """Of an arrival."""
+    match item.event:
+        case RequestArrived(request):
+            return request.task_id
+        case MicrobatchArrived(microbatch):
+            return microbatch.task_id
+        case _:
+            return ""
 
 
 def _is_same(op: Op, trace: OpFinished) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.fidelity import report, summary, terminal
+from bench.fidelity.calibration import calibration_study
 from bench.fidelity.config import FidelityConfig
 from bench.fidelity.emulated import EmulatedCluster
 from bench.fidelity.real import SERVING, TRAINING, RealCluster, cached_model
@@ -30,6 +31,8 @@ from services.arguments import parser_class
 
 #: Lengths of the steps on the progress bar, seconds.
 _MODEL_S, _PROFILE_S, _START_S = 10.0, 40.0, 12.0
+_CALIBRATION_S = 20.0
+_CALIBRATION_SEEDS = 20
 _QUICK_S = 8.0
 _MAX_PROBLEMS_SHOWN = 10
 #: Tokens of an emulated request's prompt and output at most; layers of Llama-2-7B.
@@ -76,7 +79,7 @@ async def run(config: FidelityConfig, repeat: int, console: Console) -> dict[str
     per_repetition = (
         _PROFILE_S + 2 * (_START_S + config.real.seconds) + len(config.workloads) * (_START_S + config.emulated.seconds)
     )
-    screen = Terminal(console, _MODEL_S + repeat * per_repetition)
+    screen = Terminal(console, _MODEL_S + repeat * per_repetition + _CALIBRATION_S)
     config.out.mkdir(parents=True, exist_ok=True)
     repetitions: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -93,7 +96,9 @@ async def run(config: FidelityConfig, repeat: int, console: Console) -> dict[str
             found, wrong = await _repetition(seeded, model, empty, screen)
             repetitions.append(found)
             problems += wrong
-    result = summary.build(config, facts, repetitions, problems, time.monotonic() - began_s)
+        with screen.step("drawing devices that calibration learns", _CALIBRATION_S):
+            calibration = await asyncio.to_thread(calibration_study, _CALIBRATION_SEEDS)
+    result = summary.build(config, facts, repetitions, calibration, problems, time.monotonic() - began_s)
     (config.out / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (config.out / "report.html").write_text(report.render(result, repetitions[0]["points"]), encoding="utf-8")
     return result

@@ -51,6 +51,14 @@ def _worst(key: str) -> Figure:
     return figure
 
 
+def _studied(key: str) -> Figure:
+    def figure(study: Mapping[str, Any]) -> float | None:
+        value: float | None = study[key]
+        return value
+
+    return figure
+
+
 _POINTS = "{:+.1%}"
 CLAIMS = (
     Claim(
@@ -94,6 +102,30 @@ CLAIMS = (
     Claim("simulator_throughput", "the same, tokens per second", _worst("throughput_pct"), 3.0, "{:.1f} %"),
     Claim("simulator_ttft", "the same, TTFT p95", _worst("ttft_p95_pct"), 8.0, "{:.1f} %"),
 )
+
+
+#: Of the calibration study, whose devices are drawn: nothing of the machine is in them.
+_STUDIED = (
+    Claim(
+        "calibration",
+        "operations until coefficients wrong by 2 predict within 10 %, slowest case",
+        _studied("ops_to_10pct_max"),
+        200.0,
+        "{:.0f}",
+    ),
+    Claim(
+        "drift_alarm",
+        "operations until a device 30 % slower raises the alarm, slowest case",
+        _studied("alarm_after_ops_max"),
+        100.0,
+        "{:.0f}",
+    ),
+)
+
+
+def of_calibration(study: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What must hold of it."""
+    return [_judged(claim, [study], "") for claim in _STUDIED]
 
 
 def verdicts(repetitions: Sequence[Mapping[str, Any]], doubt: str = "") -> list[dict[str, Any]]:

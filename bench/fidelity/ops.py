@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from bench.live.errors import LiveError
 from services.latency import NodeLatency, OpKind
 from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.costs import NodeCosts
@@ -56,7 +57,10 @@ class Sample(NamedTuple):
 
 
 def samples(config: CoreConfig, steps: Sequence[Step]) -> list[Sample]:
-    """Every operation of a run that the profile has a model for; moves between memories are left out."""
+    """Every operation of a run that the profile has a model for; moves between memories are left out.
+
+    Raises LiveError when the core does not decide as it did: then its predictions are not those of the run.
+    """
     core = SchedulerCore(config)
     latencies: dict[str, NodeLatency] = {}
     training: dict[str, TrainingTask] = {}
@@ -75,7 +79,8 @@ def samples(config: CoreConfig, steps: Sequence[Step]) -> list[Sample]:
                     found.append(_sample(op, size, latencies[op.node_id], costs, beside.kinds(op)))
             case _:
                 pass
-        core.step(step.now_s, step.event)
+        if core.step(step.now_s, step.event) != step.commands:
+            raise LiveError(f"line {step.line} of the event log: a replay does not decide as it was decided")
     return [sample for sample in found if sample.profile_s > 0.0]
 
 
@@ -99,10 +104,12 @@ def _sample(op: OpFinished, size: Size, latency: NodeLatency, costs: NodeCosts, 
     model = latency.models[op.stage].get(op.op)
     alone_s = latency.op_s(op.stage, op.op, size.batch, size.length, size.cached)
     online_s = costs.stage_s(op.stage, op.op, size.batch, size.length, size.cached, size.job_id)
+    online_low, online_high = _interval(op, size, costs)
     if size.decodes:
         decode_s = latency.op_s(op.stage, OpKind.DECODE, size.decodes, size.decode_length)
         alone_s = latency.mixed_s(op.stage, alone_s, decode_s)
-        online_s += costs.stage_s(op.stage, OpKind.DECODE, size.decodes, size.decode_length)
+        online_decode_s = costs.stage_s(op.stage, OpKind.DECODE, size.decodes, size.decode_length)
+        online_s = costs.mixed_s(op.stage, online_s, online_decode_s)
     slowdown = max((latency.slowdown(op.stage, op.op, kind) for kind in beside), default=0.0)
     profile_s = alone_s * (1.0 + slowdown) / size.parts
     online_s /= size.parts
@@ -118,10 +125,19 @@ def _sample(op: OpFinished, size: Size, latency: NodeLatency, costs: NodeCosts, 
         profile_s * (1.0 + low),
         profile_s * (1.0 + high),
         online_s,
-        online_s * (1.0 + low),
-        online_s * (1.0 + high),
+        online_s * online_low,
+        online_s * online_high,
         tuple(kind.value for kind in beside),
     )
+
+
+def _interval(op: OpFinished, size: Size, costs: NodeCosts) -> tuple[float, float]:
+    """The calibrated 90 % interval in units of the prediction."""
+    predicted_s = costs.stage_s(op.stage, op.op, size.batch, size.length, size.cached)
+    if predicted_s <= 0.0:
+        return 1.0, 1.0
+    low_s, high_s = costs.interval_s(op.stage, op.op, size.batch, size.length, size.cached)
+    return low_s / predicted_s, high_s / predicted_s
 
 
 class _Beside:

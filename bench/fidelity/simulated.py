@@ -95,6 +95,7 @@ def _on_clock_of(live: Trace, simulated: Trace) -> Trace:
         request.last_token_s = _later(request.last_token_s, by_s)
     simulated.ops = [op._replace(begin_s=op.begin_s + by_s, end_s=op.end_s + by_s) for op in simulated.ops]
     simulated.told_s = [told_s + by_s for told_s in simulated.told_s]
+    simulated.assignments = [(at_s + by_s, node_id, task_id) for at_s, node_id, task_id in simulated.assignments]
     return simulated
 
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.fidelity.claims import verdicts
+from bench.fidelity.claims import of_calibration, verdicts
 from bench.fidelity.config import FidelityConfig
 from bench.fidelity.real import SERVING, TRAINING
 from bench.live.cpu import OTHERS
@@ -52,6 +52,7 @@ def build(
     config: FidelityConfig,
     facts: Mapping[str, Any],
     repetitions: Sequence[Mapping[str, Any]],
+    calibration: Mapping[str, Any],
     problems: Sequence[str],
     seconds_total: float,
 ) -> dict[str, Any]:
@@ -65,7 +66,8 @@ def build(
         "seed": config.seed,
         "repetitions": len(repetitions),
         **combined,
-        "claims": verdicts(repetitions, doubt),
+        "calibration": dict(calibration),
+        "claims": [*verdicts(repetitions, doubt), *of_calibration(calibration)],
         "warnings": [doubt] if doubt else [],
         "problems": list(problems),
         "config": config.to_json(),

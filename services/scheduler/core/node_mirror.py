@@ -285,13 +285,15 @@ class NodeMirror:
         trace = item.trace
         while trace is not None and self._marks:
             mark = self._marks.pop()
+            if self._taken[mark.index].at_s >= trace.begin_s:
+                continue
             arrival, *since = self._taken[mark.index :]
             del self._taken[mark.index :]
-            if arrival.at_s < trace.begin_s:
-                self._core, self._running, self._now_s = mark.core, mark.running, mark.now_s
-                self._is_lost = False
-                arrival.at_s = trace.begin_s
-                return sorted((*since, arrival), key=_at_s)
+            self._core, self._running, self._now_s = mark.core, mark.running, mark.now_s
+            self._is_lost = False
+            arrival.at_s = trace.begin_s
+            # What ended then made room for the operation that began.
+            return sorted((arrival, *since), key=lambda taken: (taken.at_s, taken.trace is None))
         return []
 
     def _take(self, item: _Input) -> None:

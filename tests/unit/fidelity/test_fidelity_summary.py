@@ -18,6 +18,8 @@ from services.latency import NodeLatency
 from services.profile_messages import latency_from_profile
 from tests.unit.fidelity import runs
 
+STUDY = {"ops_to_10pct_max": 27, "alarm_after_ops_max": None}
+
 
 def _repetition(slower=1.0, others=0.0):
     config, steps = runs.steps_of(slower=slower, trains=True)
@@ -55,7 +57,7 @@ def _repetition(slower=1.0, others=0.0):
 
 def _summary(*repetitions):
     facts = {"git_commit": "abc", "started_at": "now", "machine": {"cpu": "a", "cores": 2, "gpu": []}}
-    return summary.build(FidelityConfig(), facts, repetitions, [], 12.0)
+    return summary.build(FidelityConfig(), facts, repetitions, STUDY, [], 12.0)
 
 
 def test_verdicts_follow_the_figures():
@@ -64,6 +66,7 @@ def test_verdicts_follow_the_figures():
     assert verdicts["op_error"] == "held"
     assert verdicts["simulator_attainment"] == "missed"
     assert verdicts["simulator_throughput"] == "held"
+    assert (verdicts["calibration"], verdicts["drift_alarm"]) == ("held", "unresolved")
     json.dumps(result)
 
 
@@ -85,7 +88,7 @@ def test_a_figure_that_was_not_measured_decides_nothing():
 
 def test_a_machine_that_others_use_decides_nothing():
     result = _summary(_repetition(others=0.5))
-    assert {claim["verdict"] for claim in result["claims"]} == {"unresolved"}
+    assert {claim["verdict"] for claim in result["claims"] if claim["name"] != "calibration"} == {"unresolved"}
     assert "other programs used up to 50 %" in result["warnings"][0]
 
 

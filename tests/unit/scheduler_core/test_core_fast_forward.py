@@ -241,6 +241,49 @@ def test_requests_too_late_to_be_served_first_still_count_as_load() -> None:
     assert (response.ttft_s, response.demoted_s) == (pytest.approx(0.25), pytest.approx(0.2))
 
 
+# ----------------------------------------------------------------------------- late news
+
+
+def test_a_request_that_reached_the_node_later_than_thought_is_put_off() -> None:
+    core = core_ahead()
+    mirror = core._cluster.nodes["a"].mirror
+    assert mirror is not None
+    core.step(0.0, TaskArrived(microbatch("m")))  # forward 0 - 0.2, backward 0.2 - 0.6
+    core.step(0.19, TaskArrived(request("r")))  # on time it would run before the backward
+    core.step(0.2, OpFinished("a", 0, OpKind.TRAIN_FORWARD, 0.0, 0.2, ("m",)))
+    core.step(0.6, OpFinished("a", 0, OpKind.TRAIN_BACKWARD, 0.2, 0.6, ("m",)))
+    assert both(core, 0.65)[0] == pytest.approx(0.05 + 0.1)
+    core.step(0.7, OpFinished("a", 0, OpKind.PREFILL, 0.6, 0.7, ("r",), 100, first_token=True))
+    assert both(core, 0.7)[0] == pytest.approx(0.05 + 0.1), "the optimizer step runs"
+    assert mirror.num_restarts == 0
+
+
+def test_several_requests_are_put_off_one_after_the_other() -> None:
+    core = core_ahead(max_batch=1)
+    mirror = core._cluster.nodes["a"].mirror
+    assert mirror is not None
+    core.step(0.0, TaskArrived(microbatch("m")))
+    for index in range(3):
+        core.step(0.15 + 0.01 * index, TaskArrived(request(f"r{index}", ttft_s=10.0)))
+    core.step(0.2, OpFinished("a", 0, OpKind.TRAIN_FORWARD, 0.0, 0.2, ("m",)))
+    core.step(0.6, OpFinished("a", 0, OpKind.TRAIN_BACKWARD, 0.2, 0.6, ("m",)))
+    assert both(core, 0.65, ttft_s=10.0)[0] == pytest.approx(0.05 + 2 * 0.1 + 0.1)
+    assert mirror.num_restarts == 0
+
+
+def test_a_trace_that_took_long_once_is_forgotten() -> None:
+    core = core_ahead()
+    mirror = core._cluster.nodes["a"].mirror
+    assert mirror is not None
+    mirror.ran(1.0, OpFinished("a", 0, OpKind.OFFLOAD, 0.0, 0.4))
+    for index in range(300):
+        mirror.ran(2.0 + index, OpFinished("a", 0, OpKind.OFFLOAD, 1.0 + index, 1.98 + index))
+    assert mirror.lag_s == pytest.approx(0.6)
+    for index in range(300):
+        mirror.ran(400.0 + index, OpFinished("a", 0, OpKind.OFFLOAD, 399.0 + index, 399.98 + index))
+    assert mirror.lag_s == pytest.approx(0.02)
+
+
 # ----------------------------------------------------------------------------- starting again
 
 

@@ -1,14 +1,18 @@
 """`make colocation`: how much training fits into what serving leaves, and what it costs the requests.
 
-Exit codes: 0 measured (whatever the claims), 2 bad arguments, 130 interrupted.
+Exit codes: 0 measured (whatever the claims), 1 a live cluster failed, or requests on it, 2 bad arguments,
+130 interrupted.
 """
 
 import argparse
+import asyncio
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,15 @@ from rich.console import Console
 
 from bench.colocation import report
 from bench.colocation.claims import claims
-from bench.colocation.config import ColocationConfig, ColocationError
+from bench.colocation.config import ColocationConfig, ColocationError, LiveConfig
+from bench.colocation.live_study import live_study
 from bench.colocation.measure import Measured
 from bench.colocation.scenario import Run, promise, simulate
 from bench.colocation.study import Study
+from bench.live.errors import LiveError
 from bench.report.summary import run_facts
 from bench.report.verdict import STYLES
+from deploy.local.cluster import ClusterError
 from services.arguments import parser_class
 from services.simulator.pool import workers
 from services.simulator.profile_file import ProfileError
@@ -29,6 +36,8 @@ from services.simulator.trace_file import TraceError, read_trace
 
 #: `--quick`: enough to see that everything works, too few for figures.
 _QUICK: Mapping[str, Any] = {"seeds": (0,), "seconds": 15.0, "shares": (0.5, 1.0), "tolerance": 0.3}
+_QUICK_LIVE: Mapping[str, Any] = {"seconds": 5.0, "large_seconds": 3.0}
+_MAX_PROBLEMS_SHOWN = 10
 _FULL: Mapping[str, Any] = {"seeds": tuple(range(5)), "seconds": 400.0, "tolerance": 0.02}
 
 
@@ -44,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, help="length of the traffic of a simulation")
     parser.add_argument("--seeds", type=int, help="how many seeds (default 3)")
+    parser.add_argument("--time-scale", type=float, default=LiveConfig().time_scale, help="of live runs (default 4)")
+    parser.add_argument("--no-live", action="store_true", help="the simulator alone")
     parser.add_argument("--trace", type=Path, help="CSV with arrival_s,prompt_tokens,output_tokens to follow")
     parser.add_argument("--full", action="store_true", help="more and longer simulations")
     parser.add_argument("--quick", action="store_true", help="a few short simulations: a check, no figures")
@@ -63,6 +74,7 @@ def parse(arguments: Sequence[str]) -> ColocationConfig:
     if options.seeds is not None:
         changes["seeds"] = tuple(range(options.seeds))
     config = ColocationConfig(
+        live=_live(options, changes.get("policies", ColocationConfig().policies)),
         nodes=options.nodes,
         profile=options.profile,
         fast_profile=options.fast_profile,
@@ -71,15 +83,23 @@ def parse(arguments: Sequence[str]) -> ColocationConfig:
         out=options.out,
         **changes,
     )
-    promise(config.profile)
-    promise(config.fast_profile)
+    for path in (config.profile, config.fast_profile, config.live.large_profile):
+        promise(path)
     if config.trace is not None:
         read_trace(config.trace)
     return config
 
 
-def run(config: ColocationConfig, console: Console) -> dict[str, Any]:
-    """Everything; writes the summary and the page and returns the former."""
+def _live(options: argparse.Namespace, policies: tuple[str, ...]) -> LiveConfig:
+    """All policies with --full."""
+    live = LiveConfig(time_scale=options.time_scale, **(_QUICK_LIVE if options.quick else {}))
+    if options.no_live:
+        return replace(live, policies=())
+    return replace(live, policies=policies) if options.full else live
+
+
+async def run(config: ColocationConfig, console: Console) -> dict[str, Any]:
+    """Everything; writes the summary and the page and returns the former. Raises LiveError, ClusterError."""
     began_s, known = time.monotonic(), run_facts()
     with workers(config.num_processes) as pool:
 
@@ -90,6 +110,9 @@ def run(config: ColocationConfig, console: Console) -> dict[str, Any]:
             console.print(line, highlight=False, markup=False)
 
         found = Study(config, simulate_all, say).run()
+        live = None
+        if config.live.policies:
+            live = await live_study(config, found["capacity_rps"], simulate_all, say, lambda at_s: None)
     slo = promise(config.profile)
     summary = {
         **known,
@@ -97,16 +120,28 @@ def run(config: ColocationConfig, console: Console) -> dict[str, Any]:
         "slo": asdict(slo),
         "seconds_total": round(time.monotonic() - began_s, 1),
         **found,
-        "claims": claims(found),
+        "time_scale": live and live["time_scale"],
+        "clock_slip_p99_frac": live and live["clock_slip_p99_frac"],
+        "live": live,
+        "claims": claims({**found, "live": live}),
     }
     (config.out / "summary.json").write_text(json.dumps(summary, indent=1, default=str) + "\n", encoding="utf-8")
     (config.out / "report.html").write_text(report.render(summary), encoding="utf-8")
     return summary
 
 
+async def _interruptible(config: ColocationConfig, console: Console) -> dict[str, Any]:
+    """Like `run`; SIGTERM stops it as Ctrl-C does, clusters included."""
+    task = asyncio.ensure_future(run(config, console))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run everything; returns the exit code."""
     console = Console()
+    # Every run needs an empty ledger, so each cluster starts a Redis of its own.
+    os.environ.pop("LEMIX_REDIS_URL", None)
     try:
         config = parse(arguments)
         config.out.mkdir(parents=True, exist_ok=True)
@@ -115,16 +150,22 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _fail(f"--out: {config.out}: {error.strerror}")
     try:
-        summary = run(config, console)
-    except KeyboardInterrupt:
-        print("colocation: interrupted", file=sys.stderr)
+        summary = asyncio.run(_interruptible(config, console))
+    except (LiveError, ClusterError) as error:
+        print(f"colocation: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("colocation: interrupted; everything is stopped", file=sys.stderr)
         return 130
     for item in report.terminal_tables(summary):
         console.print(item)
     for verdict, words in report.claim_lines(summary):
         console.print(f"[{STYLES[verdict]}]{verdict:>10}[/{STYLES[verdict]}]  {words}", highlight=False, soft_wrap=True)
     print(f"Took {summary['seconds_total']:.0f} s. Open {config.out}/report.html; figures in {config.out}/summary.json")
-    return 0
+    problems = summary["live"]["problems"] if summary["live"] else []
+    for problem in problems[:_MAX_PROBLEMS_SHOWN]:
+        print(f"  {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def _fail(message: str) -> int:

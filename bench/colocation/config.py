@@ -10,6 +10,7 @@ from services.scheduler.core.policies import POLICIES
 SUBJECT = "lemix"
 BASELINES = ("separate", "round_robin", "paper_additive")
 PROFILE = Path("deploy/profiles/a100-llama-2-7b.json")
+LARGE_PROFILE = Path("deploy/profiles/a100-llama-2-7b-4-stages.json")
 FAST_PROFILE = Path("deploy/profiles/h100-llama-2-7b.json")
 #: Attainment with training off up to which a rate counts as served.
 CAPACITY_ATTAINMENT = 0.99
@@ -64,6 +65,28 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LiveConfig:
+    """Runs on emulated clusters with all services, `time_scale` times as slow. seconds: of traffic, at scale 1.
+
+    policies: those that run; none: nothing is run live. large_nodes, large_profile, large_seconds, large_time_scale: a
+    larger cluster under the first of them, at the same rate per node.
+    """
+
+    policies: tuple[str, ...] = (SUBJECT,)
+    time_scale: float = 4.0
+    seconds: float = 40.0
+    large_nodes: int = 8
+    large_profile: Path = LARGE_PROFILE
+    large_seconds: float = 12.0
+    large_time_scale: float = 8.0
+
+    def __post_init__(self) -> None:
+        for name in ("time_scale", "large_time_scale"):
+            if not 0.0 < getattr(self, name) <= 1000.0:
+                raise ColocationError(f"--{name.replace('_', '-')} must be above 0 and at most 1000")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ColocationConfig:
     """shares: rates, as shares of capacity. seconds: length of the traffic of one simulation.
 
@@ -81,6 +104,7 @@ class ColocationConfig:
     trace: Path | None = None
     limits: Limits = Limits()
     training: Training = Training()
+    live: LiveConfig = LiveConfig()
     #: A capacity is found to within this share of it.
     tolerance: float = 0.03
     processes: int = 0
@@ -110,5 +134,9 @@ class ColocationConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain form for the summary."""
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        plain = {**_plain(asdict(self)), "live": _plain(asdict(self.live))}
         return {**plain, "promise_units": PROMISE_UNITS, "capacity_attainment": CAPACITY_ATTAINMENT}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

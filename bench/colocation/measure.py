@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from bench.colocation.config import Training
 from services.latency import NodeLatency, OpKind
 from services.scheduler.core.tasks import SloTarget
 from services.simulator.cluster import APPLY, SNAPSHOT
 from services.simulator.figures import evaluate
 from services.simulator.metrics import quantile
-from services.simulator.types import Microbatch, OpRecord, SimulationResult
+from services.simulator.types import OpRecord, SimulationResult
 
 _SERVING = (OpKind.PREFILL, OpKind.DECODE)
 
@@ -50,7 +51,7 @@ def measure(
     latencies: Mapping[str, NodeLatency],
     slo: SloTarget,
     seconds: float,
-    accumulation: int,
+    training: Training,
 ) -> Measured:
     """The figures of a run that kept its operations."""
     figures = evaluate(result, slo=slo, hold_s=0.0)
@@ -64,10 +65,8 @@ def measure(
     tokens, work_s = 0, 0.0
     for record in result.microbatches():
         if record.ok and record.ended_s is not None and record.ended_s <= seconds:
-            work = record.work
-            assert isinstance(work, Microbatch)
-            tokens += work.batch * work.length
-            work_s += solo_work_s(latencies[record.node_id], work.batch, work.length, accumulation)
+            tokens += training.tokens
+            work_s += solo_work_s(latencies[record.node_id], training)
     ages = sorted(staleness(result)) if tokens else []
     return Measured(
         seconds=seconds,
@@ -88,12 +87,13 @@ def measure(
     )
 
 
-def solo_work_s(latency: NodeLatency, batch: int, length: int, accumulation: int) -> float:
+def solo_work_s(latency: NodeLatency, training: Training) -> float:
     """Stage seconds of a micro-batch that has its node alone, uncut, with its part of the optimizer step."""
+    batch, length = training.batch, training.length
     passes_s = latency.node_s(OpKind.TRAIN_FORWARD, batch, length) + latency.node_s(
         OpKind.TRAIN_BACKWARD, batch, length
     )
-    return passes_s + latency.node_s(OpKind.OPTIMIZER_STEP, 1, 1) / accumulation
+    return passes_s + latency.node_s(OpKind.OPTIMIZER_STEP, 1, 1) / training.accumulation
 
 
 def staleness(result: SimulationResult) -> list[float]:

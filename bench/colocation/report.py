@@ -79,6 +79,7 @@ def render(summary: Mapping[str, Any]) -> str:
             f"<h2>Capacity without training</h2>{table(('policy', 'requests/s'), capacities)}",
             "<h2>Two speeds</h2><p>Half of the nodes are fast. Attainment with the coefficients of every node, and "
             f"with one mean set for all.</p>{table(*_two_speeds(summary))}",
+            *_live(summary.get("live")),
             f"<h2>Definitions</h2>{facts(DEFINITIONS)}",
             facts(
                 {
@@ -90,6 +91,29 @@ def render(summary: Mapping[str, Any]) -> str:
             configuration(summary["config"]),
         ],
     )
+
+
+def _live(live: Mapping[str, Any] | None) -> list[str]:
+    """The runs on live clusters, beside the simulator's."""
+    if live is None:
+        return []
+    rows = [
+        (text(policy), source, *map(text, _cells(found[source])))
+        for policy, found in live["policies"].items()
+        for source in ("live", "simulated")
+    ]
+    large = live["large"]
+    return [
+        "<h2>On a live emulated cluster</h2><p>All services are real, the stages take the time that the profile says, "
+        f"{live['time_scale']:g} times as slow; {live['rate']:.2f} requests/s for {live['seconds']:g} s. Clock slip "
+        f"p99 {percent(live['clock_slip_p99_frac'])} of an operation.</p>",
+        table(("policy", "", *_COLUMNS), rows),
+        f"<p>{large['nodes']} nodes of {large['stages']} stages, {large['rate']:.1f} requests/s, "
+        f"{large['time_scale']:g} times as slow (simulated): "
+        f"attainment {percent(large['slo_attainment'])} ({percent(large['simulated']['slo_attainment'])}), "
+        f"trained tokens/s {large['trained_tokens_per_s']:,.0f} ({large['simulated']['trained_tokens_per_s']:,.0f}), "
+        f"clock slip p99 {percent(large['clock_slip_p99_frac'])}.</p>",
+    ]
 
 
 def claim_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -20,12 +20,14 @@ from services.simulator.traffic import WORKLOADS, CutTraffic, DrawnTraffic, Reco
 from services.simulator.types import Microbatch, Request, SimulationConfig, VirtualNode
 
 WORKLOAD = "azure-conv"
+#: Of the model. A prompt that leaves no room for its output loses its beginning, as a chat service cuts it.
+CONTEXT_TOKENS = 4096
 #: Mean lengths of the traffic that the promise is derived from (statistics of the published trace), tokens.
 MEAN_PROMPT_TOKENS, MEAN_OUTPUT_TOKENS = 1155, 211
 #: From a decision until the node has the task, and from an event until the scheduler knows: a call on a local network.
 _CALL_S = 0.001
 #: Output assumed until enough requests have ended.
-_INITIAL_OUTPUT_TOKENS = 211
+INITIAL_OUTPUT_TOKENS = 211
 
 profile = cache(read_profile)
 _trace = cache(read_rows)
@@ -33,7 +35,11 @@ _trace = cache(read_rows)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one simulation depends on. profiles: a file per node. rate: requests per second; 0: nothing is served."""
+    """What one run depends on. profiles: a file per node. rate: requests per second; 0: nothing is served.
+
+    is_told: the cluster is told the output of every request as its limit. An emulated cluster has to be: it has no
+    end of a sequence. cut_overhead: share that cutting a training operation into pieces adds to it.
+    """
 
     profiles: tuple[Path, ...]
     policy: str
@@ -45,6 +51,8 @@ class Run:
     limits: Limits
     training: Training
     trace: Path | None = None
+    is_told: bool = False
+    cut_overhead: float = 0.05
     options: tuple[tuple[str, float | bool], ...] = ()
 
 
@@ -81,7 +89,7 @@ def simulate(run: Run) -> Measured:
         policy=run.policy,
         policy_options=dict(run.options),
         default_slo=slo,
-        initial_output_tokens=_INITIAL_OUTPUT_TOKENS,
+        initial_output_tokens=INITIAL_OUTPUT_TOKENS,
         max_inflight_training=run.limits.max_inflight_training,
         sync_every_steps=run.training.sync_every_steps,
     )
@@ -89,23 +97,32 @@ def simulate(run: Run) -> Measured:
     config = SimulationConfig(
         core=core,
         seed=run.seed,
-        noise=max(profile(path).noise for path in run.profiles),
+        # Of every operation what its profile says.
+        noise=None,
         dispatch_s=_CALL_S,
         report_s=_CALL_S,
         transfer_s=run.training.transfer_s,
         # A backlog never ends: without requests the run does.
         horizon_s=run.seconds if not run.rate else 10.0 * run.seconds,
+        cut_overhead=run.cut_overhead,
         keep_ops=True,
     )
     training = _backlog(run.training) if run.trains else None
     result = Simulation(config, nodes, requests(run, slo), training).run()
-    return measure(result, {node.node_id: node.latency for node in nodes}, slo, run.seconds, run.training.accumulation)
+    return measure(result, {node.node_id: node.latency for node in nodes}, slo, run.seconds, run.training)
 
 
 def requests(run: Run, slo: SloTarget) -> list[Request]:
     """The traffic of a run; the same for every policy."""
     return [
-        Request(f"r{index}", row.arrival_s, row.prompt_tokens, row.output_tokens, run.max_tokens, slo)
+        Request(
+            f"r{index}",
+            row.arrival_s,
+            row.prompt_tokens,
+            row.output_tokens,
+            row.output_tokens if run.is_told else min(run.max_tokens, CONTEXT_TOKENS - row.prompt_tokens),
+            slo,
+        )
         for index, row in enumerate(rows(run))
     ]
 
@@ -114,6 +131,12 @@ def rows(run: Run) -> list[TraceRow]:
     """Arrivals and lengths."""
     if not run.rate:
         return []
+    return [
+        row._replace(prompt_tokens=min(row.prompt_tokens, CONTEXT_TOKENS - row.output_tokens)) for row in _drawn(run)
+    ]
+
+
+def _drawn(run: Run) -> list[TraceRow]:
     workload = WORKLOADS[WORKLOAD]
     if run.trace is None:
         drawn = DrawnTraffic(workload.shape, run.rate, run.seconds, workload.cv)
@@ -155,6 +178,11 @@ def _node(node_id: str, limits: Limits, found: Profile) -> VirtualNode:
 def _backlog(training: Training) -> Iterator[Microbatch]:
     for index in count():
         yield Microbatch(f"m{index}", 0.0, "training", training.batch, training.length, training.accumulation)
+
+
+def as_emulated(run: Run) -> Run:
+    """What an emulated cluster does: it is told all lengths, and cutting costs its stages nothing."""
+    return replace(run, is_told=True, cut_overhead=0.0)
 
 
 def with_options(run: Run, **options: float | bool) -> Run:

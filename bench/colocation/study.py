@@ -111,4 +111,5 @@ class Study:
                     f"{row['per_node']:.4f} by node, {row['averaged']:.4f} averaged"
                 )
                 found["rates"].append(row)
-        return found
+        fullest = max(found["rates"], key=lambda row: (row["share"], row["trains"]))
+        return {**found, "per_node": fullest["per_node"], "averaged": fullest["averaged"]}

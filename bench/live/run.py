@@ -24,10 +24,12 @@ OnProgress = Callable[[float, Counts], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backlog:
-    """An online job whose examples never run out: these texts over and over, `batch_size` to a micro-batch."""
+    """An online job whose examples never run out: these texts over and over, `batch_size` to a micro-batch and
+    `accumulation` of those to an optimizer step."""
 
     texts: Sequence[str]
     batch_size: int = 1
+    accumulation: int = 1
     num_epochs: int = 100
     learning_rate: float = 3e-4
 
@@ -71,6 +73,7 @@ async def send(
                 batch_size=backlog.batch_size,
                 num_epochs=backlog.num_epochs,
                 learning_rate=backlog.learning_rate,
+                accumulation=backlog.accumulation,
             )
             stack.push_async_callback(jobs.close)
             file_id = await jobs.upload("backlog.jsonl", backlog.texts)

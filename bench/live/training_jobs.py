@@ -20,12 +20,21 @@ class TrainingJobs:
     """Jobs over stored files, or pieces of text as feedback, and what they have trained so far."""
 
     def __init__(
-        self, http: httpx.AsyncClient, model: str, *, batch_size: int, num_epochs: int, learning_rate: float
+        self,
+        http: httpx.AsyncClient,
+        model: str,
+        *,
+        batch_size: int,
+        num_epochs: int,
+        learning_rate: float,
+        accumulation: int = 1,
     ) -> None:
         self._http = http
         self._model = model
         self._hyperparameters = {"n_epochs": num_epochs, "batch_size": batch_size}
-        self._learning_rate = learning_rate
+        self._lemix: dict[str, float | int] = {"learning_rate": learning_rate}
+        if accumulation > 1:
+            self._lemix["gradient_accumulation_steps"] = accumulation
         self._jobs: list[str] = []
 
     async def close(self) -> None:
@@ -46,7 +55,7 @@ class TrainingJobs:
             "model": self._model,
             "training_file": file_id,
             "hyperparameters": self._hyperparameters,
-            "lemix": {"learning_rate": self._learning_rate},
+            "lemix": self._lemix,
         }
         job_id = str(_checked(await self._http.post("/v1/fine_tuning/jobs", json=body))["id"])
         self._jobs.append(job_id)

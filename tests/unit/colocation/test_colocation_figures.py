@@ -75,13 +75,7 @@ def _row(policy, on, off, safe):
 def test_claims_compare_with_the_best_policy_and_the_best_baseline():
     found = {
         "rates": [_row("lemix", 0.985, 0.99, 0.85), _row("separate", 0.97, 0.999, 0.5)],
-        "heterogeneous": {
-            "rates": [
-                {"share": 0.5, "trains": True, "per_node": 1.0, "averaged": 1.0},
-                {"share": 1.0, "trains": True, "per_node": 0.98, "averaged": 0.90},
-                {"share": 1.0, "trains": False, "per_node": 0.98, "averaged": 0.98},
-            ]
-        },
+        "heterogeneous": {"per_node": 0.98, "averaged": 0.90},
     }
     verdicts = {claim["name"]: (claim["value"], claim["verdict"]) for claim in claims(found)}
     assert verdicts["safe_harvest"] == (0.85, "held")
@@ -104,3 +98,14 @@ def test_claims_compare_with_the_best_policy_and_the_best_baseline():
 def test_options_that_make_no_sense_are_named(changes, reason):
     with pytest.raises(ColocationError, match=reason):
         ColocationConfig(**changes)
+
+
+def test_a_live_run_is_judged_by_itself_and_by_its_clock():
+    mine = {"slo_attainment": 0.97, "slo_attainment_off": 0.99, "safe_harvest": 0.82}
+    live = {"policies": {"lemix": {"live": mine}}, "clock_slip_p99_frac": 0.015, "time_scale": 4.0}
+    found = {"rates": [], "heterogeneous": {"per_node": 1.0, "averaged": 1.0}, "live": live}
+    verdicts = {claim["name"]: claim["verdict"] for claim in claims(found)}
+    assert verdicts["live_safe_harvest"] == "held"
+    assert verdicts["live_attainment_lost"] == "missed"
+    assert verdicts["clock_slip"] == "held"
+    assert verdicts["safe_harvest"] == "unresolved"

@@ -96,6 +96,7 @@ def test_a_study_leaves_every_figure_and_a_page_that_stands_alone():
     slo = promise(CONFIG.profile)
     summary = {
         **found,
+        "live": None,
         "claims": claims(found),
         "config": CONFIG.to_json(),
         "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},

@@ -90,7 +90,8 @@ class LiveConfig:
 class ColocationConfig:
     """shares: rates, as shares of capacity. seconds: length of the traffic of one simulation.
 
-    trace: requests to follow instead of the published statistics, faster or slower as a rate asks for.
+    trace: requests to follow instead of the published statistics, faster or slower as a rate asks for; with every seed
+    another stretch of it, from its beginning again after its end.
     """
 
     profile: Path = PROFILE

@@ -1,6 +1,6 @@
 """One simulation: a cluster of nodes with profiles, traffic at a rate, and a backlog of training without end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
@@ -142,16 +142,19 @@ def _drawn(run: Run) -> list[TraceRow]:
         drawn = DrawnTraffic(workload.shape, run.rate, run.seconds, workload.cv)
         return CutTraffic(drawn, run.max_tokens).draw(run.seed)
     recorded = _trace(run.trace)
-    begin_s, end_s = recorded[0].arrival_s, recorded[-1].arrival_s
-    faster = RecordedTraffic(recorded, run.rate * (end_s - begin_s) / len(recorded))
-    # Another stretch of it with every seed.
-    span_s = run.seconds * (run.seed + 1)
-    found = CutTraffic(faster, run.max_tokens).draw(run.seed)
-    return [
-        row._replace(arrival_s=row.arrival_s - span_s + run.seconds)
-        for row in found
-        if span_s - run.seconds <= row.arrival_s < span_s
-    ]
+    speed = run.rate * (recorded[-1].arrival_s - recorded[0].arrival_s) / len(recorded)
+    found = CutTraffic(RecordedTraffic(recorded, speed), run.max_tokens).draw(run.seed)
+    return _stretch(found, run.seed * run.seconds, run.seconds, len(recorded) / run.rate)
+
+
+def _stretch(recorded: Sequence[TraceRow], begin_s: float, seconds: float, period_s: float) -> list[TraceRow]:
+    """Requests of some seconds of a trace that begins anew after every `period_s`."""
+    first_s = recorded[0].arrival_s
+    found = []
+    for turn in range(int(begin_s / period_s), int((begin_s + seconds) / period_s) + 1):
+        at_s = turn * period_s - first_s - begin_s
+        found += [row._replace(arrival_s=row.arrival_s + at_s) for row in recorded]
+    return [row for row in found if 0.0 <= row.arrival_s < seconds]
 
 
 def _node(node_id: str, limits: Limits, found: Profile) -> VirtualNode:

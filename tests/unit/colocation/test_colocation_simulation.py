@@ -1,5 +1,6 @@
 """Short simulations of the benchmark's cluster."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,11 @@ def test_a_trace_is_followed_at_the_rate_asked_for(tmp_path: Path):
     assert 20 <= len(found) <= 26
     assert all(0.0 <= row.arrival_s < run.seconds for row in found)
     assert {row.output_tokens for row in found} == {run.max_tokens}
+    # Four times round and 9 of its 25 seconds on.
+    later = rows(replace(run, seed=19, seconds=5.75))
+    assert 20 <= len(later) <= 26
+    assert later[0].prompt_tokens > 130
+    assert all(earlier.arrival_s <= row.arrival_s for earlier, row in itertools.pairwise(later))
 
 
 def _op(node_id, kind, end_s, subject=""):

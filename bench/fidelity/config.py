@@ -40,7 +40,7 @@ class EmulatedConfig:
     stages: int = 2
     time_scale: float = 4.0
     max_batch: int = 8
-    seconds: float = 30.0
+    seconds: float = 45.0
     warmup_requests: int = 8
 
 

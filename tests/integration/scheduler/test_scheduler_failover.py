@@ -107,6 +107,8 @@ async def test_a_node_that_has_trained_itself_is_left_alone(cluster: Cluster) ->
     other = await cluster.node(scheduler, "n1", keeps_checkpoints=True, incarnation=1)
     gateway = await cluster.gateway(scheduler)
     created = await create(gateway, await store(gateway, 5))
+    await other.finish(await other.take())
+    await shows(gateway, created.job_id, 1, 0)
     other.serve()
     pairs = await train(lost, 2)
     await saves(lost, pairs)

@@ -42,6 +42,10 @@ def text_of(chunks):
     return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"])
 
 
+def usage_of(answer):
+    return tuple(answer["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
+
+
 def test_a_chat_is_answered(user):
     answer = user.chat("Hello", temperature=0)
     assert answer["object"] == "chat.completion"
@@ -69,6 +73,34 @@ def test_the_sdk_generates_over_grpc(user):
         json={"model": user.model, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0},
     )
     assert result.text == whole.json()["choices"][0]["text"]
+
+
+def test_choices_are_what_requests_alone_would_give(user):
+    """Choice i is the request with its seed + i, computed from one prompt: whole, streamed, and through the SDK."""
+    values = {**SAMPLED, "max_tokens": 24}
+    alone = [user.chat("three of them", **{**values, "seed": 7 + index}) for index in range(3)]
+    expected = [answer["choices"][0]["message"]["content"] for answer in alone]
+    assert len(set(expected)) == 3
+
+    whole = user.chat("three of them", n=3, **values)
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert [choice["message"]["content"] for choice in whole["choices"]] == expected
+    prompt_tokens = alone[0]["usage"]["prompt_tokens"]
+    assert usage_of(whole) == (prompt_tokens, 3 * 24, prompt_tokens + 3 * 24)
+
+    with user.chat_stream("three of them", n=3, stream_options={"include_usage": True}, **values) as stream:
+        *chunks, last = list(stream)
+    own = [[chunk for chunk in chunks if chunk["choices"][0]["index"] == index] for index in range(3)]
+    assert [text_of(each) for each in own] == expected
+    assert [each[-1]["choices"][0]["finish_reason"] for each in own] == ["length"] * 3
+    assert (last["choices"], usage_of(last)) == ([], usage_of(whole))
+    assert not any(chunk["usage"] for chunk in chunks)
+
+    with lemix.Client(user.cluster.grpc_address) as client:
+        result = client.generate("three of them", n=3, max_tokens=24, temperature=0, ignore_eos=True)
+    assert len({choice.text for choice in result.choices}) == 1  # greedy: nothing to choose
+    assert [len(choice.token_ids) for choice in result.choices] == [24] * 3
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (len("three of them"), 3 * 24)
 
 
 def test_requests_at_once_are_answered_as_if_alone(user):

@@ -74,6 +74,7 @@ class NodeDescription:
             restore_note="" if self._checkpoints is None else self._checkpoints.note,
             max_batch_tokens=settings.max_batch_tokens,
             kv_block_tokens=settings.kv_block_tokens,
+            projections=self._engine.info.projections,
             adapters=self.held_adapters(),
             weights_changed=self._loop.adapters.weights_changed,
             weights_age_s=self._weights_age_s(),

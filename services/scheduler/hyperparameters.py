@@ -1,6 +1,7 @@
 """Hyperparameters of a job: checked, defaults filled in."""
 
 import math
+from collections.abc import Sequence
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.v1 import training_service_pb2, types_pb2
@@ -13,6 +14,8 @@ _WHOLE = {
     "gradient_accumulation_steps": (1, 256, 1),
     "max_skipped_in_row": (1, 1000, 3),
 }
+#: Names all projections of the model.
+_ALL_LINEAR = "all-linear"
 _POSITIVE = {"learning_rate": 1e-4, "max_grad_norm": 1.0}
 
 
@@ -53,6 +56,14 @@ def resolve_method(
         rank=given.rank or 8, alpha=given.alpha or 16.0, dropout=given.dropout, target_modules=given.target_modules
     )
     return types_pb2.TRAINING_METHOD_LORA, mode, lora
+
+
+def check_targets(names: Sequence[str], projections: frozenset[str]) -> None:
+    """Raises INVALID_REQUEST for a projection that the model lacks. projections: its own; empty: not known."""
+    unknown = sorted(set(names) - projections)
+    if projections and unknown and list(names) != [_ALL_LINEAR]:
+        message = f"the model has no projection {unknown[0]!r} to adapt; it has {', '.join(sorted(projections))}"
+        raise LemixError(ErrorCode.INVALID_REQUEST, f"{message}, or {_ALL_LINEAR}", param="lora.target_modules")
 
 
 def resolve_checkpoints(given: types_pb2.CheckpointPolicy) -> types_pb2.CheckpointPolicy:

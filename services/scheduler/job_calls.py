@@ -9,6 +9,7 @@ from services.runtime.clock import Clock
 from services.scheduler.adapters import AdapterDesk
 from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.guard import LedgerGuard
+from services.scheduler.hyperparameters import check_targets
 from services.scheduler.job_lifecycle import JobLifecycle
 from services.scheduler.job_request import new_job
 from services.scheduler.jobs import JobRegistry
@@ -43,12 +44,21 @@ class JobCalls:
         for state in self._jobs.running():
             state.events.wake_watchers()
 
-    async def create(self, request: training_service_pb2.CreateJobRequest, models: set[str]) -> types_pb2.TrainingJob:
-        """Make a durable job. Raises INVALID_REQUEST, NOT_FOUND, MODEL_NOT_FOUND, OVERLOADED, UNAVAILABLE."""
+    async def create(
+        self,
+        request: training_service_pb2.CreateJobRequest,
+        models: set[str],
+        projections: frozenset[str] = frozenset(),
+    ) -> types_pb2.TrainingJob:
+        """Make a durable job. models, projections: what nodes serve, and what LoRA can adapt there; empty: not known.
+
+        Raises INVALID_REQUEST, NOT_FOUND, MODEL_NOT_FOUND, OVERLOADED, UNAVAILABLE.
+        """
         if models and request.model and request.model not in models:
             raise LemixError(ErrorCode.MODEL_NOT_FOUND, f"no node serves model {request.model!r}", param="model")
         file = await self._jobs.get_file(request.training_file, param="training_file")
         job = new_job(request, file, created_unix_s=self._clock.unix_s())
+        check_targets(job.lora.target_modules, projections)
         if request.validation_file:
             await self._check_validation(request.validation_file)
         self._lifecycle.check_room()

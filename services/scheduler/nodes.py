@@ -81,6 +81,12 @@ class NodeRegistry:
         """Models that connected nodes serve."""
         return {connection.hello.model for connection in self._connections.values()}
 
+    def projections(self, model: str) -> frozenset[str]:
+        """What LoRA can adapt on all nodes that serve the model ("": any) and tell; empty: none of them tells."""
+        hellos = [connection.hello for connection in self._connections.values()]
+        told = [hello.projections for hello in hellos if hello.projections and model in ("", hello.model)]
+        return frozenset(told[0]).intersection(*told[1:]) if told else frozenset()
+
     @property
     def joining(self) -> list[str]:
         """Nodes that are being profiled."""

@@ -129,7 +129,9 @@ class SchedulerServicer(pb_grpc.SchedulerServiceServicer):
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: Context) -> pb.CreateJobResponse:  # noqa: N802
         """A new job."""
-        return pb.CreateJobResponse(job=await self._training.calls.create(request.request, self._nodes.models))
+        wanted, nodes = request.request, self._nodes
+        job = await self._training.calls.create(wanted, nodes.models, nodes.projections(wanted.model))
+        return pb.CreateJobResponse(job=job)
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:  # noqa: N802
         """One job."""

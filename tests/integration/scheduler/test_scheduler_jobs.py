@@ -124,6 +124,31 @@ async def test_what_cannot_be_a_job(cluster: Cluster) -> None:
         assert (error.code, error.param) == (ErrorCode.NOT_FOUND, param)
 
 
+async def test_adapters_of_projections_that_some_node_lacks_are_refused(cluster: Cluster) -> None:
+    scheduler = await cluster.scheduler()
+    gateway = await cluster.gateway(scheduler)
+    file_id = await store(gateway, 3)
+
+    def wanted(*targets: str, model: str = "m") -> Any:
+        lora = types_pb2.Lora(target_modules=targets)
+        request = training_service_pb2.CreateJobRequest(model=model, training_file=file_id, lora=lora)
+        return gateway.stub.CreateJob(pb.CreateJobRequest(request=request))
+
+    await wanted("nobody_knows")
+    await cluster.node(scheduler, "silent")
+    await wanted("nobody_knows")
+    await cluster.node(scheduler, "n0", projections=["q_proj", "v_proj", "up_proj"])
+    await cluster.node(scheduler, "n1", projections=["v_proj", "q_proj"])
+    for targets in (("v_proj", "q_proj"), ("all-linear",), ()):
+        assert list((await wanted(*targets)).job.lora.target_modules) == list(targets)
+    for unknown, targets in (("up_proj", ("v_proj", "up_proj")), ("all-linear", ("all-linear", "q_proj"))):
+        for model in ("m", ""):
+            error = await failure(wanted(*targets, model=model))
+            assert (error.code, error.param) == (ErrorCode.INVALID_REQUEST, "lora.target_modules")
+            known = "it has q_proj, v_proj, or all-linear"
+            assert error.message == f"the model has no projection {unknown!r} to adapt; {known}"
+
+
 async def test_a_cancelled_job_leaves_its_nodes(cluster: Cluster) -> None:
     scheduler = await cluster.scheduler(core={"policy": "round_robin", "max_inflight_training": 2})
     node, gateway = await cluster.node(scheduler), await cluster.gateway(scheduler)

@@ -146,6 +146,31 @@ def test_examples_the_model_cannot_learn_from(tokens: list[int], context: int) -
         example_from_proto(work_pb2.TrainingExample(token_ids=tokens, num_context_tokens=context), INFO)
 
 
+@pytest.mark.parametrize(
+    ("projections", "targets", "problem"),
+    [
+        (("k", "q"), ["q", "z", "y"], "the model has no projection 'y' to adapt; it has k, q, or all-linear"),
+        (("k", "q"), ["all-linear", "q"], "the model has no projection 'all-linear' to adapt"),
+        (("k", "q"), ["all-linear"], None),
+        (("k", "q"), ["q", "k"], None),
+        (("k", "q"), [], None),
+        ((), ["z"], None),
+    ],
+)
+def test_projections_of_adapters(projections: tuple[str, ...], targets: list[str], problem: str | None) -> None:
+    info = replace(INFO, projections=projections)
+    examples = [work_pb2.TrainingExample(token_ids=[1, 2])]
+    work = work_pb2.TrainingWork(job_id="j", examples=examples, lora=types_pb2.Lora(rank=1, target_modules=targets))
+    if problem is None:
+        adapter = microbatch_from_proto("j/0", work, info, now_s=0.0)[0].adapter
+        assert adapter is not None
+        assert list(adapter.target_modules) == targets
+        return
+    with pytest.raises(LemixError, match=problem) as caught:
+        microbatch_from_proto("j/0", work, info, now_s=0.0)
+    assert (caught.value.code, caught.value.param) == (ErrorCode.INVALID_REQUEST, "lora.target_modules")
+
+
 def test_outcomes_hold_what_was_measured_and_nothing_else() -> None:
     task, _ = request_from_proto("r", _work(), INFO, now_s=10.0, now_unix_s=0.0)
     empty = outcome_to_proto(task, "cancelled", node_id="n", now_s=11.0).inference

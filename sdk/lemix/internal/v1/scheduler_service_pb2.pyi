@@ -133,7 +133,7 @@ class NodeSessionRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[NodeHeartbeat, _Mapping]] = ..., outcome: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., sync_finished: _Optional[_Union[SyncFinished, _Mapping]] = ..., trained: _Optional[_Union[_work_pb2.WorkOutcome, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointReport, _Mapping]] = ..., evaluation: _Optional[_Union[EvaluationReport, _Mapping]] = ..., traces: _Optional[_Union[TraceBatch, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
-    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps", "max_prefill_tokens", "max_inflight_training", "weight_handling", "gradient_buffers", "training_schedule", "max_training_parts", "keeps_checkpoints", "checkpoints", "restore_note", "max_batch_tokens", "kv_block_tokens", "adapters", "weights_changed", "weights_age_s")
+    __slots__ = ("node_id", "address", "num_stages", "model", "max_inflight_inference", "incarnation", "profile_fingerprint", "sent_monotonic_s", "max_context_tokens", "kv_capacity_tokens", "max_batch", "prefix_cache_tokens", "epoch_steps", "max_prefill_tokens", "max_inflight_training", "weight_handling", "gradient_buffers", "training_schedule", "max_training_parts", "keeps_checkpoints", "checkpoints", "restore_note", "max_batch_tokens", "kv_block_tokens", "projections", "adapters", "weights_changed", "weights_age_s")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +158,7 @@ class NodeHello(_message.Message):
     RESTORE_NOTE_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROJECTIONS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_CHANGED_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_AGE_S_FIELD_NUMBER: _ClassVar[int]
@@ -185,10 +186,11 @@ class NodeHello(_message.Message):
     restore_note: str
     max_batch_tokens: int
     kv_block_tokens: int
+    projections: _containers.RepeatedScalarFieldContainer[str]
     adapters: _containers.RepeatedCompositeFieldContainer[HeldAdapter]
     weights_changed: bool
     weights_age_s: float
-    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., epoch_steps: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ..., max_inflight_training: _Optional[int] = ..., weight_handling: _Optional[str] = ..., gradient_buffers: _Optional[int] = ..., training_schedule: _Optional[str] = ..., max_training_parts: _Optional[int] = ..., keeps_checkpoints: _Optional[bool] = ..., checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ..., restore_note: _Optional[str] = ..., max_batch_tokens: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[HeldAdapter, _Mapping]]] = ..., weights_changed: _Optional[bool] = ..., weights_age_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, node_id: _Optional[str] = ..., address: _Optional[str] = ..., num_stages: _Optional[int] = ..., model: _Optional[str] = ..., max_inflight_inference: _Optional[int] = ..., incarnation: _Optional[int] = ..., profile_fingerprint: _Optional[str] = ..., sent_monotonic_s: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., epoch_steps: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ..., max_inflight_training: _Optional[int] = ..., weight_handling: _Optional[str] = ..., gradient_buffers: _Optional[int] = ..., training_schedule: _Optional[str] = ..., max_training_parts: _Optional[int] = ..., keeps_checkpoints: _Optional[bool] = ..., checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping]]] = ..., restore_note: _Optional[str] = ..., max_batch_tokens: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., projections: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[HeldAdapter, _Mapping]]] = ..., weights_changed: _Optional[bool] = ..., weights_age_s: _Optional[float] = ...) -> None: ...
 
 class HeldAdapter(_message.Message):
     __slots__ = ("adapter_id", "lora", "isolated")

@@ -13,6 +13,7 @@ from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.scheduler.job_state import JobState
 from services.scheduler.lineage import CHECKPOINT_PREFIX, Lineage
+from services.scheduler.refusals import unavailable
 
 _log = structlog.get_logger()
 
@@ -170,7 +171,7 @@ class CheckpointDesk:
         self._waiting[request_id] = (node_id, future)
         try:
             if not self.send(node_id, message):
-                raise LemixError(ErrorCode.UNAVAILABLE, f"node {node_id[:100]} is not connected", retry_after_s=1.0)
+                raise unavailable(f"node {node_id[:100]} is not connected")
             async with asyncio.timeout(self._timeout_s):
                 report = await future
         except TimeoutError as error:

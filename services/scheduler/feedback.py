@@ -12,8 +12,7 @@ from services.scheduler.hyperparameters import resolve
 from services.scheduler.job_lifecycle import JobLifecycle
 from services.scheduler.job_state import JobState
 from services.scheduler.jobs import JobRegistry
-
-_RETRY_AFTER_S = 1.0
+from services.scheduler.refusals import overloaded
 
 
 class Feedback:
@@ -48,8 +47,7 @@ class Feedback:
             state = next((state for state in self._jobs.running() if state.endless), None)
             state = state or await self._start(model)
         if state.backlog >= self._max_backlog:
-            message = f"{state.backlog} feedback examples wait to be trained"
-            raise LemixError(ErrorCode.OVERLOADED, message, retry_after_s=_RETRY_AFTER_S)
+            raise overloaded(f"{state.backlog} feedback examples wait to be trained")
         position = await self._guard.once(
             lambda: self._guard.ledger.append_feedback(state.file_id, example, request_id)
         )

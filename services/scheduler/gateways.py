@@ -18,6 +18,7 @@ from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import CancelRequested, Inbox
 from services.scheduler.nodes import NodeRegistry
 from services.scheduler.outbox import Outbox
+from services.scheduler.refusals import unavailable
 
 _log = structlog.get_logger()
 
@@ -111,7 +112,7 @@ class GatewayRegistry:
             async for message in session.outbox.messages():
                 yield message
             if self._closing:
-                raise LemixError(ErrorCode.UNAVAILABLE, "the scheduler stops", retry_after_s=1.0)
+                raise unavailable("the scheduler stops")
             if not reader.done():
                 code = ErrorCode.CONFLICT if self._is_replaced(session) else ErrorCode.OVERLOADED
                 raise LemixError(code, f"session closed: {session.outbox.closed_reason}")

@@ -6,9 +6,10 @@ from typing import TypeVar
 
 import structlog
 
-from lemix.errors import ErrorCode, LemixError
+from lemix.errors import LemixError
 from services.ledger import Ledger, LedgerUnavailable
 from services.scheduler import metrics
+from services.scheduler.refusals import unavailable
 
 _log = structlog.get_logger()
 
@@ -16,8 +17,6 @@ T = TypeVar("T")
 
 _RETRY_FIRST_S = 0.05
 _RETRY_MAX_S = 2.0
-#: Told to callers; about the longest pause between two retries.
-_RETRY_AFTER_S = 1.0
 
 
 class LedgerGuard:
@@ -61,8 +60,7 @@ class LedgerGuard:
         return result
 
     def _unavailable(self) -> LemixError:
-        message = "the ledger of accepted work does not answer"
-        return LemixError(ErrorCode.UNAVAILABLE, message, retry_after_s=_RETRY_AFTER_S)
+        return unavailable("the ledger of accepted work does not answer")
 
     def _failed(self, error: LedgerUnavailable) -> None:
         metrics.LEDGER_ERRORS.inc()

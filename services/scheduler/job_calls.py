@@ -13,8 +13,7 @@ from services.scheduler.hyperparameters import check_targets
 from services.scheduler.job_lifecycle import JobLifecycle
 from services.scheduler.job_request import new_job
 from services.scheduler.jobs import JobRegistry
-
-_RETRY_AFTER_S = 1.0
+from services.scheduler.refusals import unavailable
 
 
 class JobCalls:
@@ -103,7 +102,7 @@ class JobCalls:
             if existing_only or (state.ended and not state.events.after(after_sequence)):
                 return
             if self._closing:
-                raise LemixError(ErrorCode.UNAVAILABLE, "the scheduler stops", retry_after_s=_RETRY_AFTER_S)
+                raise unavailable("the scheduler stops")
             await changed.wait()
 
     async def delete_model(self, model: str) -> None:

@@ -2,7 +2,7 @@
 
 import structlog
 
-from lemix.errors import ErrorCode, LemixError
+from lemix.errors import LemixError
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.runtime.clock import Clock
@@ -13,10 +13,9 @@ from services.scheduler.guard import LedgerGuard
 from services.scheduler.inbox import Inbox, Told
 from services.scheduler.job_state import JobState
 from services.scheduler.jobs import JobRegistry
+from services.scheduler.refusals import overloaded
 
 _log = structlog.get_logger()
-
-_RETRY_AFTER_S = 1.0
 
 
 class JobLifecycle:
@@ -65,8 +64,7 @@ class JobLifecycle:
     def check_room(self) -> None:
         """Raises OVERLOADED when no further job may run."""
         if len(self._jobs.running()) - self._jobs.num_paused() >= self._max_running:
-            message = f"{self._max_running} jobs are running already"
-            raise LemixError(ErrorCode.OVERLOADED, message, retry_after_s=_RETRY_AFTER_S)
+            raise overloaded(f"{self._max_running} jobs are running already")
 
     async def start(self, record: work_pb2.JobRecord) -> JobState:
         """Store a new job and begin with it. Raises UNAVAILABLE."""

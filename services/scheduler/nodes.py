@@ -18,11 +18,11 @@ from services.scheduler.core.node_spec import NodeSpec, QueueOrder
 from services.scheduler.inbox import Ended, Inbox, NodeArrived, NodeGone, Told, Traced, Trained
 from services.scheduler.outbox import Outbox
 from services.scheduler.profiles import ProfileSource
+from services.scheduler.refusals import unavailable
 
 _log = structlog.get_logger()
 
 _MAX_ID_CHARS = 128
-_RETRY_AFTER_S = 1.0
 #: Times of optimizer steps that differ by less count as one.
 _SAME_TIME_S = 0.01
 
@@ -126,7 +126,7 @@ class NodeRegistry:
         lease ran out or when the scheduler starts or stops, CONFLICT when the node has opened another stream.
         """
         if not self._token:
-            raise LemixError(ErrorCode.UNAVAILABLE, "the scheduler is starting", retry_after_s=_RETRY_AFTER_S)
+            raise unavailable("the scheduler is starting")
         connection, spec = await self._prepare(requests)
         node_id = connection.hello.node_id
         earlier = self._connections.get(node_id)
@@ -144,8 +144,7 @@ class NodeRegistry:
                 yield message
             if self._connections.get(node_id) is not connection:
                 raise LemixError(ErrorCode.CONFLICT, f"node {node_id} has opened another session")
-            reason = connection.lost_reason or connection.outbox.closed_reason
-            raise LemixError(ErrorCode.UNAVAILABLE, reason, retry_after_s=_RETRY_AFTER_S)
+            raise unavailable(connection.lost_reason or connection.outbox.closed_reason)
         finally:
             reader.cancel()
             watcher.cancel()

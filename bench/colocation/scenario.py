@@ -122,6 +122,7 @@ def requests(run: Run, slo: SloTarget) -> list[Request]:
             row.output_tokens,
             row.output_tokens if run.is_told else min(run.max_tokens, CONTEXT_TOKENS - row.prompt_tokens),
             slo,
+            fixed_output=run.is_told,
         )
         for index, row in enumerate(rows(run))
     ]

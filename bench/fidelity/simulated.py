@@ -63,6 +63,7 @@ def _requests(live: Trace, began_s: float) -> list[Request]:
             # As it was told: what the cluster promises by default is in the scheduler's settings.
             task.slo,
             task.session_id,
+            fixed_output=task.fixed_output,
         )
         for request in live.requests.values()
         for task in (request.task,)

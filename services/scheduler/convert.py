@@ -127,7 +127,14 @@ def _inference_task(task_id: str, work: work_pb2.InferenceWork, now_s: float, no
         work.max_staleness_s if work.HasField("max_staleness_s") else None,
         work.adapter_id,
         work.choice_of,
+        _is_fixed(work.sampling),
     )
+
+
+def _is_fixed(sampling: work_pb2.ResolvedSampling) -> bool:
+    """Whether nothing ends the output before its limit."""
+    never_ends = sampling.ignore_eos and not sampling.stop
+    return never_ends or sampling.min_tokens >= sampling.max_tokens
 
 
 def queue_by(work: work_pb2.InferenceWork, ttft_s: float | None) -> None:

@@ -14,7 +14,15 @@ _OF_NO_TASK = MOVES | {OpKind.OPTIMIZER_STEP, OpKind.WEIGHT_SYNC}
 
 def inference_task(work: Request) -> InferenceTask:
     """A request, for the scheduler."""
-    return InferenceTask(work.task_id, work.arrival_s, work.prompt_tokens, work.max_tokens, work.slo, work.session_id)
+    return InferenceTask(
+        work.task_id,
+        work.arrival_s,
+        work.prompt_tokens,
+        work.max_tokens,
+        work.slo,
+        work.session_id,
+        fixed_output=work.fixed_output,
+    )
 
 
 def training_task(work: Microbatch) -> TrainingTask:

@@ -15,7 +15,8 @@ NO_PROMISE = SloTarget()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An inference request. `output_tokens` is its real length, which the cores do not know; at most `max_tokens`.
+    """An inference request. `output_tokens` is its real length, at most `max_tokens`. The cores do not know it,
+    unless it is fixed: then it is `max_tokens`.
 
     after: it arrives `think_s` after the end of that request, and not before `arrival_s`. When that one ends badly, it
     never arrives and counts as cancelled.
@@ -30,6 +31,7 @@ class Request:
     session_id: str = ""
     after: str = ""
     think_s: float = 0.0
+    fixed_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)

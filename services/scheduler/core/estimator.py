@@ -3,33 +3,59 @@
 import math
 from collections import deque
 
+from services.scheduler.core.tasks import InferenceTask
+
+
+class _RecentMean:
+    """Mean of the last values; configured until there are enough."""
+
+    __slots__ = ("_initial", "_recent", "_sum")
+
+    def __init__(self, initial: float) -> None:
+        self._initial = initial
+        self._recent: deque[int] = deque()
+        self._sum = 0
+
+    def observe(self, value: int) -> None:
+        self._recent.append(value)
+        self._sum += value
+        if len(self._recent) > OutputLengths.WINDOW:
+            self._sum -= self._recent.popleft()
+
+    @property
+    def value(self) -> float:
+        count = len(self._recent)
+        return self._sum / count if count >= OutputLengths.ENOUGH else self._initial
+
 
 class OutputLengths:
-    """Expected output length of a request whose end nobody knows yet: the mean of the last requests that ended."""
+    """Expected output length of a request: its own where that is fixed, else the mean of the last ones that were not."""
 
-    __slots__ = ("_initial_tokens", "_recent", "_sum")
+    __slots__ = ("_all", "_open")
 
     #: Ended requests remembered, and how many it takes before they replace the configured start value.
     WINDOW = 256
     ENOUGH = 8
 
     def __init__(self, initial_tokens: int) -> None:
-        self._initial_tokens = initial_tokens
-        self._recent: deque[int] = deque()
-        self._sum = 0
+        self._open = _RecentMean(float(initial_tokens))
+        self._all = _RecentMean(float(initial_tokens))
 
-    def observe(self, output_tokens: int) -> None:
+    def observe(self, task: InferenceTask, output_tokens: int) -> None:
         """A request ended by itself after `output_tokens`."""
-        self._recent.append(output_tokens)
-        self._sum += output_tokens
-        if len(self._recent) > self.WINDOW:
-            self._sum -= self._recent.popleft()
+        self._all.observe(output_tokens)
+        if not task.fixed_output:
+            self._open.observe(output_tokens)
 
-    def expected_tokens(self, max_tokens: int) -> float:
-        """Expected output of a request that may produce `max_tokens`."""
-        count = len(self._recent)
-        expected = self._sum / count if count >= self.ENOUGH else float(self._initial_tokens)
-        return min(expected, float(max_tokens))
+    def expected_tokens(self, task: InferenceTask) -> float:
+        """Expected output of a request."""
+        most = float(task.max_tokens)
+        return most if task.fixed_output else min(self._open.value, most)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Expected output of whatever request comes next."""
+        return self._all.value
 
 
 class RunningMoments:

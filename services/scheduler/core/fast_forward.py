@@ -164,10 +164,10 @@ class _Ahead:
     def _expected_tokens(self, task_id: str) -> float:
         live = self._node.inference.get(task_id)
         if live is None:
-            return self._outputs.expected_tokens(self._task.max_tokens)
+            return self._outputs.expected_tokens(self._task)
         produced = 1 + live.context_tokens - live.task.prompt_tokens if live.has_first_token else 0
         # Who has outlived the expectation is taken to need one more token.
-        return max(1.0, self._outputs.expected_tokens(live.task.max_tokens) - produced)
+        return max(1.0, self._outputs.expected_tokens(live.task) - produced)
 
 
 def duration_s(costs: NodeCosts, stage: int, op: Op) -> float:

@@ -49,7 +49,7 @@ def predict_response(
     place_s = 0.0
     if num_leaving:
         # Of n running requests one leaves every (output length / n) iterations.
-        output_tokens = cluster.outputs.expected_tokens(task.max_tokens)
+        output_tokens = cluster.outputs.expected_tokens(task)
         place_s = num_leaving * output_tokens * iteration_s / min(num_live, slots)
     # With more than one stage training fills the gaps of each, and an iteration meets it half done.
     training_s = 0.5 * node.training_op_s * stages if stages > 1 else 0.0

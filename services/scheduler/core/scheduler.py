@@ -218,7 +218,7 @@ class SchedulerCore:
             node.remove_inference(live)
             self._cluster.sessions.ended(live, node, event.output_tokens if event.ok else 0)
             if event.ok and event.output_tokens > 0:
-                self._cluster.outputs.observe(event.output_tokens)
+                self._cluster.outputs.observe(live.task, event.output_tokens)
         else:
             node.remove_training(live)
         if node.forecast is not None:

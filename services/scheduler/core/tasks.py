@@ -13,7 +13,7 @@ class SloTarget:
 
 @dataclass(frozen=True, slots=True)
 class InferenceTask:
-    """A request to serve. `max_tokens` bounds the output, whose real length nobody knows yet."""
+    """A request to serve. `max_tokens` bounds the output, whose real length nobody knows yet unless it is fixed."""
 
     task_id: str
     arrival_s: float
@@ -27,6 +27,8 @@ class InferenceTask:
     adapter_id: str = ""
     #: Request of which it is a further choice: the same prompt. Empty: of none.
     choice_of: str = ""
+    #: Nothing ends its output before `max_tokens`.
+    fixed_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def forward_s_per_stage(task: InferenceTask, node: NodeState, cluster: Cluster) 
     the requests that run beside it, so its own share is the iteration time divided by their number.
     """
     costs = node.costs
-    iterations = cluster.outputs.expected_tokens(task.max_tokens) - 1.0
+    iterations = cluster.outputs.expected_tokens(task) - 1.0
     if iterations <= 0.0:
         return [costs.stage_s(stage, OpKind.PREFILL, 1, task.prompt_tokens) for stage in range(costs.num_stages)]
     batch = len(node.inference) or 1
@@ -82,7 +82,7 @@ def _rest_s(op: OpFinished, batch: int, live: LiveInference, node: NodeState, cl
         return 0.0
     produced = 1 + live.context_tokens - task.prompt_tokens
     # Who has outlived the expectation is taken to need one more token.
-    iterations = max(1.0, cluster.outputs.expected_tokens(task.max_tokens) - produced)
+    iterations = max(1.0, cluster.outputs.expected_tokens(task) - produced)
     if op.op is OpKind.DECODE:
         return iterations * (op.end_s - op.begin_s) / batch
     running = max(1, len(node.inference) - node.num_prefilling)

@@ -128,7 +128,8 @@ def _work(recording: Recording) -> tuple[list[Work], int]:
             continue
         is_known = decision.outcome.fate is Fate.OK and decision.outcome.output_tokens > 0
         num_assumed += not is_known
-        work.append(_request(recording, task, decision.outcome.output_tokens if is_known else mean_tokens))
+        assumed_tokens = task.max_tokens if task.fixed_output else mean_tokens
+        work.append(_request(recording, task, decision.outcome.output_tokens if is_known else assumed_tokens))
     return work, num_assumed
 
 
@@ -153,6 +154,7 @@ def _request(recording: Recording, task: InferenceTask, output_tokens: int) -> R
         task.max_tokens,
         slo,
         task.session_id,
+        fixed_output=task.fixed_output,
     )
 
 

@@ -40,9 +40,11 @@ def request(
     output: int = 1,
     ttft_s: float | None = None,
     choice_of: str = "",
+    fixed_output: bool = False,
 ) -> InferenceTask:
     """A request; by default one that ends with its first token."""
-    return InferenceTask(task_id, arrival_s, prompt, output, SloTarget(ttft_s=ttft_s), choice_of=choice_of)
+    slo = SloTarget(ttft_s=ttft_s)
+    return InferenceTask(task_id, arrival_s, prompt, output, slo, choice_of=choice_of, fixed_output=fixed_output)
 
 
 def microbatch(task_id: str, *, job_id: str = "job", arrival_s: float = 0.0, length: int = 128) -> TrainingTask:

@@ -133,6 +133,7 @@ def test_form_is_readable_and_stable() -> None:
             "max_staleness_s": None,
             "adapter_id": "",
             "choice_of": "",
+            "fixed_output": False,
         },
     }
     command = commands.ApplyWeights("s", "n", commands.SyncMode.REPLACE, ("m",))

@@ -8,26 +8,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.scheduler.core.estimator import Arrivals, OutputLengths, RunningMoments
+from services.scheduler.core.tasks import InferenceTask
+
+
+def _asking(max_tokens: int, *, fixed: bool = False) -> InferenceTask:
+    return InferenceTask("r", 0.0, 1, max_tokens, fixed_output=fixed)
 
 
 def test_output_length_starts_configured_and_follows_what_ended() -> None:
     outputs = OutputLengths(64)
-    assert outputs.expected_tokens(1000) == 64
+    asking = _asking(1000)
+    assert outputs.expected_tokens(asking) == 64
     for _ in range(OutputLengths.ENOUGH - 1):
-        outputs.observe(10)
-    assert outputs.expected_tokens(1000) == 64
-    outputs.observe(10)
-    assert outputs.expected_tokens(1000) == 10
-    assert outputs.expected_tokens(4) == 4
+        outputs.observe(asking, 10)
+    assert outputs.expected_tokens(asking) == 64
+    outputs.observe(asking, 10)
+    assert outputs.expected_tokens(asking) == 10
+    assert outputs.expected_tokens(_asking(4)) == 4
 
 
 def test_output_length_forgets_what_left_the_window() -> None:
     outputs = OutputLengths(64)
+    asking = _asking(10_000)
     for _ in range(OutputLengths.WINDOW):
-        outputs.observe(1000)
+        outputs.observe(asking, 1000)
     for _ in range(OutputLengths.WINDOW):
-        outputs.observe(20)
-    assert outputs.expected_tokens(10_000) == 20
+        outputs.observe(asking, 20)
+    assert outputs.expected_tokens(asking) == 20
+
+
+def test_a_fixed_output_is_expected_as_it_is_and_tells_nothing_of_others() -> None:
+    outputs = OutputLengths(64)
+    assert outputs.expected_tokens(_asking(500, fixed=True)) == 500
+    for _ in range(OutputLengths.ENOUGH):
+        outputs.observe(_asking(500, fixed=True), 500)
+    assert outputs.expected_tokens(_asking(1000)) == 64
+    assert outputs.mean_tokens == 500
 
 
 @given(st.lists(st.integers(1, 4096), min_size=2, max_size=50))

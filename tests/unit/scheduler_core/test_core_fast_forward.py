@@ -241,6 +241,13 @@ def test_requests_too_late_to_be_served_first_still_count_as_load() -> None:
     assert (response.ttft_s, response.demoted_s) == (pytest.approx(0.25), pytest.approx(0.2))
 
 
+@pytest.mark.parametrize(("fixed", "waits_s"), [(True, 0.1 + 99 * 0.01), (False, 0.1 + 4 * 0.01)])
+def test_a_place_is_free_when_an_output_of_known_length_ends(fixed: bool, waits_s: float) -> None:
+    core = core_with(node("a", max_batch=1), policy_options=AHEAD, max_hold_back_s=0.0, initial_output_tokens=5)
+    core.step(0.0, TaskArrived(request("r", output=100, fixed_output=fixed)))
+    assert both(core, 0.0)[0] == pytest.approx(waits_s + 0.1)
+
+
 # ----------------------------------------------------------------------------- late news
 
 

@@ -1,6 +1,7 @@
 """Protobuf to the core's types."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -136,6 +137,23 @@ def test_a_request_arrived_when_the_gateway_got_it() -> None:
     assert task_from_item(item, now_s=50.0, now_unix_s=1003.0) == expected
     ahead = task_from_item(item, now_s=50.0, now_unix_s=990.0)
     assert ahead.arrival_s == 50.0  # a gateway's clock ahead of ours
+
+
+@pytest.mark.parametrize(
+    ("sampling", "is_fixed"),
+    [
+        ({"ignore_eos": True}, True),
+        ({"ignore_eos": True, "stop": ["."]}, False),
+        ({"min_tokens": 9, "stop": ["."]}, True),
+        ({"min_tokens": 8}, False),
+    ],
+)
+def test_an_output_that_nothing_can_end_early_is_fixed(sampling: dict[str, Any], is_fixed: bool) -> None:
+    resolved = work_pb2.ResolvedSampling(max_tokens=9, **sampling)
+    item = work_pb2.WorkItem(task_id="r", inference=work_pb2.InferenceWork(prompt_token_ids=[1], sampling=resolved))
+    task = task_from_item(item, now_s=1.0, now_unix_s=0.0)
+    assert isinstance(task, InferenceTask)
+    assert task.fixed_output is is_fixed
 
 
 def test_a_microbatch_is_as_long_as_its_longest_example() -> None:

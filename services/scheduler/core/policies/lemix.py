@@ -27,7 +27,6 @@ from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, 
 #: Held-back training is looked at again after this long even if nothing happens.
 _RETRY_S = 0.05
 
-_ANY_LENGTH = 1 << 30
 #: A stress of this many times `open_at` opens nodes without waiting.
 _BURST = 2.0
 
@@ -287,7 +286,7 @@ class LeMix:
         costs, prompt = node.costs, cluster.prompts.mean
         blocked_s = self._cut * costs.node_s(OpKind.PREFILL, 1, prompt)
         tpot_s = cluster.config.default_slo.tpot_s
-        if tpot_s is not None and cluster.outputs.expected_tokens(_ANY_LENGTH) > 1.0:
+        if tpot_s is not None and cluster.outputs.mean_tokens > 1.0:
             blocked_s = min(blocked_s, tpot_s - predict_iteration_s(now_s, node, prompt))
         if blocked_s <= 0.0:
             return most

@@ -296,7 +296,9 @@ class NodeAgent:
             raise ValueError(f"the scheduler's token {welcome.fencing_token} is older than {newest}")
         if welcome.lease_s <= 0:
             raise ValueError(f"a lease of {welcome.lease_s} s makes no sense")
-        self._loop.set_queue_order(QueueOrder(welcome.queue_order))
+        # A part that is absent reads as 0.
+        slo = welcome.default_slo
+        self._loop.set_queue_order(QueueOrder(welcome.queue_order), slo.ttft_s, slo.tpot_s)
         self._intake.newest_token = welcome.fencing_token
         if self._checkpoints is not None:
             for outcome in self._checkpoints.unsaved():

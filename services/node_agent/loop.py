@@ -100,7 +100,8 @@ class AgentLoop:
         )
         # What waits for a measurement; None when none runs.
         self._held: list[Callable[[], None]] | None = None
-        self._queue_order: QueueOrder | None = None
+        #: What the core is to be ordered by once it is idle; None: as it is.
+        self._reordered: NodeCoreConfig | None = None
         self._wakeup = Wakeup(clock, lambda: self._feed(Tick()))
 
     # ------------------------------------------------------------- life cycle
@@ -245,26 +246,30 @@ class AgentLoop:
                 resume()
             self._change_order_when_idle()
 
-    def set_queue_order(self, order: QueueOrder) -> None:
-        """Use this order of the stage queues, from the moment the node is idle."""
-        self._queue_order = order if order is not self._core.config.queue_order else None
+    def set_queue_order(self, order: QueueOrder, ttft_s: float | None = None, tpot_s: float | None = None) -> None:
+        """Use this order of the stage queues and these default promises, from the moment the node is idle."""
+        config = self._core.config.ordered(order, ttft_s, tpot_s)
+        self._reordered = config if config != self._core.config else None
         self._change_order_when_idle()
 
     @property
     def accepts_work(self) -> bool:
         """False while the node drains to change its queue order."""
-        return self._queue_order is None
+        return self._reordered is None
 
     def _is_idle(self) -> bool:
         state = self._core.snapshot()
         return not self._tasks and self._weight_ops.is_idle and not any(state.running_ops)
 
     def _change_order_when_idle(self) -> None:
-        if self._queue_order is None or self._held is not None or not self._is_idle():
+        if self._reordered is None or self._held is not None or not self._is_idle():
             return
-        self._core = self._core.with_queue_order(self._queue_order)
-        _log.info("queue order", order=str(self._queue_order))
-        self._queue_order = None
+        config = self._reordered
+        self._core = self._core.with_order(config)
+        _log.info(
+            "queue order", order=str(config.queue_order), ttft_s=config.default_ttft_s, tpot_s=config.default_tpot_s
+        )
+        self._reordered = None
 
     # ------------------------------------------------------------- events and commands
 
@@ -283,7 +288,7 @@ class AgentLoop:
             self.fail(error)
             raise
         self._wakeup.set(self._core.next_wakeup_s)
-        if self._queue_order is not None:
+        if self._reordered is not None:
             self._change_order_when_idle()
 
     def _perform(self, command: Command) -> None:

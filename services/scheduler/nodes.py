@@ -9,12 +9,14 @@ import structlog
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as pb
+from lemix.v1 import types_pb2
 from services.runtime.clock import Clock
 from services.scheduler.adapters import AdapterDesk
 from services.scheduler.checkpoints import CheckpointDesk
 from services.scheduler.convert import ops_from_traces, spec_from_hello
 from services.scheduler.core.events import AdaptersTold, NodeDraining, SnapshotReady, SyncEnded, WeightsTold
 from services.scheduler.core.node_spec import NodeSpec, QueueOrder
+from services.scheduler.core.tasks import SloTarget
 from services.scheduler.inbox import Ended, Inbox, NodeArrived, NodeGone, Told, Traced, Trained
 from services.scheduler.outbox import Outbox
 from services.scheduler.profiles import ProfileSource
@@ -53,6 +55,7 @@ class NodeRegistry:
         profiles: ProfileSource,
         clock: Clock,
         queue_order: QueueOrder,
+        default_slo: SloTarget,
         lease_s: float,
         max_queued_messages: int,
         checkpoints: CheckpointDesk | None = None,
@@ -63,6 +66,7 @@ class NodeRegistry:
         self._clock = clock
         self._token = 0
         self._queue_order = queue_order
+        self._default_slo = types_pb2.Slo(ttft_s=default_slo.ttft_s, tpot_s=default_slo.tpot_s)
         self._lease_s = lease_s
         self._max_queued_messages = max_queued_messages
         self._checkpoints = checkpoints or CheckpointDesk()
@@ -196,7 +200,10 @@ class NodeRegistry:
             await self._inbox.put(NodeArrived(spec))
             await self._observe_adapters(connection, connection.hello)
             welcome = pb.NodeWelcome(
-                fencing_token=self._token, queue_order=self._queue_order.value, lease_s=self._lease_s
+                fencing_token=self._token,
+                queue_order=self._queue_order.value,
+                lease_s=self._lease_s,
+                default_slo=self._default_slo,
             )
             connection.outbox.send(pb.NodeSessionResponse(welcome=welcome))
             connection.silent_since_s = loop.time()

@@ -81,6 +81,7 @@ class SchedulerService:
             profiles=profiles,
             clock=clock,
             queue_order=core.queue_order,
+            default_slo=settings.core.to_core().default_slo,
             lease_s=settings.node_lease_s,
             max_queued_messages=settings.max_queued_messages,
             checkpoints=self.checkpoints,

@@ -7,7 +7,6 @@ counts as its part of the slowdown that was measured with all of them busy.
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from random import Random
 
 from services.latency import LatencyModel, OpKind
@@ -42,7 +41,8 @@ class SimNode:
     def __init__(self, spec: VirtualNode, order: QueueOrder, config: SimulationConfig, random: Random) -> None:
         self.spec = spec
         self.node_id = spec.node_id
-        self.core = NodeCore(replace(spec.core, queue_order=order))
+        default = config.core.default_slo
+        self.core = NodeCore(spec.core.ordered(order, default.ttft_s, default.tpot_s))
         self.top = spec.core.num_stages - 1
         self.alive = True
         #: When the pending timer fires; None: no timer.

@@ -28,7 +28,6 @@ from services.node_agent.core.types import (
     NodeSnapshot,
     Op,
     OpDone,
-    QueueOrder,
     RequestArrived,
     RunOp,
     SyncRequested,
@@ -129,14 +128,14 @@ class NodeCore:
         twin._entrance = self._entrance.fork(twin._inference, twin._training, twin._stages, twin._memory)
         return twin
 
-    def with_queue_order(self, order: QueueOrder) -> "NodeCore":
-        """An idle core that goes on from this one's weights version with another queue order.
+    def with_order(self, config: NodeCoreConfig) -> "NodeCore":
+        """An idle core that goes on from this one's weights version with another order of its queues (`ordered`).
 
         Raises ValueError when there is work: its place in the queues depends on the order.
         """
         if self.tasks() or self._entrance.syncs or any(queue.running or queue.ready for queue in self._stages):
             raise ValueError("the queue order can only change while the node is idle")
-        other = NodeCore(replace(self.config, queue_order=order))
+        other = NodeCore(config)
         other._entrance.inherit(self._entrance)
         other._inference.inherit(self._inference)
         if other._memory is not None and self._memory is not None:

@@ -4,7 +4,7 @@ Times are seconds on the node's monotonic clock, lengths tokens. All of it is im
 named tuple, which takes a fifth of the time of a frozen dataclass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from services.latency import OpKind
 
 #: How training uses the pipeline, see `NodeCoreConfig.training_schedule`.
 ASYNC, GPIPE, ONE_F_ONE_B = SCHEDULES = ("async", "gpipe", "1f1b")
+#: Promises by which requests without one are queued when the scheduler has none either, seconds.
+DEFAULT_TTFT_S, DEFAULT_TPOT_S = 1.0, 0.1
 
 
 class QueueOrder(StrEnum):
@@ -360,8 +362,8 @@ class NodeCoreConfig:
     #: inference_first: requests past their first-token deadline let those pass that can still keep theirs, this long.
     max_demotion_s: float = 10.0
     #: Promises used for ordering when a request has none.
-    default_ttft_s: float = 1.0
-    default_tpot_s: float = 0.1
+    default_ttft_s: float = DEFAULT_TTFT_S
+    default_tpot_s: float = DEFAULT_TPOT_S
     #: None: memory is not looked at beyond `kv_capacity_tokens`.
     memory: MemoryConfig | None = None
 
@@ -402,6 +404,15 @@ class NodeCoreConfig:
             raise ValueError(f'weight_handling must be "drain" or "stash", got {self.weight_handling!r}')
         if self.training_schedule not in SCHEDULES:
             raise ValueError(f"training_schedule must be one of {', '.join(SCHEDULES)}, got {self.training_schedule!r}")
+
+    def ordered(self, order: QueueOrder, ttft_s: float | None = None, tpot_s: float | None = None) -> "NodeCoreConfig":
+        """With the queue order and the default promises (seconds; None: the node's own) that a scheduler wants."""
+        return replace(
+            self,
+            queue_order=order,
+            default_ttft_s=ttft_s or DEFAULT_TTFT_S,
+            default_tpot_s=tpot_s or DEFAULT_TPOT_S,
+        )
 
     def _check_memory(self) -> None:
         if self.kv_block_tokens > self.kv_capacity_tokens:

@@ -29,7 +29,7 @@ class _RecentMean:
 
 
 class OutputLengths:
-    """Expected output length of a request: its own where that is fixed, else the mean of the last ones that were not."""
+    """Expected output length of a request: its own where that is fixed, else the mean of the last that were not."""
 
     __slots__ = ("_all", "_open")
 

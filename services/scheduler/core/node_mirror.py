@@ -35,7 +35,7 @@ from services.scheduler.core import node_spec
 from services.scheduler.core.events import OpFinished
 from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.state import LiveInference, LiveTask, NodeState
-from services.scheduler.core.tasks import TrainingTask
+from services.scheduler.core.tasks import SloTarget, TrainingTask
 
 #: Inputs it can go back by, and tasks among them whose arrival it can put off.
 _MOST_TAKEN = 64
@@ -108,6 +108,7 @@ class NodeMirror:
     """Follows one node. Inputs are taken in when somebody asks, in the order of their times."""
 
     __slots__ = (
+        "_config",
         "_core",
         "_delay_s",
         "_given_s",
@@ -118,18 +119,17 @@ class NodeMirror:
         "_node",
         "_now_s",
         "_num_tasks",
-        "_order",
         "_running",
         "_taken",
         "_top",
         "num_restarts",
     )
 
-    def __init__(self, now_s: float, node: NodeState, order: node_spec.QueueOrder) -> None:
+    def __init__(self, now_s: float, node: NodeState, order: node_spec.QueueOrder, default_slo: SloTarget) -> None:
         self._node = node
-        self._order = QueueOrder(order.value)
         self._top = node.spec.num_stages - 1
-        self._core = NodeCore(core_config(node.spec, self._order))
+        self._config = core_config(node.spec, QueueOrder(order.value), default_slo)
+        self._core = NodeCore(self._config)
         self._running: list[Running | None] = [None] * node.spec.num_stages
         self._inputs: list[_Input] = []
         self._now_s = now_s
@@ -350,7 +350,7 @@ class NodeMirror:
             else:
                 arrived.append(self._arrival(at_s, live))
         arrived += [self._arrival(at_s, live) for live in node.training.values() if not live.backward_done]
-        self._core = NodeCore(core_config(node.spec, self._order))
+        self._core = NodeCore(self._config)
         self._core.restore(at_s, node.weight_step, decoding)
         self._running = [None] * node.spec.num_stages
         for event in arrived or [Tick()]:
@@ -384,11 +384,10 @@ def _is_same(op: Op, trace: OpFinished) -> bool:
     return op.kind is OpKind.DECODE and set(trace.task_ids) <= set(op.task_ids)
 
 
-def core_config(spec: NodeSpec, order: QueueOrder) -> NodeCoreConfig:
+def core_config(spec: NodeSpec, order: QueueOrder, default_slo: SloTarget) -> NodeCoreConfig:
     """How the node's core works, as far as the node told."""
-    return NodeCoreConfig(
+    config = NodeCoreConfig(
         num_stages=spec.num_stages,
-        queue_order=order,
         max_batch=spec.max_batch,
         max_prefill_tokens=spec.max_prefill_tokens,
         kv_capacity_tokens=spec.kv_capacity_tokens,
@@ -401,6 +400,7 @@ def core_config(spec: NodeSpec, order: QueueOrder) -> NodeCoreConfig:
         max_batch_tokens=spec.max_batch_tokens,
         kv_block_tokens=spec.kv_block_tokens,
     )
+    return config.ordered(order, default_slo.ttft_s, default_slo.tpot_s)
 
 
 def node_request(live: LiveInference) -> InferenceRequest:

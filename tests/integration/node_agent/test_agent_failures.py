@@ -60,11 +60,13 @@ async def test_queue_order_follows_the_scheduler(tmp_path: Path) -> None:
         await made.scheduler.outcome("job/0")
         await made.scheduler.stop()
         made.scheduler.welcome.queue_order = "inference_first"
+        made.scheduler.welcome.default_slo.tpot_s = 0.03
         await made.scheduler.start()
         await made.scheduler.until(lambda: len(made.scheduler.hellos) == 2, "the node's return")
         await made.assign(training_item("job", 1, [[1, 2]]))
         assert (await made.scheduler.outcome("job/1")).training.weight_step == 2, "the version went on"
-        assert node.agent._loop._core.config.queue_order == "inference_first"
+        config = node.agent._loop._core.config
+        assert (config.queue_order, config.default_ttft_s, config.default_tpot_s) == ("inference_first", 1.0, 0.03)
 
 
 class _UnsteadyLedger:

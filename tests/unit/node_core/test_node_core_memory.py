@@ -357,7 +357,7 @@ def test_a_cancelled_turn_frees_what_it_would_have_gone_on_from() -> None:
 
 def test_kept_prefixes_stay_on_the_account_under_another_queue_order() -> None:
     driver = _kept(40)
-    core = driver.core.with_queue_order(QueueOrder.FIFO)
+    core = driver.core.with_order(driver.core.config.ordered(QueueOrder.FIFO))
     assert core.snapshot().memory == driver.core.snapshot().memory
     core.step(5.0, request("r", prompt=30, max_tokens=2))
     assert core.snapshot().kv_kept_tokens == 0

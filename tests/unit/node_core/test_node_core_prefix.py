@@ -131,7 +131,7 @@ def test_a_turn_that_began_in_another_epoch_is_not_kept_for_the_new_one() -> Non
 
 def test_another_queue_order_keeps_what_is_kept() -> None:
     driver = _driver().at(0.0, turn("t0", 10)).run()
-    driver.core = driver.core.with_queue_order(QueueOrder.FIFO)
+    driver.core = driver.core.with_order(driver.core.config.ordered(QueueOrder.FIFO))
     driver.at(1.0, turn("t1", 20)).run()
     assert _prefills(driver)[1] == (10, (10,), ("t0",))
 

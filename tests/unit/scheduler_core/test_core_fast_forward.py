@@ -64,7 +64,7 @@ def simulate(
     ]
     scheduler = CoreConfig(
         policy_options=AHEAD,
-        default_slo=SloTarget(ttft_s=ttft_s),
+        default_slo=SloTarget(ttft_s=ttft_s, tpot_s=0.03),
         max_hold_back_s=0.0,
         max_inflight_training=64,
         # Nobody ends before the longest output: what is expected is what comes.

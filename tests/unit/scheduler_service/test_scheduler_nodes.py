@@ -9,10 +9,12 @@ import pytest
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import profile_pb2
 from lemix.internal.v1 import scheduler_service_pb2 as pb
+from lemix.v1 import types_pb2
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.runtime.clock import FakeClock
 from services.scheduler.core.events import AdaptersTold, SyncEnded, WeightsTold
 from services.scheduler.core.node_spec import QueueOrder
+from services.scheduler.core.tasks import SloTarget
 from services.scheduler.inbox import Inbox, NodeArrived, NodeGone, Told, Traced
 from services.scheduler.nodes import NodeRegistry
 
@@ -59,6 +61,7 @@ def registry(clock: FakeClock, inbox: Inbox) -> NodeRegistry:
         profiles=FixedProfile(),
         clock=clock,
         queue_order=QueueOrder.FIFO,
+        default_slo=SloTarget(ttft_s=0.4),
         lease_s=5.0,
         max_queued_messages=2,
     )
@@ -94,6 +97,7 @@ async def test_a_node_is_welcomed_and_announced(registry: NodeRegistry, inbox: I
     async with aclosing(registry.session(aiter(stream))) as session:
         welcome = (await anext(session)).welcome
         assert (welcome.fencing_token, welcome.queue_order, welcome.lease_s) == (7, "fifo", 5.0)
+        assert welcome.default_slo == types_pb2.Slo(ttft_s=0.4)
         arrived = await joined(inbox)
         assert arrived.spec.node_id == "n"
         assert (registry.address("n"), registry.models) == ("h:1", {"m"})

@@ -8,6 +8,7 @@ import pytest
 from services.latency import HostLink, Interference, LatencyModel, MixedCost, NodeLatency, OpKind
 from services.node_agent.core.types import NodeCoreConfig, Op, QueueOrder
 from services.scheduler.core.config import CoreConfig
+from services.scheduler.core.tasks import SloTarget
 from services.simulator.node import SimNode
 from services.simulator.types import SimulationConfig, VirtualNode
 
@@ -27,6 +28,13 @@ def node(noise=0.0, link=math.inf, **told) -> SimNode:
     spec = VirtualNode(node_id="n", latency=latency, core=NodeCoreConfig(num_stages=STAGES), host_link_bytes_per_s=link)
     config = SimulationConfig(core=CoreConfig(), noise=noise)
     return SimNode(spec, QueueOrder.INFERENCE_FIRST, config, Random(1))
+
+
+def test_what_the_cluster_promises_by_default_orders_the_queues():
+    spec = VirtualNode(node_id="n", latency=NodeLatency((MODELS,)), core=NodeCoreConfig(num_stages=1))
+    config = SimulationConfig(core=CoreConfig(default_slo=SloTarget(tpot_s=0.02)))
+    made = SimNode(spec, QueueOrder.FIFO, config, Random(1)).core.config
+    assert (made.queue_order, made.default_ttft_s, made.default_tpot_s) == (QueueOrder.FIFO, 1.0, 0.02)
 
 
 def test_neighbours_slow_an_operation_down_by_their_part():

@@ -355,14 +355,16 @@ class CheckpointCommand(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., save: _Optional[str] = ..., restore: _Optional[str] = ..., export: _Optional[str] = ..., keep: _Optional[_Union[KeepCheckpoint, _Mapping]] = ..., export_job_id: _Optional[str] = ...) -> None: ...
 
 class NodeWelcome(_message.Message):
-    __slots__ = ("fencing_token", "queue_order", "lease_s")
+    __slots__ = ("fencing_token", "queue_order", "lease_s", "default_slo")
     FENCING_TOKEN_FIELD_NUMBER: _ClassVar[int]
     QUEUE_ORDER_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SLO_FIELD_NUMBER: _ClassVar[int]
     fencing_token: int
     queue_order: str
     lease_s: float
-    def __init__(self, fencing_token: _Optional[int] = ..., queue_order: _Optional[str] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    default_slo: _types_pb2.Slo
+    def __init__(self, fencing_token: _Optional[int] = ..., queue_order: _Optional[str] = ..., lease_s: _Optional[float] = ..., default_slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ...) -> None: ...
 
 class CancelWork(_message.Message):
     __slots__ = ("task_id",)

@@ -117,7 +117,7 @@ class LeMix:
                 node.costs = shared
         if self._mirrors:
             node = cluster.nodes[event.node.node_id]
-            node.mirror = NodeMirror(now_s, node, self.queue_order)
+            node.mirror = NodeMirror(now_s, node, self.queue_order, cluster.config.default_slo)
         return not self._per_node
 
     # ----------------------------------------------------------------- requests

@@ -27,6 +27,9 @@ _POSITIONS = {
     "full_decode": (0, 1, 2),
 }
 
+#: Where in the upper triangle of the covariance each coefficient is.
+_PLACES = ((0, 1, 2), (1, 3, 4), (2, 4, 5))
+
 #: Prior variances, of the scale of all coefficients and of each for itself; the variance of one observation is 1.
 _PRIOR_SCALE = 1.0
 _PRIOR_OWN = 9.0
@@ -34,6 +37,8 @@ _PRIOR_OWN = 9.0
 _FORGETTING = 0.0004
 #: A coefficient stays within these bounds, in units of its profiled value.
 _LEAST, _MOST = 0.05, 20.0
+#: What a coefficient that the profile found to be 0 adds to the first operation that is large for it, at most.
+_MOST_LEAP = 0.5
 #: A prediction stays above this share of the profile's.
 _LEAST_RATIO = 0.02
 #: Errors (logarithms of real over predicted) count as at most this, or as so many standard deviations.
@@ -106,6 +111,9 @@ class Coefficients:
             self._begin(profiled_s, x1, x2)
         u0, u1, u2 = self._units  # type: ignore[misc]
         w0, w1, w2 = u0 / profiled_s, u1 * x1 / profiled_s, u2 * x2 / profiled_s
+        if w0 > 1.0 or w1 > 1.0 or w2 > 1.0:
+            w0, w1, w2 = self._smaller_units((w0, w1, w2))
+            u0, u1, u2 = self._units  # type: ignore[misc]
         h0, h1, h2 = self._h
         ratio = 1.0 + w0 * h0 + w1 * h1 + w2 * h2
         if ratio < _LEAST_RATIO:
@@ -162,9 +170,26 @@ class Coefficients:
             self._p = self._p0
         return max(-_MOST_ERROR, min(residual, _MOST_ERROR))
 
+    def _smaller_units(self, weights: tuple[float, float, float]) -> tuple[float, float, float]:
+        """A coefficient without a profiled value would explain more than the whole of this operation: its unit shrinks
+        to what explains the whole. In the old one the noise of small operations would be a multiple of this one, now
+        and for ever. Little of what they said of it counts here. Returns the new weights."""
+        units, h, p, new = list(self._units or ()), list(self._h), list(self._p), list(weights)
+        for index, (weight, places) in enumerate(zip(weights, _PLACES, strict=True)):
+            if weight <= 1.0 or self._base[index]:
+                continue
+            units[index] /= weight
+            h[index] = max(h[index], min(h[index] * weight, _MOST_LEAP))
+            new[index] = 1.0
+            for place in places:
+                p[place] = self._p0[place]
+        self._units, self._h = (units[0], units[1], units[2]), (h[0], h[1], h[2])
+        self._p = (p[0], p[1], p[2], p[3], p[4], p[5])
+        return new[0], new[1], new[2]
+
     def _begin(self, profiled_s: float, x1: float, x2: float) -> None:
         """Units of the coefficients. One that the profile found to be 0 has none: it is measured by what would explain
-        the whole of the first operation."""
+        the whole of the first operation, later of the one that it would explain most of."""
         units, signs, low, high = [], [], [], []
         for base, feature, has in zip(self._base, (1.0, x1, x2), self._forms, strict=True):
             unit = abs(base) or (profiled_s / feature if has and feature > 0.0 else 0.0)

@@ -211,9 +211,10 @@ class NodeCosts:
         *,
         beside: bool = False,
     ) -> None:
-        """Learn from a real duration. beside: the node served and trained while it ran."""
+        """Learn from a real duration; nothing from one that is no positive number. beside: the node served and trained
+        while it ran."""
         learner = self._learners[op][stage] or self._learner(stage, op)
-        if learner is None or actual_s <= 0.0:
+        if learner is None or not 0.0 < actual_s < math.inf:
             return
         coefficients = learner.coefficients
         if learner.table is not None:
@@ -273,7 +274,7 @@ class NodeCosts:
         """Learn from a real duration what the operations of this job take, compared with the node's in general."""
         self.trains(job_id)
         predicted_s = self.stage_s(stage, op, batch, length)
-        if predicted_s > 0.0 and actual_s > 0.0:
+        if predicted_s > 0.0 and 0.0 < actual_s < math.inf:
             ratio = self._jobs[job_id].setdefault(op, _Ratio())
             ratio.observe(min(max(actual_s / predicted_s, _JOB_LEAST), _JOB_MOST))
 

@@ -66,6 +66,35 @@ def test_a_coefficient_that_the_profile_found_to_be_zero_is_learnt_too() -> None
     assert predicted_s(coefficients, 1.0, 1000.0) == pytest.approx(0.12, rel=0.05)
 
 
+@pytest.mark.parametrize(("form", "values"), [("full", (2e-3, 1e-4, 0.0)), ("full_decode", (2e-3, 1e-4, 0.0))])
+@pytest.mark.parametrize("first_tokens", [1, 16])
+def test_small_operations_do_not_make_noise_of_large_ones_through_a_coefficient_that_was_zero(
+    form: str, values: tuple[float, ...], first_tokens: int
+) -> None:
+    """Its unit comes from the first operation, of which a large one is a multiple."""
+    model = LatencyModel(form, values)
+    costs = NodeCosts(NodeLatency(({OpKind.PREFILL: model},)))
+    random = Random(5)
+    sizes = [(1, first_tokens)] + [(random.choice((1, 4, 16)), random.choice((16, 64, 256, 512))) for _ in range(600)]
+    errors = []
+    for index, (batch, length) in enumerate(sizes):
+        real_s = model.predict_s(batch, length)
+        if index >= 100:
+            errors.append(abs(costs.stage_s(0, OpKind.PREFILL, batch, length) / real_s - 1.0))
+        costs.calibrate(0, OpKind.PREFILL, batch, length, real_s * math.exp(random.gauss(0.0, 0.1)))
+    assert sum(errors) / len(errors) < 0.04
+    assert max(errors) < 0.2
+
+
+@pytest.mark.parametrize("actual_s", [math.nan, math.inf, -1.0, 0.0])
+def test_a_duration_that_is_none_teaches_nothing(actual_s: float) -> None:
+    costs = NodeCosts(NodeLatency(({OpKind.PREFILL: FULL},)), drift_band=0.12)
+    costs.calibrate(0, OpKind.PREFILL, 1, 100, actual_s)
+    costs.calibrate_job("job", 0, OpKind.PREFILL, 1, 100, actual_s)
+    assert costs.records() == []
+    assert costs.stage_s(0, OpKind.PREFILL, 1, 100, job_id="job") == FULL.predict_s(1, 100)
+
+
 def test_sizes_that_were_not_seen_follow_the_device_as_a_whole() -> None:
     coefficients = Coefficients(FULL)
     for _ in range(200):

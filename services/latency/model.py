@@ -4,6 +4,7 @@ Source: paper section 4 (quadratic form); the richer forms are LeMix's own, beca
 memory-bound sequences do not follow a square law.
 """
 
+import math
 from dataclasses import dataclass
 
 from services.latency.table import LatencyTable
@@ -75,6 +76,10 @@ class LatencyModel:
         expected = 0 if self.form == TABULATED else len(FORMS[self.form](1.0, 1.0))
         if len(self.coefficients) != expected:
             raise ValueError(f"form {self.form} takes {expected} coefficients, got {len(self.coefficients)}")
+        if not all(map(math.isfinite, (*self.coefficients, self.mape, self.residual_p5, self.residual_p95))):
+            raise ValueError(f"a coefficient, the error or the interval of form {self.form} is not a finite number")
+        if self.residual_p95 <= -1.0:
+            raise ValueError(f"residual_p95 of form {self.form} must be above -1, got {self.residual_p95}")
 
     def predict_s(self, batch: float, length: float, cached: float = 0.0) -> float:
         """Duration in seconds, never negative, for `batch` sequences of `length` tokens each.

@@ -31,17 +31,20 @@ class LatencyTable:
     def at_s(self, batch: float, length: float) -> float:
         """Bilinear between the points; beyond them the outermost cell goes on linearly.
 
-        Below the grid it never falls under the straight line to zero, so a small operation is short but not free.
-        An axis with one value says nothing about others: they take the same.
+        Beyond the grid it never falls: noise in the outermost cell does not make large operations free. Below it, never
+        under the straight line to zero, so a small operation is short but not free. An axis with one value says nothing about others: they take the same.
         """
         row, above = _cell(self.batches, batch)
         column, right = _cell(self.lengths, length)
         low = self._along(row, column, right)
         if above:
             low += above * (self._along(row + 1, column, right) - low)
+        edge = min(batch, self.batches[-1]), min(length, self.lengths[-1])
+        if edge != (batch, length):
+            low = max(low, self.at_s(*edge))
         first_batch, first_length = self.batches[0], self.lengths[0]
         if batch >= first_batch and length >= first_length:
-            return max(low, 0.0)
+            return low
         least = min(1.0, batch / first_batch) * min(1.0, length / first_length) * self.durations_s[0]
         return max(low, least, 0.0)
 

@@ -65,6 +65,15 @@ def test_below_the_grid_an_operation_is_short_but_not_free():
     assert table.at_s(5, 64) == 10.0  # one batch: nothing is known of others
 
 
+@given(st.lists(st.floats(1e-6, 10.0), min_size=9, max_size=9), st.floats(0, 100), st.floats(0, 1e5))
+def test_beyond_the_grid_no_operation_takes_less_than_at_its_edge(durations, batch, length):
+    table = LatencyTable(BATCHES, LENGTHS, tuple(durations))
+    edge = table.at_s(min(batch, BATCHES[-1]), min(length, LENGTHS[-1]))
+    assert table.at_s(batch, length) >= edge
+    falling = LatencyTable((1,), (256, 512), (0.0101, 0.01))  # noise of 1 %
+    assert falling.at_s(1, 40_000) == 0.01
+
+
 @given(
     st.sampled_from(["quadratic", "affine", "full", "constant"]),
     st.lists(coefficient, min_size=3, max_size=3),
@@ -88,8 +97,7 @@ def test_the_interval_is_about_the_prediction_and_its_noise_as_wide():
     assert model.interval_s(1, 1) == (1.5, 3.0)
     assert model.noise == pytest.approx(0.75 / 3.29)
     assert LatencyModel("constant", (2.0,), residual_p5=-2.0).interval_s(1, 1)[0] == 0.0
-    assert LatencyModel("constant", (2.0,), residual_p95=math.nan).noise == 0.0
-    assert LatencyModel("constant", (2.0,), residual_p95=math.inf).noise == 0.5
+    assert LatencyModel("constant", (2.0,), residual_p95=9.0).noise == 0.5
 
 
 @pytest.mark.parametrize(
@@ -99,6 +107,11 @@ def test_the_interval_is_about_the_prediction_and_its_noise_as_wide():
         (lambda: LatencyModel("affine", (1.0,)), "takes 2 coefficients, got 1"),
         (lambda: LatencyModel("tabulated", ()), "needs a table"),
         (lambda: LatencyModel("affine", (1.0, 1.0), table=table_of(lambda b, n: 1.0)), "takes no table"),
+        (lambda: LatencyModel("affine", (1.0, math.nan)), "not a finite number"),
+        (lambda: LatencyModel("constant", (1.0,), mape=math.inf), "not a finite number"),
+        (lambda: LatencyModel("constant", (1.0,), residual_p5=math.nan), "not a finite number"),
+        (lambda: LatencyModel("constant", (1.0,), residual_p95=math.inf), "not a finite number"),
+        (lambda: LatencyModel("constant", (1.0,), residual_p5=-1.5, residual_p95=-1.0), "residual_p95"),
         (lambda: LatencyTable((2, 1), (1,), (1.0, 1.0)), "batches of a latency table must rise"),
         (lambda: LatencyTable((1,), (), ()), "lengths of a latency table must rise"),
         (lambda: LatencyTable((0,), (1,), (1.0,)), "batches of a latency table must rise from at least 1"),

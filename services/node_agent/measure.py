@@ -129,9 +129,7 @@ class Measurer:
             result = await self._loop.runners[stage].call(op)
         if result.error:
             message = f"stage {stage} cannot measure {kind} with batch {point.batch}, length {point.length}"
-            if result.error.startswith(_TOO_LARGE):
-                raise _LeftOut(f"{message}: {result.error}")
-            raise LemixError(ErrorCode.INTERNAL, f"{message}: {result.error}")
+            raise _failure(message, result.error)
         return result
 
     @contextlib.asynccontextmanager
@@ -150,7 +148,7 @@ class Measurer:
             while not ended.is_set():
                 result = await runner.call(op)
                 if result.error:
-                    raise LemixError(ErrorCode.INTERNAL, f"stage {runner.stage} cannot be kept busy: {result.error}")
+                    raise _failure(f"stage {runner.stage} cannot be kept busy", result.error)
 
         tasks = [asyncio.create_task(keep_busy(runner)) for runner in self._loop.runners if runner.stage != stage]
         await asyncio.sleep(0)  # their first ops are on the stages now
@@ -181,6 +179,13 @@ class Measurer:
         if result is None or result.loss is None or not math.isfinite(result.loss):
             raise LemixError(ErrorCode.INTERNAL, "a sample has no finite loss")
         return result.loss
+
+
+def _failure(message: str, error: str) -> Exception:
+    """What to raise for an op that failed."""
+    if error.startswith(_TOO_LARGE):
+        return _LeftOut(f"{message}: {error}")
+    return LemixError(ErrorCode.INTERNAL, f"{message}: {error}")
 
 
 def _measurements(stage: int, point: node_pb2.GridPoint, result: StageResult) -> list[profile_pb2.Measurement]:

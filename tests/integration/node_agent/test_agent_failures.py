@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 
+from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from lemix.internal.v1 import profile_pb2, work_pb2
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
@@ -248,33 +250,42 @@ async def test_measuring(tmp_path: Path) -> None:
         assert {worker.stage.version for worker in node.engine.workers} == {0}
 
 
+def _points(**point: Any) -> dict[str, Any]:
+    return {"points": [node_pb2.GridPoint(**{"op": profile_pb2.OP_KIND_PREFILL, "batch": 1, "length": 5, **point})]}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "param"),
     [
-        {"repetitions": 0},
-        {"repetitions": 101},
-        {"warmup": 11},
-        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_TRAIN_BACKWARD, batch=1, length=1)]},
-        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=0, length=1)]},
-        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=1, length=513)]},
-        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_PREFILL, batch=1, length=500, cached_tokens=13)]},
-        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_DECODE, batch=1, length=5, cached_tokens=13)]},
-        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_PREFILL, batch=1, length=5, decodes=2)]},
-        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_OFFLOAD, batch=1, length=5)]},
-        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_RELOAD, batch=1, length=5, num_bytes=5)]},
-        {"points": [node_pb2.GridPoint(op=77, batch=1, length=5)]},
-        {"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_PREFILL, batch=1, length=5, busy=5)]},
-        {"points": []},
-        {"points": [], "rounds": 101},
-        {"points": [], "budget_s": float("nan")},
-        {"allow_busy": True, "samples": [work_pb2.TrainingExample(token_ids=[1, 2])]},
+        ({"repetitions": 0}, "repetitions"),
+        ({"repetitions": 101}, "repetitions"),
+        ({"warmup": 11}, "warmup"),
+        ({"rounds": 101}, "rounds"),
+        ({"budget_s": float("nan")}, "budget_s"),
+        ({"budget_s": -1.0}, "budget_s"),
+        ({"points": []}, "points"),
+        ({"points": [node_pb2.GridPoint(op=profile_pb2.OP_KIND_PREFILL, batch=1, length=5)] * 10_001}, "points"),
+        ({"allow_busy": True, "samples": [work_pb2.TrainingExample(token_ids=[1, 2])]}, "samples"),
+        (_points(op=profile_pb2.OP_KIND_TRAIN_BACKWARD), "points.0"),
+        (_points(op=profile_pb2.OP_KIND_DECODE, batch=0), "points.0"),
+        (_points(op=profile_pb2.OP_KIND_DECODE, length=513), "points.0"),
+        (_points(length=500, cached_tokens=13), "points.0"),
+        (_points(op=profile_pb2.OP_KIND_DECODE, cached_tokens=13), "points.0"),
+        (_points(decodes=2), "points.0"),
+        (_points(op=profile_pb2.OP_KIND_OFFLOAD), "points.0"),
+        (_points(op=profile_pb2.OP_KIND_RELOAD, num_bytes=5), "points.0"),
+        (_points(op=77), "points.0"),
+        (_points(busy=5), "points.0"),
     ],
 )
-async def test_bad_measurements_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+async def test_bad_measurements_are_refused(tmp_path: Path, changes: dict[str, Any], param: str) -> None:
     async with cluster(tmp_path) as made:
         node = await made.start_node()
-        with pytest.raises(Exception, match=r"must be|cannot be|at most|at least"):
-            _ = [r async for r in node.stub.MeasureOps(node_pb2.MeasureOpsRequest(**{"repetitions": 1, **changes}))]
+        good = {**_points(), "repetitions": 1}
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            _ = [r async for r in node.stub.MeasureOps(node_pb2.MeasureOpsRequest(**{**good, **changes}))]
+        error = LemixError.from_rpc(raised.value)
+        assert (error.code, error.param) == (ErrorCode.INVALID_REQUEST, param)
 
 
 async def test_points_are_measured_in_rounds_with_all_they_say(tmp_path: Path) -> None:
@@ -319,6 +330,23 @@ async def test_a_point_too_large_for_the_memory_is_left_out(tmp_path: Path) -> N
         assert [response.point for response in responses[:-1]] == [0, 1, 1]
         assert "stage 1 cannot measure decode with batch 7" in responses[0].left_out_reason
         assert not responses[0].measurements
+
+
+async def test_a_point_beside_work_too_large_for_the_memory_is_left_out(tmp_path: Path) -> None:
+    def tamper(stage: int, op: StageOp, result: StageResult) -> StageResult:
+        if isinstance(op, Measure) and op.kind == "train_forward":
+            return replace(result, error="OutOfMemoryError: tried to allocate 7 GiB")
+        return result
+
+    beside = _points(busy=profile_pb2.OP_KIND_TRAIN_FORWARD)["points"]
+    async with cluster(tmp_path) as made:
+        node = await made.start_node(tamper=tamper)
+        request = node_pb2.MeasureOpsRequest(points=beside + _points()["points"], repetitions=1)
+        responses = [response async for response in node.stub.MeasureOps(request)]
+        assert [response.point for response in responses[:-1]] == [0, 1]
+        assert "cannot be kept busy: OutOfMemoryError" in responses[0].left_out_reason
+        assert not responses[0].measurements
+        assert responses[1].measurements
 
 
 async def test_measuring_between_the_operations_of_a_busy_node(tmp_path: Path) -> None:

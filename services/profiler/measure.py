@@ -82,9 +82,10 @@ async def profile_node(
             reason = error.reason if isinstance(error, _Silent) else LemixError.from_rpc(error)
             if measured.is_empty:
                 raise reason from error
-            yield _aborted(measured, reason, clock)
+            yield await asyncio.to_thread(_aborted, measured, reason, clock)
             return
-    profile = measured.profile(wish.samples, now_unix_s=clock.unix_s())
+    # Fits take a while, in which calls for other nodes go on.
+    profile = await asyncio.to_thread(measured.profile, wish.samples, now_unix_s=clock.unix_s())
     if profile.incomplete_reason:
         _log.warning("measurement ended early", node=info.node_id, reason=profile.incomplete_reason)
     yield profile

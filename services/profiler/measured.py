@@ -90,6 +90,8 @@ class Measured:
             fit_profile(profile)
         except FitError as error:
             raise self._unusable(str(error)) from error
+        if not profile.fits:
+            raise self._unusable(f"no operation was timed at enough points to fit it; {profile.incomplete_reason}")
         return profile
 
     def _missing(self, *, budget_was_spent: bool) -> str:
@@ -97,10 +99,11 @@ class Measured:
         unseen = [index for index in range(len(self._points)) if index not in self._seen]
         if not unseen:
             return ""
+        left_out = [self._left_out[index] for index in unseen if index in self._left_out]
         names = [_name(self._points[index]) for index in unseen[:_MOST_NAMED]]
         more = f" and {len(unseen) - _MOST_NAMED} more" if len(unseen) > _MOST_NAMED else ""
-        reasons = "".join(f" ({reason})" for reason in list(self._left_out.values())[:1])
-        spent = "the budget was spent: " if budget_was_spent and len(unseen) > len(self._left_out) else ""
+        reasons = "".join(f" ({reason})" for reason in left_out[:1])
+        spent = "the budget was spent: " if budget_was_spent and len(unseen) > len(left_out) else ""
         return (
             f"{spent}{len(unseen)} of {len(self._points)} points were not measured: {', '.join(names)}{more}{reasons}"
         )

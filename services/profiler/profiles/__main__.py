@@ -148,7 +148,8 @@ def _delete(address: str, profile_ids: Sequence[str]) -> None:
 
 
 def _report(profile: profile_pb2.Profile, output: Path | None) -> None:
-    path = output or Path(f"{profile.profile_id or 'profile'}.html")
+    # The id in somebody's file may have a folder in it.
+    path = output or Path(f"{Path(profile.profile_id).name or 'profile'}.html")
     try:
         page = report(profile)
         path.write_text(page, encoding="utf-8")

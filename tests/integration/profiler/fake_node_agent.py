@@ -35,6 +35,8 @@ class FakeNodeAgent(node_grpc.NodeAgentServiceServicer):
         self.constant_s = None
         #: The node dies after so many points; points of more tokens do not fit into its memory.
         self.answers_until = None
+        #: Its budget is spent after so many points.
+        self.budget_points = None
         self.ends_with = ErrorCode.UNAVAILABLE
         self.too_large = None
         self.gate = asyncio.Event()
@@ -57,6 +59,8 @@ class FakeNodeAgent(node_grpc.NodeAgentServiceServicer):
             for answered in range(request.rounds * len(request.points)):
                 if answered == self.answers_until:
                     raise LemixError(self.ends_with, "the stage worker died")
+                if answered == self.budget_points:
+                    break
                 index = answered % len(request.points)
                 yield self._answer(index, request.points[index], request.repetitions)
             losses = [0.5 * len(sample.token_ids) for sample in request.samples]

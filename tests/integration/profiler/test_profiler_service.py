@@ -265,6 +265,25 @@ async def test_a_node_that_dies_at_once_leaves_nothing(start, node):
     assert not (await stub.ListProfiles(profiler_pb2.ListProfilesRequest())).profiles
 
 
+async def test_a_node_that_dies_before_anything_can_be_fitted_leaves_nothing(start, node):
+    node.answers_until = 1
+    stub = await start()
+    error = await error_of(profile(stub, node.address))
+    assert (error.code, error.message) == (ErrorCode.UNAVAILABLE, "the stage worker died")
+    listed = await stub.ListProfiles(profiler_pb2.ListProfilesRequest())
+    assert not (listed.profiles or listed.problems)
+
+
+async def test_a_budget_too_small_to_fit_anything_is_told_and_leaves_nothing(start, node):
+    node.budget_points = 1
+    stub = await start()
+    error = await error_of(profile(stub, node.address))
+    assert error.code is ErrorCode.INTERNAL
+    assert "no operation was timed at enough points to fit it; the budget was spent" in error.message
+    listed = await stub.ListProfiles(profiler_pb2.ListProfilesRequest())
+    assert not (listed.profiles or listed.problems)
+
+
 async def test_points_that_do_not_fit_are_named(start, node):
     node.too_large = 300
     result = await profile(await start(), node.address)

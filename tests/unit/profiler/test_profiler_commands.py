@@ -111,6 +111,30 @@ def test_a_page_is_written_from_a_file_without_any_service(whole, tmp_path, caps
     assert "beside train_forward" in shown
 
 
+def test_the_id_in_a_file_does_not_say_where_the_page_goes(whole, tmp_path, monkeypatch):
+    evil = profile_pb2.Profile()
+    evil.CopyFrom(whole)
+    evil.profile_id = "../evil"
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "p.json").write_text(write_artifact(evil))
+    assert main(["report", "p.json"]) == 0
+    assert (here / "evil.html").is_file()
+
+
+def test_points_left_out_and_points_that_the_budget_did_not_reach_are_told_apart():
+    points = grid_points(GridSettings(), Limits(8, 512, 2, 1 << 22, 512))
+    measured = Measured(INFO, points)
+    for index, point in enumerate(points[:-1]):
+        measured.add(answer(index, point))
+    # It was timed in the first round.
+    measured.add(node_pb2.MeasureOpsResponse(point=0, left_out_reason="OutOfMemoryError"))
+    reason = measured.profile((), now_unix_s=1e9).incomplete_reason
+    assert reason.startswith(f"the budget was spent: 1 of {len(points)} points were not measured")
+    assert "OutOfMemoryError" not in reason
+
+
 @pytest.mark.parametrize("content", ["{", "", '{"fits": 7}'])
 def test_a_file_that_is_no_profile_is_told_in_one_line(tmp_path, capsys, content):
     path = tmp_path / "p.json"

@@ -69,7 +69,7 @@ def _stages(options: argparse.Namespace) -> list[StageTimes]:
         raise TableError(f"--stages must be 1 to {shape.num_layers}, the layers of {options.config}")
     tables = Tables(
         layer=read_mlp(options.mlp, shape.hidden, shape.intermediate),
-        attention=read_attention(options.attention),
+        attention=read_attention(options.attention, shape.hidden),
         transfer=read_send_recv(options.send_recv),
     )
     source, target = DEVICES[options.measured_on], DEVICES[options.device]

@@ -122,16 +122,21 @@ def read_send_recv(path: Path) -> Curve:
     return _curve(found)
 
 
-def read_attention(path: Path) -> Attention:
-    """Fits to the rows of prefill and of decode. Raises TableError.
+def read_attention(path: Path, hidden: int) -> Attention:
+    """Fits to the rows of prefill and of decode on one GPU. Raises TableError, also for another model's table.
 
-    Takes Vidur's columns, or of an extract `phase` and `attn_ms_median` in their place.
+    Takes Vidur's columns, or of an extract `phase` and `attn_ms_median` in their place, which need not name model and
+    number of GPUs.
     """
     sizes = ["batch_size", "prefill_chunk_size", "kv_cache_size"]
     prefill: list[tuple[tuple[float, ...], float]] = []
     decode: list[tuple[tuple[float, ...], float]] = []
     rows = _read(path, sizes, ("phase", "attn_ms_median"), ("is_prefill", "attn_prefill.median", "attn_decode.median"))
     for line, row in rows:
+        if "num_tensor_parallel_workers" in row and _number(path, line, row, "num_tensor_parallel_workers") != 1:
+            continue
+        if "n_embd" in row and (width := _number(path, line, row, "n_embd")) != hidden:
+            raise TableError(f"{path}: line {line}: is of a model of width {width:g}, not {hidden}")
         batch, chunk, cached = (_number(path, line, row, name) for name in sizes)
         is_prefill = (row.get("phase") or "") == "prefill" or (row.get("is_prefill") or "").lower() == "true"
         column = "attn_ms_median"
@@ -153,7 +158,7 @@ def read_attention(path: Path) -> Attention:
 def _fit(path: Path, phase: str, rows: Sequence[tuple[tuple[float, ...], float]]) -> tuple[tuple[float, ...], float]:
     """Coefficients from 0 on with the smallest squared relative error, and their mean absolute relative error."""
     if not rows:
-        raise TableError(f"{path}: has no row of {phase}")
+        raise TableError(f"{path}: has no row of {phase} on one GPU")
     features = np.array([row for row, _ in rows])
     measured = np.array([duration for _, duration in rows])
     scale = np.maximum(features.max(axis=0), 1.0)

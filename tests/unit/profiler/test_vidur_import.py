@@ -89,7 +89,7 @@ def run(files, *more):
 
 def stage_times(files, stage, *, num_stages=2, device="a100"):
     tables = Tables(
-        read_mlp(files["mlp"], 256, 512), read_attention(files["attention"]), read_send_recv(files["send-recv"])
+        read_mlp(files["mlp"], 256, 512), read_attention(files["attention"], 256), read_send_recv(files["send-recv"])
     )
     return StageTimes(SHAPE, tables, stage, num_stages, DEVICES["a100"], DEVICES[device])
 
@@ -106,7 +106,7 @@ def test_tables_are_read_in_seconds_for_one_gpu(files):
     assert mlp["mlp_up_proj"].at(64).median == pytest.approx(0.128e-3)
     assert mlp["mlp_up_proj"].at(1).median == pytest.approx(2e-6)  # not the row of two workers
     assert read_send_recv(files["send-recv"]).at(1_500_000).median == pytest.approx(15e-6)
-    attention = read_attention(files["attention"])
+    attention = read_attention(files["attention"], 256)
     assert attention.prefill_s(1, 700, 300) == pytest.approx(attention_ms(700, 300) * 1e-3, rel=1e-3)
     assert attention.decode_s(4, 512) == pytest.approx((0.01 + 2e-5 * 4 * 512) * 1e-3, rel=1e-3)
     assert attention.prefill_error < 1e-3
@@ -119,10 +119,13 @@ def test_attention_is_read_from_vidurs_own_columns_too(files, tmp_path):
             "attn_prefill.median": row["attn_ms_median"] if row["phase"] == "prefill" else "",
             "attn_decode.median": row["attn_ms_median"] if row["phase"] == "decode" else "",
             **{name: row[name] for name in ("batch_size", "prefill_chunk_size", "kv_cache_size")},
+            "n_embd": 256,
+            "num_tensor_parallel_workers": 1,
         }
         for row in ATTENTION
     ]
-    assert read_attention(write(tmp_path / "own.csv", rows)) == read_attention(files["attention"])
+    other = rows[0] | {"num_tensor_parallel_workers": 2, "attn_prefill.median": 1e6}
+    assert read_attention(write(tmp_path / "own.csv", [*rows, other]), 256) == read_attention(files["attention"], 256)
 
 
 def test_a_stage_takes_its_layers_and_its_end_of_the_model(files):
@@ -207,7 +210,17 @@ def is_of_another_model(files):
 
 def has_no_decode(files):
     write(files["attention"], ATTENTION[:-3])
-    return r"attention\.csv: has no row of decode"
+    return r"attention\.csv: has no row of decode on one GPU"
+
+
+def has_attention_of_two_gpus_alone(files):
+    write(files["attention"], [row | {"num_tensor_parallel_workers": 2} for row in ATTENTION])
+    return r"attention\.csv: has no row of prefill on one GPU"
+
+
+def has_attention_of_another_model(files):
+    write(files["attention"], [row | {"n_embd": 8192} for row in ATTENTION])
+    return r"attention\.csv: line 2: is of a model of width 8192, not 256"
 
 
 def has_one_size(files):
@@ -234,6 +247,7 @@ def has_no_model(files):
     "spoil",
     [
         lacks_columns, lacks_times, has_no_number, has_falling_times, is_of_another_model, has_no_decode, has_one_size,
+        has_attention_of_two_gpus_alone, has_attention_of_another_model,
         is_between_machines, is_missing, has_no_model,
     ],
     ids=lambda spoil: spoil.__name__,

@@ -1,6 +1,8 @@
 """Settings of the profiler."""
 
-from pydantic import Field, PositiveInt
+from typing import Self
+
+from pydantic import Field, PositiveInt, model_validator
 
 from services.runtime.config import ServiceSettings, Settings
 
@@ -49,6 +51,14 @@ class GridSettings(Settings):
     move_bytes: tuple[PositiveInt, ...] = (1 << 18, 1 << 20, 1 << 22)
     #: Time a few points of serving and training while the node's other stages train or decode, too.
     co_run: bool = True
+
+    @model_validator(mode="after")
+    def _has_points(self) -> Self:
+        for name, grid in (("prefill", self.prefill), ("train", self.train)):
+            smallest = min(grid.batches) * min(grid.lengths)
+            if smallest > self.max_point_tokens:
+                raise ValueError(f"max_point_tokens leaves no point of {name}, whose smallest has {smallest} tokens")
+        return self
 
 
 class ProfilerSettings(ServiceSettings):

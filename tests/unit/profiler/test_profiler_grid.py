@@ -19,7 +19,7 @@ def is_plain(point):
     return not (point.cached_tokens or point.decodes or point.num_bytes or point.busy)
 
 
-@given(max_batch=st.integers(1, 64), max_context=st.integers(2, 4096), max_tokens=st.integers(1, 8192))
+@given(max_batch=st.integers(1, 64), max_context=st.integers(2, 4096), max_tokens=st.integers(16, 8192))
 def test_no_point_is_beyond_the_limits_or_there_twice(max_batch, max_context, max_tokens):
     grid = GridSettings(max_point_tokens=max_tokens)
     points = triples(grid, max_batch=max_batch, max_context_tokens=max_context)
@@ -110,3 +110,11 @@ def test_a_node_of_one_stage_has_no_busy_neighbour():
 def test_unusable_settings_are_refused(bad):
     with pytest.raises(ValidationError):
         ProfilerSettings.model_validate(bad)
+
+
+@pytest.mark.parametrize("name", ["prefill", "train"])
+def test_a_grid_without_a_point_is_refused(name):
+    large = OpGrid(batches=(4,), lengths=(1024,))
+    assert GridSettings(max_point_tokens=4096, **{name: large})
+    with pytest.raises(ValidationError, match=f"leaves no point of {name}, whose smallest has 4096 tokens"):
+        GridSettings(max_point_tokens=4095, **{name: large})

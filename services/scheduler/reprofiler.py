@@ -79,6 +79,8 @@ class Reprofiler:
         for node_id in sorted(idle, key=lambda node_id: (self._idle_since_s[node_id], node_id)):
             if now_s - self._idle_since_s[node_id] >= self._idle_s and self._is_wanted(node_id, now_s):
                 await self._measure(node_id)
+                # Nobody looked meanwhile: the others may have had work.
+                self._idle_since_s.clear()
                 return
 
     def _is_wanted(self, node_id: str, now_s: float) -> bool:

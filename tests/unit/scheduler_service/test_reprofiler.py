@@ -84,6 +84,17 @@ async def test_work_begins_the_wait_anew() -> None:
     assert len(scene.measured) == 1
 
 
+async def test_who_was_not_looked_at_during_a_measurement_waits_anew() -> None:
+    scene = Scene()
+    scene.drifting["b"] = True
+    await scene.look_at(0.0, 10.0)
+    assert [name for name, _, _ in scene.measured] == ["a"]
+    await scene.look_at(70.0, 79.0)
+    assert len(scene.measured) == 1
+    await scene.look_at(80.0)
+    assert [name for name, _, _ in scene.measured] == ["a", "b"]
+
+
 @pytest.mark.parametrize("change", ["on its profile", "gone"])
 async def test_others_are_left_alone(change: str) -> None:
     scene = Scene()

@@ -1,12 +1,12 @@
 """Capacity and SLO from a profile, worked out by hand."""
 
 import pytest
-from google.protobuf import json_format
 
 from bench.demo.config import DemoError, TrainingConfig
 from bench.demo.profile import newest_profile, profile_grid, promise
 from lemix.internal.v1 import profile_pb2 as pb
 from services.latency import OpKind
+from services.profile_artifact import write_artifact
 from services.profile_messages import latency_from_profile
 from services.profiler.config import GridSettings
 
@@ -67,7 +67,7 @@ def test_the_grid_holds_what_the_demo_trains_and_little_more():
 def _store(directory, profile):
     folder = directory / profile.fingerprint
     folder.mkdir(exist_ok=True)
-    (folder / f"{profile.version}.json").write_text(json_format.MessageToJson(profile))
+    (folder / f"{profile.version}.json").write_text(write_artifact(profile))
 
 
 def test_the_newest_profile_for_the_stages_is_taken(tmp_path):

@@ -32,7 +32,8 @@ class LatencyTable:
         """Bilinear between the points; beyond them the outermost cell goes on linearly.
 
         Beyond the grid it never falls: noise in the outermost cell does not make large operations free. Below it, never
-        under the straight line to zero, so a small operation is short but not free. An axis with one value says nothing about others: they take the same.
+        under the straight line to zero, so a small operation is short but not free. An axis with one value says nothing
+        about others: they take the same.
         """
         row, above = _cell(self.batches, batch)
         column, right = _cell(self.lengths, length)

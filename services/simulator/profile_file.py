@@ -55,9 +55,9 @@ class _Fit(BaseModel):
     op: str = ""
     model: str = ""
     coefficients: tuple[FiniteFloat, ...] = ()
-    mape: float = 0.0
-    residual_p5: float = 0.0
-    residual_p95: float = 0.0
+    mape: FiniteFloat = 0.0
+    residual_p5: FiniteFloat = 0.0
+    residual_p95: FiniteFloat = 0.0
     chosen: bool = False
     table: _Table | None = None
 

@@ -271,7 +271,7 @@ async def test_a_node_that_dies_before_anything_can_be_fitted_leaves_nothing(sta
     error = await error_of(profile(stub, node.address))
     assert (error.code, error.message) == (ErrorCode.UNAVAILABLE, "the stage worker died")
     listed = await stub.ListProfiles(profiler_pb2.ListProfilesRequest())
-    assert not (listed.profiles or listed.problems)
+    assert listed == profiler_pb2.ListProfilesResponse()
 
 
 async def test_a_budget_too_small_to_fit_anything_is_told_and_leaves_nothing(start, node):
@@ -281,7 +281,7 @@ async def test_a_budget_too_small_to_fit_anything_is_told_and_leaves_nothing(sta
     assert error.code is ErrorCode.INTERNAL
     assert "no operation was timed at enough points to fit it; the budget was spent" in error.message
     listed = await stub.ListProfiles(profiler_pb2.ListProfilesRequest())
-    assert not (listed.profiles or listed.problems)
+    assert listed == profiler_pb2.ListProfilesResponse()
 
 
 async def test_points_that_do_not_fit_are_named(start, node):

@@ -159,6 +159,11 @@ def ended_from_outcome(outcome: work_pb2.WorkOutcome) -> TaskEnded:
     return TaskEnded(outcome.task_id, outcome.node_id, ok=ok, output_tokens=len(inference.token_ids))
 
 
+def expired_outcome(item: work_pb2.WorkItem) -> work_pb2.WorkOutcome:
+    """The outcome of a task that has ended, nobody knows how any more."""
+    return failed_outcome(item, LemixError(ErrorCode.NOT_FOUND, "the result of this request has expired"))
+
+
 def failed_outcome(item: work_pb2.WorkItem, error: LemixError) -> work_pb2.WorkOutcome:
     """The outcome of a task that no node will run."""
     outcome = work_pb2.WorkOutcome(task_id=item.task_id)

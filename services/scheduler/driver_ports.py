@@ -58,6 +58,10 @@ class TrainingJobs(Protocol):
         """It was trained and is in no checkpoint yet: it ends with one, or is held again. May come twice."""
         ...
 
+    def unsaved_on(self, node_id: str) -> list[work_pb2.WorkOutcome]:
+        """What this node trained and is in no checkpoint, as far as it was told."""
+        ...
+
     def on_node_away(self, node_id: str, wait_s: float, failover: str = "") -> None:
         """A node is lost; what it trained since its checkpoint waits so long for it, 0: no longer. failover: what
         became of its checkpoint."""

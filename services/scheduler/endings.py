@@ -5,7 +5,7 @@ import structlog
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import work_pb2
 from services.ledger import TaskState
-from services.scheduler.convert import ended_from_outcome, failed_outcome
+from services.scheduler.convert import ended_from_outcome, expired_outcome, failed_outcome
 from services.scheduler.core.events import TaskEnded
 from services.scheduler.driver_state import DriverState, Held, Step
 
@@ -50,14 +50,20 @@ class Endings:
             ended = ended_from_outcome(record.outcome)
             event = TaskEnded(task_id, node_id, ended.ok, ended.output_tokens, ended.loss)
         elif record is None or record.state is TaskState.DONE:
-            error = LemixError(ErrorCode.NOT_FOUND, "the result of this request has expired")
-            self._tell(failed_outcome(held.item, error))
+            self._tell(expired_outcome(held.item))
         else:
             _log.warning("task held elsewhere", task=task_id, node=record.node_id, wanted=node_id)
             # Another node will report it. On none (the store lost the assignment), the ledger delivers it again.
             if record.state is TaskState.ASSIGNED:
                 state.tasks[task_id] = Held(held.item, node_id=record.node_id)
         return event
+
+    async def learn_unreported(self, known: work_pb2.WorkOutcome) -> None:
+        """The core has let go of a micro-batch of a lost node: tell its job if it has ended, with what is `known` when
+        the ledger has forgotten how."""
+        record = await self._state.guard.until_done(lambda: self._state.ledger.record(known.task_id))
+        if record is None or record.state is TaskState.DONE:
+            self._tell(known if record is None or record.outcome is None else record.outcome)
 
     async def close(self, held: Held, error: LemixError) -> None:
         """End a task that no node holds."""

@@ -93,6 +93,10 @@ class JobProgress:
             self._checkpoints.ask_to_save(state)
             self._jobs.changed()
 
+    def unsaved_on(self, node_id: str) -> list[work_pb2.WorkOutcome]:
+        """What this node trained and is in no checkpoint, as far as it was told."""
+        return [outcome for state in self._jobs.running() for outcome in state.microbatches.unsaved_on(node_id)]
+
     def on_node_away(self, node_id: str, wait_s: float, failover: str = "") -> None:
         """A node is lost; see `driver_ports.TrainingJobs`."""
         for state in self._jobs.running():

@@ -164,7 +164,7 @@ class JobState(JobFacts):
     def node_away(self, node_id: str, wait_s: float, checkpoint_id: str = "", failover: str = "") -> None:
         """A node is lost; wait_s as in `on_node_away`. checkpoint_id: its newest; failover: what became of it."""
         self._last_steps.pop(node_id, None)
-        count = self.microbatches.num_unsaved_on(node_id)
+        count = len(self.microbatches.unsaved_on(node_id))
         if wait_s:
             again = f"{count} micro-batches since its newest checkpoint are trained again"
             self.add_event("warn", f"{node_id} was lost: {again}, by itself if it is back within {wait_s:g} s")

@@ -81,9 +81,9 @@ class Microbatches:
             or sequence in self._placed
         )
 
-    def num_unsaved_on(self, node_id: str) -> int:
+    def unsaved_on(self, node_id: str) -> list[work_pb2.WorkOutcome]:
         """Trained ones of this node that no checkpoint contains."""
-        return sum(outcome.node_id == node_id for outcome in self._uncovered.values())
+        return [outcome for outcome in self._uncovered.values() if outcome.node_id == node_id]
 
     def first_missing(self) -> int:
         """The first that is neither done nor under way."""

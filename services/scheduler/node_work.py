@@ -1,11 +1,12 @@
 """What nodes hold when they come, go and come back: the ledger tells, and waits for those that have checkpoints."""
 
+from collections.abc import Container
 from functools import partial
 
 import structlog
 
 from lemix.internal.v1 import work_pb2
-from services.scheduler.convert import task_from_item
+from services.scheduler.convert import expired_outcome, task_from_item
 from services.scheduler.core.events import NodeJoined, NodeLost, TaskCancelled, TaskRecovered, TrainingHeld
 from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.driver_state import DriverState, Held, Step
@@ -33,6 +34,8 @@ class NodeWork:
         self._node_return_s = node_return_s
         #: Until when the micro-batches of lost nodes wait for them, on the monotonic clock.
         self._away: dict[str, float] = {}
+        #: Micro-batches that the core held on lost nodes, as they end if the ledger has forgotten how.
+        self._left: dict[str, list[work_pb2.WorkOutcome]] = {}
 
     @property
     def wakeup_s(self) -> float | None:
@@ -52,6 +55,7 @@ class NodeWork:
                 await self._recover(item, node_id)
             if item.HasField("inference"):
                 state.gateways.assigned(item.task_id, node_id)
+        await self._learn_unreported(node_id, unfinished)
         for task_id, held in list(state.tasks.items()):
             if held.node_id == node_id and task_id not in unfinished:
                 await self._step(await self._endings.learn(task_id, node_id))  # it ended while nobody could tell
@@ -71,11 +75,19 @@ class NodeWork:
         if cancelled:
             await self._step(TaskCancelled(item.task_id))
 
+    async def _learn_unreported(self, node_id: str, unfinished: Container[str]) -> None:
+        """Micro-batches may have ended in the ledger without a report: their node was lost in between."""
+        for known in [*self._left.pop(node_id, ()), *self._state.jobs.unsaved_on(node_id)]:
+            if known.task_id not in unfinished:
+                await self._endings.learn_unreported(known)
+
     async def gone(self, gone: NodeGone) -> None:
         """A node is lost: its requests are assigned again, its micro-batches too unless they wait for it."""
         state, node_id = self._state, gone.node_id
         waits = gone.may_return and self._node_return_s > 0.0
-        await state.guard.until_done(lambda: state.ledger.take_back(node_id, token=state.token, keep_training=waits))
+        taken = await state.guard.until_done(
+            lambda: state.ledger.take_back(node_id, token=state.token, keep_training=waits)
+        )
         for task_id, held in list(state.tasks.items()):
             if held.node_id != node_id:
                 continue
@@ -84,7 +96,10 @@ class NodeWork:
                 state.jobs.on_held(held.item.training, waiting=not waits)
                 if waits:
                     del state.tasks[task_id]
-        if waits:
+                    self._left.setdefault(node_id, []).append(expired_outcome(held.item))
+        if not waits:
+            await self._learn_unreported(node_id, {item.task_id for item in taken})
+        else:
             self._away[node_id] = state.clock.monotonic_s() + self._node_return_s
             state.jobs.on_node_away(node_id, self._node_return_s)
             busy = {held.node_id for held in state.tasks.values() if held.item.HasField("training")}
@@ -104,7 +119,8 @@ class NodeWork:
             else:
                 del self._away[node_id]
                 _log.warning("node did not come back", node=node_id, waited_s=self._node_return_s)
-                await state.guard.until_done(partial(state.ledger.take_back, node_id, token=state.token))
+                taken = await state.guard.until_done(partial(state.ledger.take_back, node_id, token=state.token))
+                await self._learn_unreported(node_id, {item.task_id for item in taken})
                 state.jobs.on_node_away(node_id, 0.0, self._failover.outcome(node_id))
                 await self._stand_down(node_id)
 

@@ -133,6 +133,31 @@ async def test_what_a_node_took_along_for_good_is_trained_by_others(cluster: Clu
     assert any("n0 did not come back: other nodes train 4 micro-batches again" in message for message in told)
 
 
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("returns", [True, False])
+async def test_ends_that_a_crashed_node_could_not_report_are_learnt(
+    cluster: Cluster, told: bool, returns: bool
+) -> None:
+    """They stand in the ledger: the node dies between the two. told: they were known to be trained."""
+    scheduler = await cluster.scheduler(node_return_s=30.0 if returns else 0.3)
+    node = await cluster.node(scheduler, keeps_checkpoints=True, incarnation=1)
+    gateway = await cluster.gateway(scheduler)
+    created = await create(gateway, await store(gateway, 3))
+    deliveries = [await node.take() for _ in range(3)]
+    pairs = [(delivery, ended(node, delivery)) for delivery in deliveries]
+    for _, outcome in pairs if told else ():
+        await node.send(pb.NodeSessionRequest(trained=outcome))
+    await shows(gateway, created.job_id, *(3, 3) if told else (0, 0))
+    for delivery, outcome in pairs[:2]:
+        assert await node.end(delivery, outcome, report=False)
+    await node.vanish()
+    heir = await cluster.node(scheduler, *() if returns else ("n1",), keeps_checkpoints=True, incarnation=2)
+    heir.serve()
+    final = (await watch(gateway, created.job_id))[-1].job
+    assert heir.trained == [f"{created.job_id}/2"], "the others are done"
+    assert (final.status, final.trained_microbatches) == (types_pb2.JOB_STATUS_SUCCEEDED, 3)
+
+
 @pytest.mark.parametrize("keeps_checkpoints", [True, False])
 async def test_only_a_node_with_checkpoints_is_waited_for_after_a_restart(
     cluster: Cluster, keeps_checkpoints: bool

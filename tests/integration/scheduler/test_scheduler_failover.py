@@ -103,17 +103,16 @@ async def test_a_restore_that_fails_leaves_everything_as_it_was(cluster: Cluster
 
 async def test_a_node_that_has_trained_itself_is_left_alone(cluster: Cluster) -> None:
     scheduler = await cluster.scheduler(**ON)
-    lost = await cluster.node(scheduler, keeps_checkpoints=True, incarnation=1)
-    other = await cluster.node(scheduler, "n1", keeps_checkpoints=True, incarnation=1)
-    gateway = await cluster.gateway(scheduler)
-    created = await create(gateway, await store(gateway, 5))
-    await other.finish(await other.take())
-    await shows(gateway, created.job_id, 1, 0)
-    other.serve()
-    pairs = await train(lost, 2)
-    await saves(lost, pairs)
+    before = await cluster.node(scheduler, "n1", keeps_checkpoints=True, incarnation=1)
+    gateway = await cluster.gateway(scheduler, "g1")
+    created = await create(gateway, await store(gateway, 1))
+    await before.finish(await before.take())
+    assert (await watch(gateway, created.job_id))[-1].job.status == types_pb2.JOB_STATUS_SUCCEEDED
+    await before.vanish()
+    lost, other, gateway, job_id = await one_of_two(cluster, scheduler)
     await lost.vanish()
-    text = await told(gateway, created.job_id)
+    assert sorted(await finish_all(other, 2)) == [2, 3]
+    text = await told(gateway, job_id)
     assert text.endswith("nobody goes on from its checkpoint n0:1:2: n1 has trained itself")
     assert other.commands.empty()
 

@@ -68,6 +68,7 @@ class Peers:
     adapters: AdapterDesk = field(default_factory=AdapterDesk)
     joining: list[str] = field(default_factory=list)
     keepers: set[str] = field(default_factory=set)
+    unsaved: dict[str, list[work_pb2.WorkOutcome]] = field(default_factory=dict)
 
     def send(self, node_id: str, message: pb.NodeSessionResponse) -> bool:
         if node_id in self.connected:
@@ -108,6 +109,9 @@ class Peers:
 
     def on_trained(self, outcome: work_pb2.WorkOutcome) -> None:
         self.told.append(("trained", outcome.training.sequence))
+
+    def unsaved_on(self, node_id: str) -> list[work_pb2.WorkOutcome]:
+        return self.unsaved.get(node_id, [])
 
     def on_node_away(self, node_id: str, wait_s: float, failover: str = "") -> None:
         self.told.append(("away", node_id, wait_s))

@@ -1,9 +1,19 @@
 """Nodes that come, go and come back: what becomes of what they held."""
 
+import pytest
+
 from lemix.internal.v1 import work_pb2
-from services.ledger import TaskState
+from services.ledger import TaskRecord, TaskState
 from services.scheduler.core.commands import Assign
-from services.scheduler.core.events import NodeJoined, NodeLost, TaskArrived, TaskCancelled, TaskEnded, TaskRecovered
+from services.scheduler.core.events import (
+    JobCancelled,
+    NodeJoined,
+    NodeLost,
+    TaskArrived,
+    TaskCancelled,
+    TaskEnded,
+    TaskRecovered,
+)
 from services.scheduler.inbox import (
     Delivered,
     NodeArrived,
@@ -100,3 +110,30 @@ async def test_a_node_that_is_back_in_time_has_what_it_was_to_train(rig: Rig) ->
     await rig.handle()
     assert len(await rig.ledger.unfinished("n0")) == 2
     assert ("away", "n0", 0.0) not in rig.peers.told
+
+
+@pytest.mark.parametrize("is_forgotten", [False, True])
+@pytest.mark.parametrize("end", ["returns", "given up", "not waited for"])
+async def test_the_ledger_tells_what_a_lost_node_ended_and_did_not_report(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, end: str, is_forgotten: bool
+) -> None:
+    """Of 0 it is known that it was trained, of 1 only that it was on the node; 2 has not ended."""
+    rig.core.answers[TaskArrived] = assign_to("n0")
+    await rig.handle(Offered(microbatch(0)), Trained(trained(0)), Offered(microbatch(1)), Offered(microbatch(2)))
+    rig.peers.unsaved["n0"] = [trained(0)]
+    for delivery in (await rig.ledger.read_node("n0", count=9, block_s=0))[:2]:
+        assert await rig.ledger.finish("n0", delivery.entry_id, trained(delivery.item.training.sequence))
+    if is_forgotten:
+
+        async def record(task_id: str) -> TaskRecord | None:
+            return None
+
+        monkeypatch.setattr(rig.ledger, "record", record)
+    await rig.handle(NodeGone("n0", "test", may_return=end != "not waited for"))
+    rig.clock.advance(31.0 if end == "given up" else 0.0)
+    await rig.handle(*[NodeArrived(SPEC)] if end == "returns" else [])
+    outcomes = {told[1] for told in rig.peers.told if told[0] == "outcome"}
+    # What is not waited for is assigned again, where the ledger refuses and tells.
+    assert outcomes == ({0} if end == "not waited for" else {0, 1})
+    # A result that nobody knows ends the job; that 0 was trained is known.
+    assert len(rig.events(JobCancelled)) == (1 if is_forgotten and 1 in outcomes else 0)

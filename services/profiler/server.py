@@ -37,8 +37,6 @@ class ProfilerServicer(profiler_grpc.ProfilerServiceServicer):
         self._slots = asyncio.Semaphore(settings.concurrent_nodes)
         #: Calls that run or wait, by node; the lock serialises them.
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
-        #: Two nodes may have the same fingerprint, hence the same next version.
-        self._changing = asyncio.Lock()
 
     async def ProfileNode(  # noqa: N802  the name of the RPC
         self, request: profiler_pb2.ProfileNodeRequest, context: Context
@@ -55,7 +53,7 @@ class ProfilerServicer(profiler_grpc.ProfilerServiceServicer):
                     elif isinstance(step, Aborted):
                         raise await self._keep(step)
                     else:
-                        stored = await self._save(step)
+                        stored = await asyncio.to_thread(self._store.save, step)
         if stored is None:
             raise LemixError(ErrorCode.INTERNAL, "the measurement ended without a profile")
         seconds = round(self._clock.monotonic_s() - started_s, 2)
@@ -99,8 +97,7 @@ class ProfilerServicer(profiler_grpc.ProfilerServiceServicer):
         self, request: profiler_pb2.DeleteProfileRequest, context: Context
     ) -> profiler_pb2.DeleteProfileResponse:
         """Delete a profile for ever."""
-        async with self._changing:
-            deleted = await _valid("profile_id", lambda: asyncio.to_thread(self._store.delete, request.profile_id))
+        deleted = await _valid("profile_id", lambda: asyncio.to_thread(self._store.delete, request.profile_id))
         if not deleted:
             raise LemixError(ErrorCode.NOT_FOUND, f"no profile {request.profile_id}", param="profile_id")
         _log.info("profile deleted", profile=request.profile_id)
@@ -126,13 +123,9 @@ class ProfilerServicer(profiler_grpc.ProfilerServiceServicer):
         error = aborted.error
         if aborted.profile is None:
             return error
-        stored = await self._save(aborted.profile)
+        stored = await asyncio.to_thread(self._store.save, aborted.profile)
         _log.warning("incomplete profile kept", profile=stored.profile_id, reason=stored.incomplete_reason)
         return LemixError(error.code, f"{error.message}; what was measured is kept as {stored.profile_id}, incomplete")
-
-    async def _save(self, profile: profile_pb2.Profile) -> profile_pb2.Profile:
-        async with self._changing:
-            return await asyncio.to_thread(self._store.save, profile)
 
     @asynccontextmanager
     async def _alone(self, address: str) -> AsyncIterator[None]:

@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+import threading
 from pathlib import Path
 
 import structlog
@@ -21,10 +22,13 @@ class CorruptProfile(ValueError):
 
 
 class ProfileStore:
-    """Profiles on disk. Files are added and deleted, never changed; not safe for two processes on one directory."""
+    """Profiles on disk. Files are added and deleted, never changed. Safe for threads, not for two processes."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        #: Two nodes may have the same fingerprint, hence the same next version. Held by threads: who cancels a call to
+        #: one does not stop it.
+        self._changing = threading.Lock()
 
     def save(self, profile: profile_pb2.Profile) -> profile_pb2.Profile:
         """Store a profile as the next version of its fingerprint; returns it with version, profile_id and content_hash.
@@ -32,13 +36,14 @@ class ProfileStore:
         The file appears whole or not at all. Raises ValueError for an unusable fingerprint, OSError for a full disk.
         """
         folder = self._folder(profile.fingerprint)
-        folder.mkdir(parents=True, exist_ok=True)
         stored = profile_pb2.Profile()
         stored.CopyFrom(profile)
-        stored.version = max(self._versions(folder), default=0) + 1
-        stored.profile_id = f"{stored.fingerprint}-{stored.version}"
-        stored.content_hash = content_hash(stored)
-        _write_atomically(folder / f"{stored.version}.json", write_artifact(stored))
+        with self._changing:
+            folder.mkdir(parents=True, exist_ok=True)
+            stored.version = max(self._versions(folder), default=0) + 1
+            stored.profile_id = f"{stored.fingerprint}-{stored.version}"
+            stored.content_hash = content_hash(stored)
+            _write_atomically(folder / f"{stored.version}.json", write_artifact(stored))
         return stored
 
     def newest(self, fingerprint: str) -> profile_pb2.Profile | None:
@@ -67,12 +72,13 @@ class ProfileStore:
     def delete(self, profile_id: str) -> bool:
         """Delete a profile, readable or not. False when there is none. Raises ValueError for what is no id, OSError."""
         path = self._path(profile_id)
-        try:
-            path.unlink()
-        except FileNotFoundError:
-            return False
-        if not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        with self._changing:
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
         return True
 
     def all(self, fingerprint: str = "") -> tuple[list[profile_pb2.Profile], list[str]]:

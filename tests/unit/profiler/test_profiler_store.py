@@ -1,6 +1,7 @@
 """Artifacts on disk: versions, atomicity, corrupted files."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from structlog.testing import capture_logs
@@ -34,6 +35,14 @@ def test_ten_comes_after_nine(store):
     for _ in range(10):
         store.save(profile())
     assert store.newest("abc").version == 10
+
+
+def test_profiles_saved_at_the_same_time_get_versions_of_their_own(store):
+    names = [f"node-{index}" for index in range(16)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        saved = list(pool.map(lambda name: store.save(profile(node_id=name)), names))
+    assert sorted(item.version for item in saved) == list(range(1, 17))
+    assert {item.node_id for item in store.all()[0]} == set(names)
 
 
 def test_the_caller_s_message_is_left_alone(store):

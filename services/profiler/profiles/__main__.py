@@ -22,6 +22,7 @@ from services.profile_artifact import ArtifactError, read_artifact
 from services.profiler.config import ProfilerSettings
 from services.profiler.profiles import render
 from services.profiler.report.page import report
+from services.runtime.grpc_server import MAX_MESSAGE_BYTES
 
 _NAME = "profiles"
 _TIMEOUT_S = 30.0
@@ -195,7 +196,8 @@ def _samples(path: Path) -> list[work_pb2.TrainingExample]:
 @contextlib.contextmanager
 def _asking(address: str) -> "Iterator[profiler_grpc.ProfilerServiceStub]":
     """A profiler to ask. Raises LemixError for what it, or the way to it, answers."""
-    with grpc.insecure_channel(address) as channel:
+    limits = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("receive", "send")]
+    with grpc.insecure_channel(address, options=limits) as channel:
         try:
             yield profiler_grpc.ProfilerServiceStub(channel)
         except grpc.RpcError as error:

@@ -401,3 +401,12 @@ async def test_the_command_line_measures_lists_shows_compares_reports_and_delete
     assert (await run("delete", "f00d-1"))[1].out.endswith("deleted f00d-1\n")
     code, told = await run("show", "f00d-1")
     assert (code, told.err) == (1, "profiles: no profile f00d-1\n")
+
+
+async def test_the_command_line_takes_profiles_larger_than_grpc_s_default(start, node, tmp_path, capsys):
+    stub = await start()
+    large = await profile(stub, node.address)
+    large.measurements[0].durations_s.extend([0.5] * 600_000)
+    ProfileStore(tmp_path).save(large)
+    code = await asyncio.to_thread(main, ["--address", stub.address, "show", "f00d-2"])
+    assert (code, capsys.readouterr().err) == (0, "")

@@ -23,7 +23,8 @@ class ModelShape:
         """From the content of a Hugging Face config.json. Raises ValueError naming the key that is missing or wrong."""
 
         def whole(key: str, default: object = None) -> int:
-            value = config.get(key, default)
+            value = config.get(key)
+            value = default if value is None else value
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{key} must be a whole number from 1 on, not {value!r}")
             return value

@@ -157,7 +157,7 @@ async def test_accumulation_takes_one_step_per_group(tmp_path: Path) -> None:
             await made.assign(training_item("job", sequence, [[1, 2, 3]], gradient_accumulation_steps=2))
         outcomes = [(await made.scheduler.outcome(f"job/{sequence}")).training for sequence in range(4)]
         assert sorted(outcome.weight_step for outcome in outcomes) == [1, 1, 2, 2]
-        assert [worker.stage.clip_norms_sq for worker in node.engine.workers] == [[4.0, 4.0], [4.0, 4.0]]
+        assert [list(worker.stage.clip_norms_sq) for worker in node.engine.workers] == [[4.0, 4.0], [4.0, 4.0]]
 
 
 async def test_traces_tell_what_ran(tmp_path: Path) -> None:

@@ -163,6 +163,14 @@ def test_parameters_and_bytes_are_those_of_llama_2_7b():
     assert shape.kv_bytes_per_token(32) == 512 * 1024
 
 
+def test_a_key_that_is_null_has_its_default():
+    config = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 1024}
+    unset = dict.fromkeys(("num_key_value_heads", "head_dim", "intermediate_size"))
+    assert ModelShape.from_config(config | unset) == ModelShape(4, 256, 1024, 256, 1024)
+    with pytest.raises(ValueError, match="vocab_size must be a whole number from 1 on, not None"):
+        ModelShape.from_config(config | {"vocab_size": None})
+
+
 def test_the_command_writes_an_artifact(files, capsys):
     assert run(files) == 0
     profile = json_format.Parse(files["output"].read_text(), profile_pb2.Profile())

@@ -1,6 +1,7 @@
 """The books of one emulated stage, and the results of its ops."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from services.node_agent.engine.weight_ops import LoadWeights, RestoreCheckpoint
 _INITIAL_WEIGHT = 4.0
 _ELEMENTS = 4
 _MAX_SNAPSHOTS = 2
+_MAX_NORMS = 16
 
 
 class BookkeepingError(RuntimeError):
@@ -61,7 +63,8 @@ class EmulatedStage:
         self.kv_tokens: dict[str, int] = {}
         self.train_shapes: dict[str, tuple[int, int, int]] = {}
         self.grad_norms_sq: dict[int, float] = {}
-        self.clip_norms_sq: list[float | None] = []
+        #: Of the newest steps, for tests.
+        self.clip_norms_sq: deque[float | None] = deque(maxlen=_MAX_NORMS)
         self.memory = EmulatedMemory(
             self.kv_tokens,
             self.train_shapes,
@@ -236,6 +239,7 @@ class EmulatedStage:
                 raise BookkeepingError(f"{op.task_id} has saved activations already")
             self._partials[op.task_id] = self._partial(op)
             self.train_shapes[op.task_id] = train_shape(op)
+        self._check_on_device((op.task_id,))
         self._weight_of(op.version)
         self._count_piece(op.task_id, op.part)
         if op.part + 1 < op.parts:

@@ -6,6 +6,7 @@ and finds the smallest time scale whose p99 clock slip is under 2 % of the scale
 
 import argparse
 import asyncio
+import math
 import random
 import string
 import sys
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from bench.live.emulated import PROFILES, ClockSlip, clock_slip, emulated_cluster
 from bench.live.errors import LiveError
-from bench.live.requests import PlannedRequest, Status
+from bench.live.requests import PlannedRequest, RequestRecord, Status
 from bench.live.run import Backlog, send
 from bench.machine import usable_cores
 from deploy.local.cluster import ClusterError, LocalCluster
@@ -33,6 +34,10 @@ _TRAINING_TOKENS, _TRAINING_TEXTS = 512, 32
 #: Promises in emulated time, seconds.
 _TTFT_S, _TPOT_S = 1.0, 0.1
 _PROFILE = PROFILES / "a100-llama-2-7b.json"
+
+
+class Overloaded(LiveError):
+    """Part of the load did not run: the clock slip of the rest says nothing."""
 
 
 class Choice(NamedTuple):
@@ -77,7 +82,7 @@ async def smallest_time_scale(
 
 
 async def measure(load: Load, time_scale: float, directory: Path) -> tuple[ClockSlip, dict[str, float]]:
-    """Clock slip of a run, and the CPU cores that every role used. Raises LiveError, ClusterError."""
+    """Clock slip of a run, and the CPU cores that every role used. Raises LiveError, ClusterError, Overloaded."""
     slo = {"ttft_s": _TTFT_S * time_scale, "tpot_s": _TPOT_S * time_scale}
     config = emulated_cluster(
         directory,
@@ -94,10 +99,21 @@ async def measure(load: Load, time_scale: float, directory: Path) -> tuple[Clock
         drain_s = load.seconds + 10.0 * time_scale
         plan = directory / "plan.jsonl"
         sent = await send(cluster, requests, seconds=load.seconds, drain_s=drain_s, plan=plan, backlog=backlog)
-    failed = [record.error for record in sent.records if record.status is Status.FAILED]
+    check_load(sent.records)
+    slip = clock_slip(directory)
+    if not slip.ops:
+        raise LiveError("no operation ran: there is no clock slip to judge by")
+    return slip, {role: used_s / sent.wall_s for role, used_s in sent.cpu_s.items()}
+
+
+def check_load(records: Sequence[RequestRecord]) -> None:
+    """Raise LiveError for a request that failed, Overloaded for one that was refused or did not end in time."""
+    bad = [record for record in records if record.status is not Status.OK]
+    failed = [record for record in bad if record.status is Status.FAILED]
     if failed:
-        raise LiveError(f"{len(failed)} of {len(requests)} requests failed: {failed[0]}")
-    return clock_slip(directory), {role: used_s / sent.wall_s for role, used_s in sent.cpu_s.items()}
+        raise LiveError(f"{len(failed)} of {len(records)} requests failed: {failed[0].error}")
+    if bad:
+        raise Overloaded(f"{len(bad)} of {len(records)} requests {bad[0].status.value}: {bad[0].error}")
 
 
 def traffic(load: Load, time_scale: float) -> tuple[list[PlannedRequest], Backlog | None]:
@@ -147,7 +163,11 @@ async def _choose(options: argparse.Namespace) -> Choice:
     )
 
     async def p99_slip(time_scale: float) -> float:
-        slip, cores = await measure(load, time_scale, options.out / f"scale-{time_scale:g}")
+        try:
+            slip, cores = await measure(load, time_scale, options.out / f"scale-{time_scale:g}")
+        except Overloaded as error:
+            print(f"time_scale {time_scale:g}: does not keep time: {error}", flush=True)
+            return math.inf
         print(_line(time_scale, slip, cores), flush=True)
         return slip.p99
 

@@ -6,17 +6,17 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from google.protobuf import json_format
-
 from bench.fidelity import compare, delays, log
 from bench.fidelity.config import FidelityConfig
 from bench.fidelity.live import MODEL_NAME, Cluster, Run, started
 from bench.fidelity.simulated import Truth, simulate
 from bench.fidelity.workloads import Lengths, Workload, arrivals, capacity_rps, letters, request
+from bench.live import emulated as live_emulated
 from bench.live.requests import PlannedRequest
 from bench.live.run import Backlog
 from lemix.internal.v1 import profile_pb2
 from services.latency import NodeLatency
+from services.profile_artifact import write_artifact
 from services.profile_messages import latency_from_profile
 from services.scheduler.core.tasks import SloTarget
 from services.simulator.scenario import slo_of_units
@@ -107,7 +107,7 @@ class EmulatedCluster:
         emulated = self._config.emulated
         profile = self._config.out / "emulated-profile.json"
         profile.parent.mkdir(parents=True, exist_ok=True)
-        profile.write_text(json_format.MessageToJson(self._profile, preserving_proto_field_name=True), "utf-8")
+        profile.write_text(write_artifact(self._profile), encoding="utf-8")
         return Cluster(
             name=f"emulated-{workload.name}",
             model=self._model,
@@ -128,12 +128,8 @@ class EmulatedCluster:
 
 
 def scaled_profile(path: Path, scale: float) -> profile_pb2.Profile:
-    """A profile `scale` times as slow, of this benchmark's model: what its nodes of that `time_scale` do."""
-    profile = json_format.Parse(path.read_text(encoding="utf-8"), profile_pb2.Profile())
+    """A profile `scale` times as slow, of this benchmark's model: what its nodes of that `time_scale` do. Raises
+    LiveError for a file that is no profile."""
+    profile = live_emulated.scaled_profile(live_emulated.read_profile(path), scale)
     profile.model = MODEL_NAME
-    profile.content_hash = ""
-    for fit in profile.fits:
-        fit.coefficients[:] = [scale * value for value in fit.coefficients]
-        if fit.HasField("table"):
-            fit.table.durations_s[:] = [scale * value for value in fit.table.durations_s]
     return profile

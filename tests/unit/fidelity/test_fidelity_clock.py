@@ -2,7 +2,11 @@
 
 import pytest
 
-from bench.fidelity.clock import Load, smallest_time_scale, traffic
+from bench.fidelity import clock
+from bench.fidelity.clock import Load, Overloaded, check_load, smallest_time_scale, traffic
+from bench.live.emulated import ClockSlip
+from bench.live.errors import LiveError
+from bench.live.requests import RequestRecord, Status
 
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -37,3 +41,27 @@ def test_arrivals_are_scaled_and_lengths_are_not():
     assert all(item.at_s < 90.0 for item in thrice)
     assert backlog is not None
     assert none is None
+
+
+def test_a_load_that_did_not_run_is_no_measure():
+    ended = RequestRecord("a", "", 0.0, 0.0, Status.OK)
+    check_load([ended])
+    refused = RequestRecord("b", "", 0.0, 0.0, Status.REJECTED, error="HTTP 429: full")
+    with pytest.raises(Overloaded, match="1 of 2 requests rejected: HTTP 429: full"):
+        check_load([ended, refused])
+    failed = RequestRecord("c", "", 0.0, 0.0, Status.FAILED, error="HTTP 500")
+    with pytest.raises(LiveError, match="1 of 2 requests failed: HTTP 500"):
+        check_load([refused, failed])
+
+
+def test_an_overloaded_scale_does_not_keep_time(tmp_path, monkeypatch, capsys):
+    async def measure(load, time_scale, directory):
+        if time_scale < 8.0:
+            raise Overloaded("1 of 2 requests unfinished")
+        return ClockSlip(ops=10, p50=0.001, p99=0.01, worst_s=0.001, total=0.001), {}
+
+    monkeypatch.setattr(clock, "measure", measure)
+    assert clock.main(["--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "does not keep time: 1 of 2 requests unfinished" in told
+    assert told.splitlines()[-1].endswith(": 8")

@@ -14,7 +14,7 @@ from bench.fidelity.trace import trace_of
 from bench.fidelity.workloads import EMULATED, Lengths, capacity_rps
 from bench.live.errors import LiveError
 from lemix.internal.v1 import profile_pb2
-from services.latency import NodeLatency
+from services.latency import NodeLatency, OpKind
 from services.profile_messages import latency_from_profile
 from tests.unit.fidelity import runs
 
@@ -137,6 +137,8 @@ def test_an_emulated_profile_is_scaled_on_every_stage():
     for stage, models in enumerate(slow.models):
         for op, model in models.items():
             assert model.predict_s(2, 300) == pytest.approx(4.0 * plain.op_s(stage, op, 2, 300))
+        moved_s = [latency.host_links[stage].move_s(OpKind.OFFLOAD, 1 << 28) for latency in (plain, slow)]
+        assert moved_s[1] == pytest.approx(4.0 * moved_s[0])
 
 
 def test_capacity_is_bounded_by_the_slowest_stage():

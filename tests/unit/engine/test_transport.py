@@ -156,6 +156,43 @@ def test_what_was_allocated_and_not_published_is_free_after_the_op(pair: Pair) -
         sender.put(output, ["t"])
 
 
+class Noted(FileMemories):
+    """Notes in which order memory is let go of."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self._notes = notes
+
+    def create(self, num_bytes: int) -> FileMemory:
+        """See DeviceMemories."""
+        return self._noting(super().create(num_bytes), "freed")
+
+    def open(self, export: bytes, num_bytes: int) -> FileMemory:
+        """See DeviceMemories."""
+        return self._noting(super().open(export, num_bytes), "closed")
+
+    def _noting(self, memory: FileMemory, note: str) -> FileMemory:
+        close = memory.close
+        memory.close = lambda: (self._notes.append(note), close())  # type: ignore[assignment, func-returns-value]
+        return memory
+
+
+class NotedAndBroken(Noted):
+    """And what it opens holds something else."""
+
+    def open(self, export: bytes, num_bytes: int) -> FileMemory:
+        """See DeviceMemories."""
+        memory = super().open(export, num_bytes)
+        memory.tensor(0, 1, torch.uint8).bitwise_not_()
+        return memory
+
+
+async def test_device_memory_is_freed_when_nobody_has_it_open() -> None:
+    notes: list[str] = []
+    with connected(Noted(notes), NotedAndBroken(notes)) as ends:
+        assert "not what was written" in await share(ends)
+        assert notes == ["closed", "closed", "freed", "freed"]
+
+
 class Broken(FileMemories):
     """What it opens holds something else."""
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from services.node_agent.engine.torch.wire import (
+    CloseDeviceMemory,
     ExportDeviceMemory,
+    FreeDeviceMemory,
     OpenDeviceMemory,
     Shared,
     Sharing,
@@ -28,7 +30,9 @@ async def share_device_memory(workers: Sequence[SharingWorker]) -> str:
     if not problem:
         exports = tuple(answer.export for answer in exported)
         problem = _problem(await asyncio.gather(*(worker.share(OpenDeviceMemory(exports)) for worker in workers)))
-    await asyncio.gather(*(worker.share(UseDeviceMemory(not problem)) for worker in workers))
+    # The driver wants memory closed by all who opened it before its owner frees it.
+    for message in (CloseDeviceMemory(), FreeDeviceMemory()) if problem else (UseDeviceMemory(),):
+        await asyncio.gather(*(worker.share(message) for worker in workers))
     return problem
 
 

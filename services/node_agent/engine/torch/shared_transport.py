@@ -28,11 +28,13 @@ from services.node_agent.engine.torch.memory import DeviceMemories, HostMemory, 
 from services.node_agent.engine.torch.stage import parse_dtype
 from services.node_agent.engine.torch.transport import ActivationLost, ArenaFull
 from services.node_agent.engine.torch.wire import (
+    CloseDeviceMemory,
     ExportDeviceMemory,
     OpenDeviceMemory,
     Place,
     Shared,
     Sharing,
+    UseDeviceMemory,
 )
 
 _HOST = torch.device("cpu")
@@ -138,8 +140,10 @@ class SharedTransport:
 
     def close(self) -> None:
         """See Transport."""
-        with contextlib.suppress(OSError, RuntimeError):
-            self._drop_devices()
+        # The other stages close what they opened at about this time; those who come later find it freed, and end too.
+        for let_go in (self._close_devices, self._free_device):
+            with contextlib.suppress(OSError, RuntimeError):
+                let_go()
         for index in range(len(self._files)):
             self._areas[False, index].memory.close()
 
@@ -152,12 +156,14 @@ class SharedTransport:
                 return Shared(export=self._export_device())
             if isinstance(message, OpenDeviceMemory):
                 self._open_devices(message.exports)
-            elif message.use:
+            elif isinstance(message, UseDeviceMemory):
                 own = self._areas[True, self._stage]
                 blocks = Blocks(own.headers, self._device_bytes, self._sequences)
                 self._own = [_OwnArea(True, own.memory, blocks), self._host]
+            elif isinstance(message, CloseDeviceMemory):
+                self._close_devices()
             else:
-                self._drop_devices()
+                self._free_device()
         except (OSError, RuntimeError) as error:
             return Shared(problem=str(error))
         return Shared()
@@ -185,10 +191,17 @@ class SharedTransport:
         if bytes(memory.tensor(0, _SECRET_BYTES, torch.uint8).tolist()) != secret:
             raise RuntimeError("what it reads from a device is not what was written")
 
-    def _drop_devices(self) -> None:
-        self._own = [self._host]
-        for key in [key for key in self._areas if key[0]]:
+    def _close_devices(self) -> None:
+        """Those of the other stages."""
+        for key in [key for key in self._areas if key[0] and key[1] != self._stage]:
             self._areas.pop(key).memory.close()
+
+    def _free_device(self) -> None:
+        """That of this stage."""
+        self._own = [self._host]
+        own = self._areas.pop((True, self._stage), None)
+        if own is not None:
+            own.memory.close()
 
     # ------------------------------------------------------------- blocks
 

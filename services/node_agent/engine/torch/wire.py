@@ -72,12 +72,20 @@ class OpenDeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class UseDeviceMemory:
-    """Publish outputs there from now on; or else let go of it, because some stage cannot read it."""
-
-    use: bool
+    """Publish outputs there from now on."""
 
 
-Sharing = ExportDeviceMemory | OpenDeviceMemory | UseDeviceMemory
+@dataclass(frozen=True, slots=True)
+class CloseDeviceMemory:
+    """Let go of that of the other stages, because some stage cannot read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreeDeviceMemory:
+    """Give back one's own, which no other stage has open any more."""
+
+
+Sharing = ExportDeviceMemory | OpenDeviceMemory | UseDeviceMemory | CloseDeviceMemory | FreeDeviceMemory
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from bench.live.run import Backlog, Sent, send
 from bench.machine import usable_cores
 from deploy.local.cluster import LocalCluster
 from services.latency import NodeLatency, OpKind
+from services.node_agent.core.types import NodeCoreConfig
 from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.events import OpFinished, TaskArrived, TaskEnded
 from services.scheduler.core.tasks import SloTarget, TrainingTask
@@ -36,6 +37,8 @@ _SERVING = (OpKind.PREFILL, OpKind.DECODE)
 _SECONDS: dict[str, dict[str, float]] = {"lemix": {"dwell_s": 1.0, "backlog_s": 12.0}}
 #: Settings of the core that are seconds.
 _CORE_SECONDS = ("max_hold_back_s", "hold_s", "sync_timeout_s")
+#: Those of a node's core; promises come with the requests, and memory has no limit.
+_NODE_SECONDS = ("max_training_wait_s", "group_timeout_s", "max_demotion_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ async def measure_live(run: Run, directory: Path, time_scale: float, on_progress
         time_scale=time_scale,
         policy=run.policy,
         core=core_settings(run, slo, time_scale),
-        node=node_settings(run.limits),
+        node=node_settings(run.limits, time_scale),
         event_log=events,
         start_timeout_s=_START_TIMEOUT_S,
     )
@@ -104,9 +107,14 @@ def core_settings(run: Run, slo: SloTarget, time_scale: float) -> dict[str, Any]
     }
 
 
-def node_settings(limits: Limits) -> dict[str, Any]:
-    """Settings of every node agent."""
-    return {**asdict(limits), "max_queued_training": 2 * limits.max_inflight_training}
+def node_settings(limits: Limits, time_scale: float) -> dict[str, Any]:
+    """Settings of every node agent, with every second of its core `time_scale` times as long."""
+    defaults = NodeCoreConfig(num_stages=1)
+    return {
+        **asdict(limits),
+        "max_queued_training": 2 * limits.max_inflight_training,
+        **{name: getattr(defaults, name) * time_scale for name in _NODE_SECONDS},
+    }
 
 
 def planned(run: Run, time_scale: float) -> list[PlannedRequest]:

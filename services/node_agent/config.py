@@ -107,6 +107,12 @@ class NodeAgentSettings(ServiceSettings):
     memory_max_wait_s: float = Field(0.05, ge=0.0)
     memory_max_forward_wait_s: float = Field(5.0, ge=0.0)
 
+    #: Seconds that the node core counts by, see NodeCoreConfig. A scheduler that runs nodes ahead (`forecast:
+    #: fast_forward`) takes these values for granted; whoever emulates with a `time_scale` scales them too.
+    max_training_wait_s: float = Field(1.0, ge=0.0)
+    group_timeout_s: float = Field(1.0, gt=0.0)
+    max_demotion_s: float = Field(10.0, ge=0.0)
+
     #: Folder of checkpoints, one folder per node in it; may be shared by all nodes. Empty: none are saved, and what was
     #: trained on a node that dies is lost.
     checkpoint_directory: str = ""

@@ -32,4 +32,7 @@ def core_config(settings: NodeAgentSettings, info: ModelInfo) -> NodeCoreConfig:
         weight_handling=settings.weight_handling,
         gradient_buffers=settings.gradient_buffers,
         training_schedule=settings.training_schedule,
+        max_training_wait_s=settings.max_training_wait_s,
+        group_timeout_s=settings.group_timeout_s,
+        max_demotion_s=settings.max_demotion_s,
     )

@@ -12,6 +12,9 @@ from bench.live.requests import RequestRecord, Status
 from bench.live.run import Sent
 from services.latency import OpKind
 from services.node_agent.config import NodeAgentSettings
+from services.node_agent.core.types import NodeCoreConfig
+from services.node_agent.core_config import core_config
+from services.node_agent.engine.base import ModelInfo
 from services.scheduler.config import CoreSettings
 from services.scheduler.core.events import OpFinished, TaskArrived, TaskEnded
 from services.scheduler.core.tasks import SloTarget, TrainingTask
@@ -20,6 +23,9 @@ from services.scheduler.explain.log_file import Step
 CONFIG = ColocationConfig(seconds=10.0)
 RUN = as_emulated(run_of(CONFIG, "lemix", 5.0, 0, trains=True))
 SCALE = 4.0
+INFO = ModelInfo(
+    architecture="Llama", num_layers=1, vocab_size=1, max_context_tokens=1, num_parameters=0, eos_token_ids=()
+)
 
 
 def test_every_second_is_scaled():
@@ -28,10 +34,15 @@ def test_every_second_is_scaled():
     assert core.policy_options == {"dwell_s": 4.0, "backlog_s": 48.0}
     assert (core.default_slo.ttft_s, core.default_slo.tpot_s) == (1.6, 0.2)
     assert core.max_hold_back_s == SCALE * CoreSettings().max_hold_back_s
+    of_node = core_config(NodeAgentSettings(**node_settings(CONFIG.limits, SCALE)), INFO)
+    once = NodeCoreConfig(num_stages=1)
+    assert of_node.max_training_wait_s == SCALE * once.max_training_wait_s
+    assert of_node.group_timeout_s == SCALE * once.group_timeout_s
+    assert of_node.max_demotion_s == SCALE * once.max_demotion_s
 
 
 def test_nodes_have_the_limits_of_the_simulated_ones():
-    node = NodeAgentSettings(**node_settings(CONFIG.limits))
+    node = NodeAgentSettings(**node_settings(CONFIG.limits, SCALE))
     assert (node.max_batch, node.weight_handling, node.max_training_parts) == (32, "stash", 16)
     assert node.max_queued_training >= node.max_inflight_training
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from services.node_agent.checkpoint_manifest import CorruptedCheckpoint, Manifest
 from services.node_agent.checkpoint_report import CheckpointReports, disk_error
-from services.node_agent.checkpoint_store import CheckpointStore, CorruptedCheckpoint, Manifest
+from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.checkpoints import Checkpointer
 
 #: Commands under way at once.

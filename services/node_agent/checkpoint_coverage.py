@@ -3,7 +3,7 @@
 from itertools import chain
 
 from lemix.internal.v1 import work_pb2
-from services.node_agent.checkpoint_store import Manifest, add_to_ranges
+from services.node_agent.checkpoint_manifest import Manifest, add_to_ranges
 
 #: Jobs whose positions a checkpoint lists, the newest.
 MAX_JOBS = 64

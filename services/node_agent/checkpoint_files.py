@@ -1,5 +1,6 @@
-"""Names of the files that a checkpoint's stages write. The weights are a sharded Hugging Face checkpoint."""
+"""The files that a checkpoint's stages write. The weights are a sharded Hugging Face checkpoint."""
 
+import os
 from pathlib import Path
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -28,3 +29,12 @@ def state_files(folder: Path) -> list[Path]:
 def adapter_key(adapter_id: str, name: str) -> str:
     """Name of an adapter's tensor in a state file; `name` is that in an adapter_model.safetensors."""
     return f"{adapter_id}/weight/{name}"
+
+
+def flush(path: Path) -> None:
+    """Let a file, or the names in a folder, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

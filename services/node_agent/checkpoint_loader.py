@@ -8,8 +8,9 @@ import structlog
 from lemix.errors import ErrorCode, LemixError
 from services.node_agent import metrics
 from services.node_agent.checkpoint_coverage import CheckpointCoverage
+from services.node_agent.checkpoint_manifest import CorruptedCheckpoint, Manifest
 from services.node_agent.checkpoint_report import loss_note
-from services.node_agent.checkpoint_store import CheckpointStore, CorruptedCheckpoint, Manifest
+from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.engine.training_ops import AdapterSpec, OptimizerSpec
 from services.node_agent.engine.weight_ops import RestoreCheckpoint
 from services.node_agent.loop import AgentLoop

@@ -7,13 +7,8 @@ from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
-from services.node_agent.checkpoint_store import (
-    CheckpointStore,
-    CorruptedCheckpoint,
-    Manifest,
-    count_of,
-    read_manifest,
-)
+from services.node_agent.checkpoint_manifest import CorruptedCheckpoint, Manifest, count_of, read_manifest
+from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.loop import AgentLoop
 
 

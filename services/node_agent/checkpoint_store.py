@@ -7,28 +7,31 @@ every file and of itself. Everything here blocks; call it in a thread.
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lemix.errors import ErrorCode, LemixError
-from services.node_agent.checkpoint_files import INDEX_FILE, adapter_key, state_files, weights_files
-from services.node_agent.combine import Replica, write_copy
-from services.node_agent.engine.torch.load import read_model
-from services.node_agent.engine.torch.lora_config import lora_arguments
+from services.node_agent.checkpoint_export import export_adapter, export_model
+from services.node_agent.checkpoint_files import flush, state_files, weights_files
+from services.node_agent.checkpoint_manifest import (
+    MANIFEST_FILE,
+    CorruptedCheckpoint,
+    Manifest,
+    model_differences,
+    model_identity,
+    read_manifest,
+    write_manifest,
+)
 from services.node_agent.engine.training_ops import AdapterSpec
-from services.node_agent.tensor_file import TensorFile
 
-_MANIFEST = "manifest.json"
-_FORMAT = 1
 _NAME = re.compile(r"(\d{10})-(\d{12})")
 #: Whoever asks chooses it, and it becomes a path: no separators, no "..", nothing hidden.
 _ID = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,63}):([0-9]{1,10}):([0-9]{1,12})")
@@ -36,74 +39,6 @@ _PARTIAL_PREFIX = ".partial-"
 _CORRUPTED_PREFIX = ".corrupted-"
 _KEPT_PREFIX = "kept-for-"
 _HASH_BLOCK_BYTES = 1 << 20
-#: What may differ between two copies of one model.
-_VOLATILE_KEYS = frozenset({"_name_or_path", "torch_dtype", "dtype", "transformers_version", "use_cache"})
-_EXPORTED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-
-#: Ascending, disjoint [first, last] pairs.
-Ranges = list[list[int]]
-
-
-class CorruptedCheckpoint(ValueError):
-    """A checkpoint whose files are not what was written; the message names the file."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """What a checkpoint is. Times: unix, seconds.
-
-    positions: by job, the micro-batches whose steps it contains, as [first, last] ranges. outcomes: by task id, the
-    serialised outcomes of those that the ledger did not hold as done when it was written.
-    """
-
-    node_id: str
-    incarnation: int
-    step: int
-    created_unix_s: float
-    trained_unix_s: float | None
-    num_stages: int
-    reason: str
-    model: dict[str, Any]
-    positions: dict[str, Ranges] = field(default_factory=dict)
-    outcomes: dict[str, str] = field(default_factory=dict)
-    #: Optimizer settings of the jobs whose state it holds.
-    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    #: Adapters it holds, as AdapterSpec.
-    adapters: list[dict[str, Any]] = field(default_factory=list)
-    #: When the newest step of each was made, unix time in seconds; of the weights below them under no name.
-    steps_unix_s: dict[str, float] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def checkpoint_id(self) -> str:
-        """The weights version it holds: node, incarnation and step."""
-        return f"{self.node_id}:{self.incarnation}:{self.step}"
-
-    @property
-    def holds_weights(self) -> bool:
-        """Whether the weights below its adapters are other than those of the model directory, and so in it."""
-        return any(name.startswith("model-") for name in self.files)
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of its files."""
-        return sum(int(file["bytes"]) for file in self.files.values())
-
-
-def model_identity(model_path: Path) -> dict[str, Any]:
-    """What makes two models exchangeable: their configuration and tokenizer. Raises OSError or ValueError."""
-    config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
-    identity = {key: value for key, value in sorted(config.items()) if key not in _VOLATILE_KEYS}
-    tokenizer = model_path / "tokenizer.json"
-    if tokenizer.is_file():
-        identity["tokenizer.json"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16]
-    return identity
-
-
-def model_differences(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
-    """One phrase per property that differs; empty: the same model."""
-    keys = sorted(stored.keys() | mine.keys())
-    return [f"{key} is {stored.get(key)!r}, here {mine.get(key)!r}" for key in keys if stored.get(key) != mine.get(key)]
 
 
 class CheckpointStore:
@@ -167,7 +102,7 @@ class CheckpointStore:
         match = _ID.fullmatch(checkpoint_id)
         if match is not None:
             folder = self._directory / match[1] / _folder_name(int(match[2]), int(match[3]))
-            if (folder / _MANIFEST).is_file():
+            if (folder / MANIFEST_FILE).is_file():
                 return folder
         raise LemixError(ErrorCode.NOT_FOUND, f"there is no checkpoint {checkpoint_id[:200]!r}", param="checkpoint_id")
 
@@ -202,16 +137,16 @@ class CheckpointStore:
         """Make what the stages wrote a checkpoint, durably, and remove the oldest beyond `keep`. Raises OSError."""
         files = {}
         for path in [*weights_files(partial), *state_files(partial)]:
-            _flush(path)
+            flush(path)
             files[path.name] = _digest(path)
         manifest = replace(manifest, files=files)
-        _write_manifest(partial, manifest)
+        write_manifest(partial, manifest)
         folder = self._folder / _folder_name(manifest.incarnation, manifest.step)
         if folder.exists():  # the last attempt failed after its rename
             self._remove(folder)
             self._refresh()
         os.rename(partial, folder)
-        _flush(self._folder)
+        flush(self._folder)
         self._prune()
         return manifest
 
@@ -295,9 +230,9 @@ class CheckpointStore:
             made = partial / "export"
             made.mkdir()
             if adapter is None:
-                self._export_model(folder, made)
+                export_model(folder, self._model_path, made)
             else:
-                self._export_adapter(folder, AdapterSpec.from_stored(adapter), made)
+                export_adapter(folder, self._model_path, AdapterSpec.from_stored(adapter), made)
             with contextlib.suppress(FileNotFoundError):
                 os.rename(target, partial / "replaced")
             try:
@@ -307,45 +242,6 @@ class CheckpointStore:
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-    def _export_model(self, folder: Path, target: Path) -> None:
-        shards = weights_files(folder)
-        for path in sorted(self._model_path.iterdir()):
-            is_of_weights = path.name == INDEX_FILE or path.suffix == ".safetensors"
-            if not (shards and is_of_weights) and (is_of_weights or path.suffix in _EXPORTED_SUFFIXES):
-                shutil.copyfile(path, target / path.name)
-        if shards:
-            _merge(shards, target / "model.safetensors")
-
-    def _export_adapter(self, folder: Path, spec: AdapterSpec, target: Path) -> None:
-        arguments = lora_arguments(spec, read_model(str(self._model_path)))
-        base = {"peft_type": "LORA", "base_model_name_or_path": str(self._model_path), "inference_mode": True}
-        (target / "adapter_config.json").write_text(json.dumps({**base, **arguments}, indent=2), encoding="utf-8")
-        _merge(state_files(folder), target / "adapter_model.safetensors", adapter_key(spec.adapter_id, ""))
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """What a checkpoint says of itself. Raises CorruptedCheckpoint."""
-    try:
-        content = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT or content["sha256"] != _manifest_digest(content["manifest"]):
-            raise ValueError("it is not what was written")
-        return Manifest(**content["manifest"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptedCheckpoint(f"checkpoint {folder}: {_MANIFEST}: {error}") from error
-
-
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    fields = asdict(manifest)
-    content = {"format": _FORMAT, "sha256": _manifest_digest(fields), "manifest": fields}
-    path = folder / _MANIFEST
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    _flush(path)
-    _flush(folder)
-
-
-def _manifest_digest(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _folder_name(incarnation: int, step: int) -> str:
@@ -359,41 +255,3 @@ def _digest(path: Path) -> dict[str, Any]:
             digest.update(block)
             size += len(block)
     return {"sha256": digest.hexdigest(), "bytes": size}
-
-
-def _flush(path: Path) -> None:
-    """Let a file, or the names in a folder, survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _merge(shards: Sequence[Path], target: Path, prefix: str = "") -> None:
-    """Write the tensors of several files whose names begin with `prefix`, without it, into one."""
-    files: list[TensorFile] = []
-    try:
-        for shard in shards:
-            files.append(TensorFile.open(shard, prefix))
-        write_copy(target, Replica(target.name, files))
-    finally:
-        for file in files:
-            file.close()
-
-
-def add_to_ranges(ranges: Ranges, numbers: Iterable[int]) -> Ranges:
-    """The ranges of all numbers in `ranges` and `numbers`."""
-    pairs = sorted([*ranges, *([number, number] for number in numbers)])
-    joined: Ranges = []
-    for first, last in pairs:
-        if joined and first <= joined[-1][1] + 1:
-            joined[-1][1] = max(joined[-1][1], last)
-        else:
-            joined.append([first, last])
-    return joined
-
-
-def count_of(ranges: Ranges) -> int:
-    """Numbers in the ranges."""
-    return sum(last - first + 1 for first, last in ranges)

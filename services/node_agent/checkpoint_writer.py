@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 from lemix.errors import ErrorCode, LemixError
 from services.node_agent.checkpoint_coverage import CheckpointCoverage
+from services.node_agent.checkpoint_manifest import Manifest
 from services.node_agent.checkpoint_report import disk_error
-from services.node_agent.checkpoint_store import CheckpointStore, Manifest
+from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.core.types import Op
 from services.node_agent.engine.training_ops import AdapterSpec
 from services.node_agent.engine.weight_ops import SaveCheckpoint

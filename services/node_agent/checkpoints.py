@@ -18,9 +18,10 @@ from services.node_agent import metrics
 from services.node_agent.checkpoint_coverage import CheckpointCoverage
 from services.node_agent.checkpoint_files import weights_files
 from services.node_agent.checkpoint_loader import CheckpointLoader
+from services.node_agent.checkpoint_manifest import CorruptedCheckpoint, Manifest
 from services.node_agent.checkpoint_report import CheckpointReports, disk_error
 from services.node_agent.checkpoint_schedule import CheckpointLimits, CheckpointSchedule
-from services.node_agent.checkpoint_store import CheckpointStore, CorruptedCheckpoint, Manifest
+from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.checkpoint_writer import CheckpointWriter
 from services.node_agent.loop import AgentLoop
 from services.node_agent.threads import to_its_end

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lemix.errors import LemixError
 from services.node_agent.checkpoint_files import weights_files
-from services.node_agent.checkpoint_store import CheckpointStore, Manifest
+from services.node_agent.checkpoint_manifest import Manifest
+from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.engine.inference_ops import DecodeSequence, Prefill, PrefillSequence, Sampling
 from services.node_agent.engine.ops import Forget
 from services.node_agent.engine.torch.adapters import Use

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from services.node_agent.checkpoint_store import CheckpointStore, Manifest
+from services.node_agent.checkpoint_manifest import Manifest
+from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.engine.base import EngineConfig, StageResult
 from services.node_agent.engine.handle import Handle
 from services.node_agent.engine.inference_ops import Prefill, PrefillSequence, Sampling

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from services.node_agent import checkpoint_store
-from services.node_agent.checkpoint_store import CheckpointStore, Manifest
+from services.node_agent.checkpoint_manifest import Manifest
+from services.node_agent.checkpoint_store import CheckpointStore
 
 FILES = ("model-00001-of-00001.safetensors", "training-00001-of-00001.safetensors")
 
@@ -74,7 +75,7 @@ def test_an_attempt_that_failed_after_its_rename_can_be_made_again(
             raise OSError("Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_store, "_flush", fails)
+        patched.setattr(checkpoint_store, "flush", fails)
         with pytest.raises(OSError, match="Input/output error"):
             commit(store, 1)
     commit(store, 1, reason="again")
@@ -127,12 +128,12 @@ def test_two_exports_of_one_checkpoint_at_once_both_come_to_their_end(
     commit(store, 1)
     both = threading.Barrier(2, timeout=10.0)
 
-    def export(self: CheckpointStore, folder: Path, target: Path) -> None:
+    def export(folder: Path, model_path: Path, target: Path) -> None:
         both.wait()
         (target / "config.json").write_text(json.dumps({"from": folder.name}), encoding="utf-8")
         both.wait()
 
-    monkeypatch.setattr(CheckpointStore, "_export_model", export)
+    monkeypatch.setattr(checkpoint_store, "export_model", export)
     with ThreadPoolExecutor(2) as threads:
         paths = list(threads.map(lambda each: each.export("node-0:1:1")[0], (store, other)))
     assert paths[0] == paths[1]

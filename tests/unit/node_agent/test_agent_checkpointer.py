@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from lemix.internal.v1 import scheduler_service_pb2 as scheduler_pb2
+from services.node_agent import checkpoint_store
 from services.node_agent.checkpoint_commands import CheckpointCommands
 from services.node_agent.checkpoint_files import weights_files
+from services.node_agent.checkpoint_manifest import Manifest
 from services.node_agent.checkpoint_report import CheckpointReports
 from services.node_agent.checkpoint_schedule import CheckpointLimits
-from services.node_agent.checkpoint_store import CheckpointStore, Manifest
+from services.node_agent.checkpoint_store import CheckpointStore
 from services.node_agent.checkpoints import Checkpointer
 from services.node_agent.weight_ops import WeightOp
 from services.runtime.clock import SystemClock
@@ -155,15 +157,15 @@ async def test_nothing_is_removed_beside_a_restore(tmp_path: Path) -> None:
     assert not any(report.HasField("error") for report in made.sent)
 
 
-async def test_checkpoints_are_saved_beside_an_export(tmp_path: Path) -> None:
+async def test_checkpoints_are_saved_beside_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make(tmp_path, keep=1)
     exported = commit(made.store, 1)
 
-    def write(folder: Path, target: Path) -> None:
+    def write(folder: Path, model_path: Path, target: Path) -> None:
         (target / "names").write_text(" ".join(path.name for path in weights_files(folder)), encoding="utf-8")
 
     held = Held(write, [])
-    made.store._export_model = held  # type: ignore[method-assign]
+    monkeypatch.setattr(checkpoint_store, "export_model", held)
     made.commands.start(scheduler_pb2.CheckpointCommand(request_id="export", export="node-0:1:1"))
     await held.until_begun()
     await made.checkpoints.save("request", "save")

@@ -39,8 +39,9 @@ from services.scheduler.core.events import (
     WeightsTold,
 )
 from services.scheduler.core.forecast import NodeForecast
+from services.scheduler.core.held_time import HeldTime
 from services.scheduler.core.node_spec import NodeRole, NodeSpec, QueueOrder
-from services.scheduler.core.state import Cluster, HeldTime, LiveInference, LiveTask, LiveTraining, NodeState
+from services.scheduler.core.state import Cluster, LiveInference, LiveTask, LiveTraining, NodeState
 from services.scheduler.core.status import CoreSnapshot, take_snapshot
 from services.scheduler.core.synchronisation import Synchroniser, sync_mode
 from services.scheduler.core.tasks import InferenceTask, Task, TrainingTask

@@ -72,6 +72,9 @@ CASES = (
     Case("prefill, full", OpKind.PREFILL, LatencyModel("full", (2e-3, 1e-4, 1e-8)), _prompt),
     Case("prefill, quadratic", OpKind.PREFILL, LatencyModel("quadratic", (1e-7,)), _prompt),
     Case("decode, full_decode", OpKind.DECODE, LatencyModel("full_decode", (4e-3, 5e-4, 1e-6)), _decode_batch),
+    # A coefficient of 0 has no value that another one could be counted in.
+    Case("prefill, full without a square", OpKind.PREFILL, LatencyModel("full", (2e-3, 1e-4, 0.0)), _prompt),
+    Case("decode, flat in context", OpKind.DECODE, LatencyModel("full_decode", (4e-3, 5e-4, 0.0)), _decode_batch),
     Case("decode, one batch", OpKind.DECODE, LatencyModel("full_decode", (4e-3, 5e-4, 1e-6)), _same_batch),
     Case("decode, tabulated", OpKind.DECODE, LatencyModel("tabulated", (), table=_TABLE), _decode_batch),
     Case("train_backward, affine", OpKind.TRAIN_BACKWARD, LatencyModel("affine", (2e-3, 1e-4)), _microbatch),

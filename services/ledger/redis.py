@@ -4,46 +4,31 @@ Durability is Redis's: with `appendonly yes` and `appendfsync everysec` a crash 
 of accepted work; a crash of Redis alone loses nothing; `always` loses nothing at the price of one fsync per change.
 """
 
-import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Sequence
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import redis.exceptions
-import tenacity
 
 from lemix.internal.v1 import work_pb2
 from lemix.v1 import types_pb2
 from services.ledger import scripts
+from services.ledger.calls import RedisCalls
 from services.ledger.connection import RedisChannel, RedisConnector
 from services.ledger.types import (
     MAX_JOB_EVENTS,
     Delivery,
-    LedgerUnavailable,
     StaleToken,
     TaskRecord,
     TaskState,
     may_come_again,
 )
 
-T = TypeVar("T")
-
 #: Longest single blocking read, seconds; longer waits are cut, so that a dead connection is noticed.
 _MAX_BLOCK_S: Final = 5.0
 
 _ENDED: Final = frozenset({types_pb2.JOB_STATUS_SUCCEEDED, types_pb2.JOB_STATUS_FAILED, types_pb2.JOB_STATUS_CANCELLED})
-#: Replies of a server that is up but cannot serve now: loading, failing over, out of memory or of disk.
-_TRANSIENT_REPLIES: Final = (
-    "LOADING",
-    "MISCONF",
-    "OOM",
-    "READONLY",
-    "MASTERDOWN",
-    "CLUSTERDOWN",
-    "TRYAGAIN",
-    "UNBLOCKED",
-)
 
 
 class RedisLedger:
@@ -56,6 +41,7 @@ class RedisLedger:
         self._retention_ms = round(retention_s * 1e3)
         self._connector = RedisConnector(url, operation_timeout_s)
         self._channel = RedisChannel(self._connector)
+        self._calls = RedisCalls(self._channel, name=self.name, timeout_s=operation_timeout_s)
         #: By stream: a read that waits holds its connection up.
         self._blocking: dict[str, RedisChannel] = {}
         #: Where to read a stream on: an entry id while going through what was delivered before, then ">".
@@ -65,7 +51,7 @@ class RedisLedger:
 
     async def ping(self) -> None:
         """Return when the store answers."""
-        await self._command("PING")
+        await self._calls.command("PING")
 
     async def close(self) -> None:
         """Release connections; idempotent."""
@@ -76,11 +62,11 @@ class RedisLedger:
 
     async def acquire_leadership(self) -> int:
         """Take over as the scheduler."""
-        return int(await self._command("INCR", scripts.TOKEN))
+        return int(await self._calls.command("INCR", scripts.TOKEN))
 
     async def submit(self, item: work_pb2.WorkItem) -> TaskRecord | None:
         """Accept a task."""
-        reply = await self._run(
+        reply = await self._calls.run(
             scripts.SUBMIT, [scripts.task_key(item.task_id), scripts.GLOBAL], [item.SerializeToString(), _op()]
         )
         return None if reply is None else _task_record(reply)
@@ -95,7 +81,7 @@ class RedisLedger:
 
     async def assign(self, item: work_pb2.WorkItem, node_id: str, *, entry_id: str | None, token: int) -> bool:
         """Move a task to a node."""
-        reply = await self._run(
+        reply = await self._calls.run(
             scripts.ASSIGN,
             [scripts.TOKEN, scripts.task_key(item.task_id), scripts.GLOBAL, scripts.node_key(node_id), scripts.NODES],
             [token, item.SerializeToString(), node_id, entry_id or "", scripts.GLOBAL_GROUP],
@@ -106,7 +92,7 @@ class RedisLedger:
     async def close_task(self, outcome: work_pb2.WorkOutcome, *, entry_id: str | None, forget: bool = False) -> None:
         """End a task no node holds."""
         ttl_ms = 0 if forget else self._result_ttl_ms
-        await self._run(
+        await self._calls.run(
             scripts.CLOSE,
             [scripts.task_key(outcome.task_id), scripts.GLOBAL],
             [outcome.SerializeToString(), ttl_ms, entry_id or "", scripts.GLOBAL_GROUP, int(may_come_again(outcome))],
@@ -123,7 +109,7 @@ class RedisLedger:
             entries = await self._entries(node_id)
             if keep_training:
                 entries = [(entry, item) for entry, item in entries if not item.HasField("training")]
-            reply = await self._run(
+            reply = await self._calls.run(
                 scripts.TAKE_BACK,
                 [
                     *(scripts.TOKEN, scripts.node_key(node_id), scripts.GLOBAL, scripts.NODES),
@@ -138,12 +124,12 @@ class RedisLedger:
 
     async def record(self, task_id: str) -> TaskRecord | None:
         """State of a task."""
-        reply = await self._command("HMGET", scripts.task_key(task_id), "state", "node", "outcome")
+        reply = await self._calls.command("HMGET", scripts.task_key(task_id), "state", "node", "outcome")
         return None if reply[0] is None else _task_record(reply)
 
     async def node_ids(self) -> list[str]:
         """Nodes that got work."""
-        members = await self._command("SMEMBERS", scripts.NODES)
+        members = await self._calls.command("SMEMBERS", scripts.NODES)
         return sorted(member.decode() for member in members)
 
     # ------------------------------------------------------------- node side
@@ -154,7 +140,7 @@ class RedisLedger:
 
     async def finish(self, node_id: str, entry_id: str, outcome: work_pb2.WorkOutcome) -> bool:
         """End a task of this node."""
-        reply = await self._run(
+        reply = await self._calls.run(
             scripts.FINISH,
             [scripts.task_key(outcome.task_id), scripts.node_key(node_id)],
             [
@@ -166,13 +152,13 @@ class RedisLedger:
 
     async def newest_token(self) -> int:
         """Newest fencing token."""
-        return int(await self._command("GET", scripts.TOKEN) or 0)
+        return int(await self._calls.command("GET", scripts.TOKEN) or 0)
 
     # ------------------------------------------------------------- files and jobs
 
     async def put_file(self, record: work_pb2.FileRecord, examples: list[work_pb2.TrainingExample]) -> None:
         """Append examples to a file and store its record."""
-        await self._run(
+        await self._calls.run(
             scripts.PUT_FILE,
             [scripts.file_key(record.file_id), scripts.examples_key(record.file_id)],
             [
@@ -183,11 +169,11 @@ class RedisLedger:
 
     async def delete_file(self, file_id: str) -> None:
         """Remove a file and its examples."""
-        await self._command("DEL", scripts.file_key(file_id), scripts.examples_key(file_id))
+        await self._calls.command("DEL", scripts.file_key(file_id), scripts.examples_key(file_id))
 
     async def get_file(self, file_id: str) -> work_pb2.FileRecord | None:
         """The record of a file."""
-        stored, count = await self._pipeline(
+        stored, count = await self._calls.pipeline(
             ("HGET", scripts.file_key(file_id), "record"), ("HLEN", scripts.examples_key(file_id))
         )
         if stored is None:
@@ -201,7 +187,7 @@ class RedisLedger:
         if not positions:
             return []
         key = scripts.examples_key(file_id)
-        rows, *_ = await self._pipeline(
+        rows, *_ = await self._calls.pipeline(
             ("HMGET", key, *positions),
             ("PEXPIRE", key, self._retention_ms),
             ("PEXPIRE", scripts.file_key(file_id), self._retention_ms),
@@ -218,7 +204,7 @@ class RedisLedger:
             scripts.feedback_key(file_id, request_id or _op()),
         ]
         values = [example.SerializeToString(), self._retention_ms, known_ms]
-        return int(await self._run(scripts.APPEND_FEEDBACK, keys, values))
+        return int(await self._calls.run(scripts.APPEND_FEEDBACK, keys, values))
 
     async def put_job(self, record: work_pb2.JobRecord) -> work_pb2.JobRecord:
         """Create or overwrite a job."""
@@ -228,7 +214,7 @@ class RedisLedger:
             keys.append(scripts.job_request_key(record.request_id))
         retention_ms = self._retention_ms if record.job.status in _ENDED else 0
         values = [job_id, record.SerializeToString(), record.job.created_unix_s, retention_ms]
-        known = await self._run(scripts.PUT_JOB, keys, values)
+        known = await self._calls.run(scripts.PUT_JOB, keys, values)
         if known is None:
             return record
         earlier = await self.get_job(known.decode())
@@ -237,17 +223,17 @@ class RedisLedger:
 
     async def get_job(self, job_id: str) -> work_pb2.JobRecord | None:
         """A job."""
-        stored = await self._command("GET", scripts.job_key(job_id))
+        stored = await self._calls.command("GET", scripts.job_key(job_id))
         return None if stored is None else work_pb2.JobRecord.FromString(stored)
 
     async def list_jobs(self) -> list[work_pb2.JobRecord]:
         """Every stored job."""
-        return await self._read_jobs(await self._command("ZRANGE", scripts.JOBS, 0, -1))
+        return await self._read_jobs(await self._calls.command("ZRANGE", scripts.JOBS, 0, -1))
 
     async def newest_jobs(self, limit: int) -> list[work_pb2.JobRecord]:
         """The newest stored jobs."""
         while True:
-            job_ids = await self._command("ZREVRANGE", scripts.JOBS, 0, limit - 1)
+            job_ids = await self._calls.command("ZREVRANGE", scripts.JOBS, 0, limit - 1)
             records = await self._read_jobs(job_ids)
             if len(records) == len(job_ids):
                 return records
@@ -257,10 +243,10 @@ class RedisLedger:
         """Those that are stored; the others leave the index."""
         if not job_ids:
             return []
-        rows = await self._command("MGET", *(scripts.job_key(job_id.decode()) for job_id in job_ids))
+        rows = await self._calls.command("MGET", *(scripts.job_key(job_id.decode()) for job_id in job_ids))
         expired = [job_id for job_id, row in zip(job_ids, rows, strict=True) if row is None]
         if expired:  # ids are never used again, so what is gone stays gone
-            await self._command("ZREM", scripts.JOBS, *expired)
+            await self._calls.command("ZREM", scripts.JOBS, *expired)
         return [work_pb2.JobRecord.FromString(row) for row in rows if row is not None]
 
     async def append_job_events(self, job_id: str, events: Sequence[types_pb2.JobEvent]) -> None:
@@ -268,7 +254,7 @@ class RedisLedger:
         if not events:
             return
         key = scripts.job_events_key(job_id)
-        await self._pipeline(
+        await self._calls.pipeline(
             ("RPUSH", key, *(event.SerializeToString() for event in events)),
             ("LTRIM", key, -MAX_JOB_EVENTS, -1),
             ("PEXPIRE", key, self._retention_ms),
@@ -276,18 +262,18 @@ class RedisLedger:
 
     async def read_job_events(self, job_id: str) -> list[types_pb2.JobEvent]:
         """The kept history."""
-        rows = await self._command("LRANGE", scripts.job_events_key(job_id), 0, -1)
+        rows = await self._calls.command("LRANGE", scripts.job_events_key(job_id), 0, -1)
         return [types_pb2.JobEvent.FromString(row) for row in rows]
 
     # ------------------------------------------------------------- reading streams
 
     async def _entries(self, node_id: str) -> list[tuple[str, work_pb2.WorkItem]]:
-        rows = await self._command("XRANGE", scripts.node_key(node_id), "-", "+")
+        rows = await self._calls.command("XRANGE", scripts.node_key(node_id), "-", "+")
         return [(entry.decode(), work_pb2.WorkItem.FromString(_item(fields))) for entry, fields in rows]
 
     async def _read(self, stream: str, group: str, count: int, block_s: float) -> list[Delivery]:
         block_s = min(block_s, _MAX_BLOCK_S)
-        return await self._call(lambda: self._read_once(stream, group, count, block_s), extra_s=max(block_s, 0.0))
+        return await self._calls.call(lambda: self._read_once(stream, group, count, block_s), extra_s=max(block_s, 0.0))
 
     async def _read_once(self, stream: str, group: str, count: int, block_s: float) -> list[Delivery]:
         # Whatever interrupts a read, the server may have delivered: start over with what is pending.
@@ -335,49 +321,6 @@ class RedisLedger:
             if fields
         ]
 
-    # ------------------------------------------------------------- calls
-
-    async def _run(self, script: str, keys: list[str], values: list[Any]) -> Any:
-        return await self._call(lambda: self._channel.script(script, keys, values))
-
-    async def _command(self, *words: Any) -> Any:
-        return await self._call(lambda: self._channel.command(*words))
-
-    async def _pipeline(self, *commands: tuple[Any, ...]) -> list[Any]:
-        return await self._call(lambda: self._channel.transaction(*commands))
-
-    async def _call(self, operation: Callable[[], Awaitable[T]], *, extra_s: float = 0.0) -> T:
-        """Run with bounded retries. Raises LedgerUnavailable after the operation timeout (plus `extra_s`)."""
-        try:
-            async with asyncio.timeout(self._timeout_s + extra_s):
-                try:
-                    return await operation()
-                except (OSError, redis.exceptions.RedisError) as error:
-                    if not _is_transient(error):
-                        raise
-                return await self._retry(operation)
-        except TimeoutError as error:
-            self._channel.drop()
-            raise LedgerUnavailable(f"no answer from the ledger at {self.name} in {self._timeout_s:g} s") from error
-        except (OSError, redis.exceptions.RedisError) as error:
-            if not _is_transient(error):
-                raise
-            raise LedgerUnavailable(f"cannot reach the ledger at {self.name}: {error}") from error
-
-    async def _retry(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """Apart from the first try, which nearly always works: setting this up costs as much as a command."""
-        attempts = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(_is_transient),
-            wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.5),
-            stop=tenacity.stop_before_delay(self._timeout_s),
-            reraise=True,
-        )
-
-        async def attempt() -> T:
-            return await operation()
-
-        return await attempts(attempt)
-
     def _check_token(self, reply: Any, token: int) -> None:
         if reply == -1:
             raise StaleToken(f"fencing token {token} is too old: another scheduler has taken over")
@@ -387,13 +330,6 @@ def redacted(url: str) -> str:
     """The URL without user and password."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, redis.exceptions.ResponseError):
-        # NOGROUP: the server lost the stream (an emptied or new database); the next attempt makes it again.
-        return str(error).startswith((*_TRANSIENT_REPLIES, "NOGROUP"))
-    return isinstance(error, OSError | redis.exceptions.ConnectionError | redis.exceptions.TimeoutError)
 
 
 def _task_record(fields: Sequence[bytes | None]) -> TaskRecord:

@@ -2,15 +2,15 @@
 
 While nothing contradicts it, it is in the node's own state: running operations since when they began, batches, queues,
 accumulation groups. A trace of an operation that it does not run shows that it is not. Most often a task reached the
-node later than thought: then it goes back to where it took the task in, and takes it in after that operation began.
-When that explains nothing (a weight synchronisation, an operation that failed), it starts again from what the scheduler
-knows.
+node sooner or later than thought: then it goes back to a state before that, and takes the task in before or after that
+operation began. When that explains nothing (a weight synchronisation, an operation that failed), it starts again from
+what the scheduler knows.
 """
 
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -37,9 +37,12 @@ from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.state import LiveInference, LiveTask, NodeState
 from services.scheduler.core.tasks import SloTarget, TrainingTask
 
-#: Inputs it can go back by, and tasks among them whose arrival it can put off.
+#: Inputs it can go back by; states among them to begin with, one before every task and every so many inputs; how often
+#: it goes back for the same news.
 _MOST_TAKEN = 64
-_MOST_MARKS = 8
+_MOST_MARKS = 12
+_MARK_EVERY = 8
+_MOST_TRIES = 8
 #: Traces that come late are remembered for so many more.
 _LAG_TRACES = 256
 #: So many inputs are taken in although nobody asks: who asks is in a hurry. Not at once, for the ends of requests come
@@ -47,7 +50,7 @@ _LAG_TRACES = 256
 _MOST_INPUTS = 8
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Input:
     """What happened on the node at a time: an event, or an operation that ended."""
 
@@ -70,10 +73,9 @@ class Running:
 
 @dataclass(slots=True)
 class _Mark:
-    """The state before a task was taken in that has not run; index: of that among the inputs taken in."""
+    """The state before an input was taken in; index: of that among those taken in."""
 
     index: int
-    task_id: str
     core: NodeCore
     running: list[Running | None]
     now_s: float
@@ -241,6 +243,7 @@ class NodeMirror:
             count -= 1
         due = deque(inputs[:count])
         del inputs[:count]
+        tries = _MOST_TRIES
         while due:
             item = due.popleft()
             if self._is_lost:
@@ -249,27 +252,20 @@ class NodeMirror:
                 continue
             self._remember(item)
             self._take(item)
-            if self._is_lost:
-                due.extendleft(reversed(self._gone_back(item)))
+            if self._is_lost and tries:
+                tries -= 1
+                due = self._gone_back(item, due)
         if self._is_lost:
             self._restart(now_s)
 
     def _remember(self, item: _Input) -> None:
-        """So that it can be put off, or taken in again after another one was."""
-        if len(self._taken) >= _MOST_TAKEN:
+        """So that it can be taken in again in another order."""
+        taken, marks = self._taken, self._marks
+        if len(taken) >= _MOST_TAKEN or len(marks) >= _MOST_MARKS:
             self._forget_oldest()
-        if type(item.event) in (RequestArrived, MicrobatchArrived):
-            if len(self._marks) >= _MOST_MARKS:
-                del self._marks[0]
-            mark = _Mark(len(self._taken), _task_id(item), self._core.fork(), self._running.copy(), self._now_s)
-            self._marks.append(mark)
-        elif item.trace is not None and self._marks:
-            # What has run was there.
-            self._marks = [mark for mark in self._marks if mark.task_id not in item.trace.task_ids]
-        if self._marks:
-            self._taken.append(item)
-        else:
-            self._taken.clear()
+        if _task_id(item) or not marks or len(taken) - marks[-1].index >= _MARK_EVERY:
+            marks.append(_Mark(len(taken), self._core.fork(), self._running.copy(), self._now_s))
+        taken.append(item)
 
     def _forget_oldest(self) -> None:
         """What is older than the second mark."""
@@ -279,22 +275,53 @@ class NodeMirror:
         for mark in self._marks:
             mark.index -= start
 
-    def _gone_back(self, item: _Input) -> list[_Input]:
-        """What is to be taken in again, beginning with the state before a task that `item`, a trace, shows to have come
-        later; nothing when there is none such: it stays lost."""
+    def _gone_back(self, item: _Input, due: deque[_Input]) -> deque[_Input]:
+        """What is to be taken in next, from a state before a task that `item`, a trace, shows to have come sooner or
+        later than thought; `due` as it is when there is none such: it stays lost."""
         trace = item.trace
-        while trace is not None and self._marks:
-            mark = self._marks.pop()
-            if self._taken[mark.index].at_s >= trace.begin_s:
-                continue
-            arrival, *since = self._taken[mark.index :]
-            del self._taken[mark.index :]
-            self._core, self._running, self._now_s = mark.core, mark.running, mark.now_s
-            self._is_lost = False
-            arrival.at_s = trace.begin_s
-            # What ended then made room for the operation that began.
-            return sorted((arrival, *since), key=lambda taken: (taken.at_s, taken.trace is None))
-        return []
+        moved = None if trace is None else self._sooner(trace, due) or self._later(trace)
+        if moved is None:
+            return due
+        arrival, at_s = moved
+        first = next((i for i, taken in enumerate(self._taken) if taken is arrival or taken.at_s > at_s), -1)
+        while self._marks and self._marks[-1].index > first:
+            self._marks.pop()
+        if not self._marks:
+            return due
+        mark = self._marks.pop()
+        again = [*self._taken[mark.index :], *due]
+        del self._taken[mark.index :]
+        if arrival not in again:
+            self._inputs.remove(arrival)
+            again.append(arrival)
+        self._core, self._running, self._now_s = mark.core, mark.running, mark.now_s
+        self._is_lost = False
+        arrival.at_s = at_s
+        # What ended then made room for the operation that began.
+        again.sort(key=lambda taken: (taken.at_s, taken.trace is None))
+        return deque(again)
+
+    def _sooner(self, trace: OpFinished, due: Iterable[_Input]) -> tuple[_Input, float] | None:
+        """A task of the operation that was not there when it began, and when it came: before the stage was free, if it
+        had been sent by then."""
+        ends_s = (item.at_s for item in self._taken if item.trace is not None and item.trace.stage == trace.stage)
+        free_s = max((end_s for end_s in ends_s if end_s <= trace.begin_s), default=-math.inf)
+        for item in (*self._taken, *due, *self._inputs):
+            if item.sent_s is not None and _task_id(item) in trace.task_ids:
+                at_s = math.nextafter(free_s, -math.inf) if item.sent_s < free_s else trace.begin_s
+                if at_s < item.at_s:
+                    return item, at_s
+        return None
+
+    def _later(self, trace: OpFinished) -> tuple[_Input, float] | None:
+        """The newest task that has not run, was there when the operation began and could have come after that."""
+        ran: set[str] = set()
+        for item in reversed(self._taken):
+            if item.trace is not None:
+                ran.update(item.trace.task_ids)
+            elif item.at_s < trace.begin_s and _task_id(item) and _task_id(item) not in ran:
+                return item, trace.begin_s
+        return None
 
     def _take(self, item: _Input) -> None:
         at_s = self._tick(item.at_s)

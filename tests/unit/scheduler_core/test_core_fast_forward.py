@@ -278,6 +278,26 @@ def test_several_requests_are_put_off_one_after_the_other() -> None:
     assert mirror.num_restarts == 0
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_request_that_reached_the_node_sooner_than_any_before_is_put_forward(is_asked: bool) -> None:
+    core = core_ahead()
+    mirror = core._cluster.nodes["a"].mirror
+    assert mirror is not None
+    core.step(0.0, TaskArrived(request("q")))
+    core.step(0.12, OpFinished("a", 0, OpKind.PREFILL, 0.02, 0.12, ("q",), 100, first_token=True))
+    core.step(0.12, TaskEnded("q", "a", ok=True, output_tokens=1))
+    core.step(1.0, TaskArrived(microbatch("m")))
+    core.step(1.21, TaskArrived(request("r")))  # after as long a way it would come 0.01 s too late
+    core.step(1.22, OpFinished("a", 0, OpKind.TRAIN_FORWARD, 1.02, 1.22, ("m",)))
+    if is_asked:
+        assert both(core, 1.3)[0] == pytest.approx(0.32 + 0.1), "the backward seems to run"
+    core.step(1.32, OpFinished("a", 0, OpKind.PREFILL, 1.22, 1.32, ("r",), 100, first_token=True))
+    assert both(core, 1.32)[0] == pytest.approx(0.4 + 0.1), "the backward runs now"
+    core.step(1.72, OpFinished("a", 0, OpKind.TRAIN_BACKWARD, 1.32, 1.72, ("m",)))
+    assert both(core, 1.72)[0] == pytest.approx(0.05 + 0.1), "the optimizer step runs"
+    assert mirror.num_restarts == 0
+
+
 def test_a_trace_that_took_long_once_is_forgotten() -> None:
     core = core_ahead()
     mirror = core._cluster.nodes["a"].mirror

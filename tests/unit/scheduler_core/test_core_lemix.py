@@ -4,7 +4,7 @@ import pytest
 
 from services.latency import LatencyModel, NodeLatency, OpKind
 from services.scheduler.core.commands import Assign, NodeTerms
-from services.scheduler.core.events import NodeJoined, NodeLost, OpFinished, TaskArrived, TaskEnded
+from services.scheduler.core.events import NodeJoined, NodeLost, NodeProfiled, OpFinished, TaskArrived, TaskEnded
 from services.scheduler.core.scheduler import SchedulerCore
 from services.scheduler.core.tasks import SloTarget
 from tests.unit.scheduler_core.support import assigned, constant_latency, core_with, microbatch, node, request
@@ -211,6 +211,17 @@ def test_lemix_without_coefficients_per_node_takes_all_nodes_for_alike() -> None
 
     assert first() == "b"
     assert first(per_node=False) == "a"
+
+
+def test_lemix_without_coefficients_per_node_shares_what_it_learns_and_new_profiles() -> None:
+    slow, fast = constant_latency(prefill=0.3), constant_latency(prefill=0.1)
+    nodes = (node("a", latency=slow), node("b", latency=slow))
+    core = core_with(*nodes, policy="lemix", policy_options={"per_node": False}, default_slo=SloTarget(1.0, 0.1))
+    core.step(0.5, NodeProfiled("b", fast))
+    predicted_s = [core.costs(node_id).node_s(OpKind.PREFILL, 1, 100) for node_id in ("a", "b")]
+    assert predicted_s[0] == predicted_s[1] == pytest.approx((slow.node_s(OpKind.PREFILL, 1, 100) + 0.1) / 2)
+    core.step(2.0, OpFinished("b", 0, OpKind.PREFILL, 1.0, 2.0, ("r",), 100, 0, True))
+    assert core.costs("a").node_s(OpKind.PREFILL, 1, 100) > predicted_s[0]
 
 
 def test_lemix_cuts_training_operations_where_the_runtime_can() -> None:

@@ -1,6 +1,6 @@
 """Mean coefficients of nodes."""
 
-from services.latency import LatencyModel, LatencyTable, NodeLatency, OpKind
+from services.latency import LatencyModel, LatencyTable, MixedCost, NodeLatency, OpKind
 from services.scheduler.core.policies.mean_latency import mean_latency
 
 
@@ -22,6 +22,12 @@ def test_tables_over_one_grid_are_averaged() -> None:
     first = _tabulated((8, 16), 1.0, 2.0)
     assert mean_latency([first, _tabulated((8, 16), 3.0, 6.0)]) == _tabulated((8, 16), 2.0, 4.0)
     assert mean_latency([first, _tabulated((8, 32), 3.0, 6.0)]) == first
+
+
+def test_what_a_prefill_and_a_decode_cost_together_is_averaged_where_all_know_it() -> None:
+    first, second = (NodeLatency(({},), mixed=(MixedCost(value, 1.0, 2.0 * value),)) for value in (0.5, 1.5))
+    assert mean_latency([first, second]).mixed == (MixedCost(1.0, 1.0, 2.0),)
+    assert mean_latency([first, NodeLatency(({},))]).mixed == ()
 
 
 def test_of_other_forms_and_other_numbers_of_stages_the_first_one_counts() -> None:

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from services.latency import OpKind
 from services.scheduler.core.commands import NodeTerms, SyncMode
-from services.scheduler.core.costs import NodeCosts
-from services.scheduler.core.events import Event, NodeJoined
+from services.scheduler.core.events import Event, NodeJoined, NodeProfiled
 from services.scheduler.core.fast_forward import predict_ahead
 from services.scheduler.core.hold_back import overrun_s
 from services.scheduler.core.node_mirror import NodeMirror
@@ -20,7 +19,7 @@ from services.scheduler.core.policies.base import (
     check_options,
     every_node,
 )
-from services.scheduler.core.policies.mean_latency import mean_latency
+from services.scheduler.core.policies.mean_costs import MeanCosts
 from services.scheduler.core.response import predict_iteration_s, predict_response
 from services.scheduler.core.state import Cluster, LiveInference, LiveTraining, NodeState
 
@@ -108,14 +107,14 @@ class LeMix:
         return every_node(NodeRole.BOTH, node_ids)
 
     def observe(self, now_s: float, event: Event, cluster: Cluster) -> bool:
-        """Follow the nodes that join, to run them ahead."""
-        if type(event) is not NodeJoined:
+        """Follow the nodes that join, to run them ahead; take new profiles into the mean ones."""
+        if type(event) is not NodeJoined and type(event) is not NodeProfiled:
             return False
         if not self._per_node:
-            shared = NodeCosts(mean_latency([node.spec.latency for node in cluster.nodes.values()]))
-            for node in cluster.nodes.values():
-                node.costs = shared
-        if self._mirrors:
+            nodes = list(cluster.nodes.values())
+            for node, costs in zip(nodes, MeanCosts.of_nodes([node.spec.latency for node in nodes]), strict=True):
+                node.costs = costs
+        if self._mirrors and type(event) is NodeJoined:
             node = cluster.nodes[event.node.node_id]
             node.mirror = NodeMirror(now_s, node, self.queue_order, cluster.config.default_slo)
         return not self._per_node

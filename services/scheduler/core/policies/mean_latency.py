@@ -2,19 +2,27 @@
 
 from collections.abc import Sequence
 
-from services.latency import LatencyModel, LatencyTable, NodeLatency, OpKind
+from services.latency import LatencyModel, LatencyTable, MixedCost, NodeLatency, OpKind
 
 
 def mean_latency(latencies: Sequence[NodeLatency]) -> NodeLatency:
     """What operations take on average over nodes with as many stages as the first one.
 
     Coefficients, or durations of tables over the same grid, are averaged; of an operation that not all nodes describe
-    in the same form, the first one's are taken.
+    in the same form, the first one's are taken. What a prefill and a decode cost together is averaged where all nodes
+    were measured for it; what an operation costs alone is all that is left otherwise.
     """
     first = latencies[0]
     alike = [latency for latency in latencies if latency.num_stages == first.num_stages]
     stages = range(first.num_stages)
-    return NodeLatency(tuple({op: _mean(op, stage, alike) for op in first.models[stage]} for stage in stages))
+    models = tuple({op: _mean(op, stage, alike) for op in first.models[stage]} for stage in stages)
+    is_mixed = all(latency.mixed for latency in alike)
+    return NodeLatency(models, mixed=tuple(_mean_mixed(stage, alike) for stage in stages) if is_mixed else ())
+
+
+def _mean_mixed(stage: int, latencies: Sequence[NodeLatency]) -> MixedCost:
+    rows = [(mixed.prefill, mixed.decode, mixed.shared) for mixed in (latency.mixed[stage] for latency in latencies)]
+    return MixedCost(*_means(rows))
 
 
 def _mean(op: OpKind, stage: int, latencies: Sequence[NodeLatency]) -> LatencyModel:

@@ -36,7 +36,7 @@ from services.simulator.trace_file import TraceError, read_trace
 
 #: `--quick`: enough to see that everything works, too few for figures.
 _QUICK: Mapping[str, Any] = {"seeds": (0,), "seconds": 15.0, "shares": (0.5, 1.0), "tolerance": 0.3}
-_QUICK_LIVE: Mapping[str, Any] = {"seconds": 5.0, "large_seconds": 3.0}
+_QUICK_LIVE: Mapping[str, Any] = {"clock_seconds": 5.0, "seconds": 5.0, "large_seconds": 2.0}
 _MAX_PROBLEMS_SHOWN = 10
 _FULL: Mapping[str, Any] = {"seeds": tuple(range(5)), "seconds": 400.0, "tolerance": 0.02}
 
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, help="length of the traffic of a simulation")
     parser.add_argument("--seeds", type=int, help="how many seeds (default 3)")
-    parser.add_argument("--time-scale", type=float, default=LiveConfig().time_scale, help="of live runs (default 4)")
+    parser.add_argument("--time-scale", type=float, help="of live runs (default: the smallest that keeps time)")
     parser.add_argument("--no-live", action="store_true", help="the simulator alone")
     parser.add_argument("--trace", type=Path, help="CSV with arrival_s,prompt_tokens,output_tokens to follow")
     parser.add_argument("--full", action="store_true", help="more and longer simulations")

@@ -5,35 +5,60 @@ from dataclasses import dataclass
 
 #: Rates below this are no cluster's capacity: the promise is broken on an idle one.
 _LEAST_RATE = 0.125
+#: Short runs tell a capacity to within this share of it, before long ones are made.
+_COARSE = 0.15
+#: The next rate of the long runs is so many times higher or lower, until one is served and one is not.
+_STEP = 1.1
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Highest rate looked at that is served, requests/s (0: none), and every rate with its attainment."""
+    """Highest rate looked at that is served, requests/s (0: none), and every rate of the long runs with its attainment,
+    which of one that is not served may be an upper bound."""
 
     rate: float
     probes: tuple[tuple[float, float], ...]
 
 
-def find_capacity(attainment_at: Callable[[float], float], wanted: float, tolerance: float) -> Capacity:
-    """Doubles the rate until the attainment is below `wanted`, then halves the interval down to `tolerance` of it."""
+def find_capacity(
+    glance_at: Callable[[float], float], attainment_at: Callable[[float], float], wanted: float, tolerance: float
+) -> Capacity:
+    """Short runs find where the attainment falls below `wanted`, long ones around there to `tolerance` of the rate.
+
+    glance_at, attainment_at: attainment at a rate, of a short run and of long ones.
+    """
     probes: dict[float, float] = {}
 
     def serves(rate: float) -> bool:
         probes[rate] = attainment_at(rate)
         return probes[rate] >= wanted
 
-    low, high = 0.0, 1.0
-    while serves(high):
-        low, high = high, 2.0 * high
-    while not low and high > _LEAST_RATE:
-        high /= 2.0
-        if serves(high):
-            low, high = high, 2.0 * high
+    low, high = _bracket(lambda rate: glance_at(rate) >= wanted, 1.0, 2.0)
+    low, high = _halved(lambda rate: glance_at(rate) >= wanted, low, high, _COARSE)
+    low, high = _bracket(serves, low or high, _STEP)
+    low, _ = _halved(serves, low, high, tolerance)
+    return Capacity(low, tuple(sorted(probes.items())))
+
+
+def _bracket(serves: Callable[[float], bool], rate: float, step: float) -> tuple[float, float]:
+    """(a rate that is served, a higher one that is not), `step` apart; (0, rate) where nothing is served."""
+    if serves(rate):
+        while serves(step * rate):
+            rate *= step
+        return rate, step * rate
+    while rate / step >= _LEAST_RATE:
+        rate /= step
+        if serves(rate):
+            return rate, step * rate
+    return 0.0, rate
+
+
+def _halved(serves: Callable[[float], bool], low: float, high: float, tolerance: float) -> tuple[float, float]:
+    """The interval, halved down to `tolerance` of its upper end."""
     while low and high - low > tolerance * high:
         middle = (low + high) / 2.0
         if serves(middle):
             low = middle
         else:
             high = middle
-    return Capacity(low, tuple(sorted(probes.items())))
+    return low, high

@@ -1,6 +1,6 @@
 """What has to hold, and whether it does. A miss is printed as a miss. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.colocation.config import HALF, SUBJECT
@@ -16,7 +16,6 @@ def claims(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     if mine is not None:
         lost = 100.0 * (max(row["slo_attainment_off"] for row in half.values()) - mine["slo_attainment"])
     speeds = found["heterogeneous"]
-    gained = 100.0 * (speeds["per_node"] - speeds["averaged"])
     safe = None if mine is None else mine["safe_harvest"]
     return [
         _claim("safe_harvest", f"safe harvest of {SUBJECT} at half of capacity", safe, 0.80, at_least=True),
@@ -37,10 +36,11 @@ def claims(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         ),
         _claim(
             "per_node",
-            "points of attainment that coefficients per node gain over averaged ones (two speeds, highest rate)",
-            gained,
+            "points of attainment that coefficients per node gain over averaged ones (two speeds, capacity, training)",
+            100.0 * (speeds["per_node"] - speeds["averaged"]),
             5.0,
             at_least=True,
+            by_seed=[100.0 * gain for gain in speeds["gains"]],
         ),
         *_live_claims(found.get("live")),
     ]
@@ -54,6 +54,13 @@ def _live_claims(live: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     safe = mine["safe_harvest"]
     slip = 100.0 * live["clock_slip_p99_frac"]
     return [
+        _claim(
+            "time_scale",
+            "times as slow a live emulated cluster must be to keep time on this machine",
+            live["time_scale"],
+            4.0,
+            at_least=False,
+        ),
         _claim("live_safe_harvest", "safe harvest on the live emulated cluster", safe, 0.80, at_least=True),
         _claim("live_attainment_lost", "points of attainment that training costs there", lost, 1.0, at_least=False),
         _claim(
@@ -66,14 +73,23 @@ def _live_claims(live: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
-def _claim(name: str, text: str, value: float | None, threshold: float, *, at_least: bool) -> dict[str, Any]:
+def _claim(
+    name: str,
+    text: str,
+    value: float | None,
+    threshold: float,
+    *,
+    at_least: bool,
+    by_seed: Sequence[float] = (),
+) -> dict[str, Any]:
+    """by_seed: decides where given: what holds with some seeds only is unresolved."""
     return {
         "name": name,
         "text": text,
         "value": value,
         "threshold": threshold,
         "at_least": at_least,
-        "verdict": decide([value], threshold, at_least=at_least),
+        "verdict": decide(list(by_seed) or [value], threshold, at_least=at_least),
     }
 
 

@@ -16,6 +16,8 @@ FAST_PROFILE = Path("deploy/profiles/h100-llama-2-7b.json")
 CAPACITY_ATTAINMENT = 0.99
 #: Share of capacity at which the claims are judged.
 HALF = 0.5
+#: Rates of the cluster of two speeds, as shares of its capacity; the claim is judged at the last one, with training.
+SPEED_SHARES = (0.75, 1.0)
 #: Promised TTFT and TPOT: so many times what the mean request takes alone on an idle node. The paper's unit.
 PROMISE_UNITS = 5.0
 
@@ -66,15 +68,17 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveConfig:
-    """Runs on emulated clusters with all services, `time_scale` times as slow. seconds: of traffic, at scale 1.
+    """Runs on emulated clusters with all services, `time_scale` times as slow (None: the smallest that keeps time, by
+    runs of `clock_seconds` real seconds). seconds: of traffic, at scale 1.
 
     policies: those that run; none: nothing is run live. large_nodes, large_profile, large_seconds, large_time_scale: a
     larger cluster under the first of them, at the same rate per node.
     """
 
     policies: tuple[str, ...] = (SUBJECT,)
-    time_scale: float = 4.0
-    seconds: float = 40.0
+    time_scale: float | None = None
+    clock_seconds: float = 15.0
+    seconds: float = 30.0
     large_nodes: int = 8
     large_profile: Path = LARGE_PROFILE
     large_seconds: float = 12.0
@@ -82,7 +86,8 @@ class LiveConfig:
 
     def __post_init__(self) -> None:
         for name in ("time_scale", "large_time_scale"):
-            if not 0.0 < getattr(self, name) <= 1000.0:
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value <= 1000.0:
                 raise ColocationError(f"--{name.replace('_', '-')} must be above 0 and at most 1000")
 
 

@@ -20,6 +20,8 @@ DEFINITIONS = {
     f"requests, at most 1; no figure where it is below {_LEAST_ATTAINMENT_OFF:g} with training off",
     "harvest": "trained tokens times what one takes alone, over the stage time that serving alone leaves idle under "
     "the same policy",
+    "harvest_of_most_idle": "the same over the idle time of the policy that leaves most at that rate: one that serves "
+    "less has more to train in, and it does not gain by it here",
     "safe_harvest": "harvest times attainment_kept; 0 where training off is overload already",
     "training_kept": "trained tokens per second over those of the same cluster with nothing to serve, under the policy "
     "that trains most then",
@@ -35,6 +37,11 @@ def attainment(runs: Sequence[Measured]) -> float:
 def trained_tokens_per_s(runs: Sequence[Measured]) -> float:
     """Over the time of all runs."""
     return sum(run.trained_tokens for run in runs) / sum(run.seconds for run in runs)
+
+
+def harvest_of_most_idle(on: Sequence[Measured], off: Sequence[Sequence[Measured]]) -> float:
+    """Trained work of a policy over the most stage time that any policy, its runs an item of `off`, left idle."""
+    return sum(run.trained_work_s for run in on) / max(sum(run.idle_s for run in runs) for runs in off)
 
 
 def colocated(on: Sequence[Measured], off: Sequence[Measured], most_trained_per_s: float) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class LiveRun:
 
 async def measure_live(run: Run, directory: Path, time_scale: float, on_progress: Callable[[float], None]) -> LiveRun:
     """Start a cluster, run traffic and training on it, stop it. Raises LiveError, ClusterError."""
-    slo = _scaled(promise(run.profiles[0]), time_scale)
+    slo = _scaled(promise(*run.profiles), time_scale)
     events = directory / "events.jsonl"
     config = emulated_cluster(
         directory,

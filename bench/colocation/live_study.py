@@ -10,8 +10,14 @@ from bench.colocation.live_run import LiveRun, measure_live
 from bench.colocation.measure import Measured
 from bench.colocation.scenario import Run, as_emulated, profile, run_of
 from bench.colocation.study import Say, Simulate
+from bench.fidelity.clock import LIMIT, Choice, smallest_time_scale
 
 OnProgress = Callable[[float], None]
+
+#: Time scales to choose from.
+_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+#: Share of the limit of the clock slip that a short run may take: a long one meets more.
+_MARGIN = 0.75
 
 
 async def live_study(
@@ -20,8 +26,11 @@ async def live_study(
     """Every policy with training on and off, and a larger cluster. Raises LiveError, ClusterError."""
     live = config.live
     rate = HALF * capacity_rps
+    clock = await _clock(config, rate, say, on_progress)
+    time_scale = clock.time_scale or _SCALES[-1]
     found: dict[str, Any] = {
-        "time_scale": live.time_scale,
+        "time_scale": time_scale,
+        "clock_slip_by_scale": {f"{scale:g}": slip for scale, slip in clock.tried.items()},
         "rate": rate,
         "seconds": live.seconds,
         "policies": {},
@@ -33,7 +42,7 @@ async def live_study(
         for trains in (False, True):
             run = replace(run_of(config, policy, rate, config.seeds[0], trains=trains), seconds=live.seconds)
             name = f"{policy}-{'on' if trains else 'off'}"
-            pairs[trains] = await _both(config, name, as_emulated(run), live.time_scale, simulate, on_progress)
+            pairs[trains] = await _both(config, name, as_emulated(run), time_scale, simulate, on_progress)
             runs.append(pairs[trains][0])
             say(_line(name, *pairs[trains]))
         found["policies"][policy] = {
@@ -46,6 +55,22 @@ async def live_study(
     found["problems"] = [problem for run in runs for problem in run.problems]
     found["large"] = await _large(config, rate / config.nodes, simulate, say, on_progress)
     return found
+
+
+async def _clock(config: ColocationConfig, rate: float, say: Say, on_progress: OnProgress) -> Choice:
+    """The smallest time scale that keeps time at this rate with training, if none is given."""
+    live = config.live
+    if live.time_scale is not None:
+        return Choice(live.time_scale, {})
+    run = as_emulated(run_of(config, live.policies[0], rate, config.seeds[0], trains=True))
+
+    async def p99_slip(time_scale: float) -> float:
+        short = replace(run, seconds=live.clock_seconds / time_scale)
+        done = await measure_live(short, config.out / "runs" / "clock", time_scale, on_progress)
+        say(f"live, {time_scale:g} times as slow: clock slip p99 {100.0 * done.clock_slip_p99:.1f} %")
+        return done.clock_slip_p99
+
+    return await smallest_time_scale(p99_slip, _SCALES, _MARGIN * LIMIT)
 
 
 async def _large(

@@ -18,6 +18,7 @@ _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "attainment": lambda row: percent(row["slo_attainment"]),
     "without training": lambda row: percent(row["slo_attainment_off"]),
     "harvest": lambda row: f"{row['harvest']:.2f}",
+    "of the most idle": lambda row: _known(row.get("harvest_of_most_idle")),
     "safe harvest": lambda row: f"{row['safe_harvest']:.2f}",
     "training kept": lambda row: percent(row["training_kept"]),
     "trained tokens/s": lambda row: f"{row['trained_tokens_per_s']:,.0f}",
@@ -27,7 +28,7 @@ _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "staleness p50 / p99, s": lambda row: _pair(row["staleness_s"], 1.0, ".1f"),
 }
 #: Those that a terminal has room for.
-_SHORT = ("attainment", "without training", "harvest", "safe harvest", "training kept")
+_SHORT = ("attainment", "without training", "harvest", "of the most idle", "safe harvest", "training kept")
 #: Figure -> its axis.
 _CHARTS = {
     "safe_harvest": "safe harvest",
@@ -43,6 +44,7 @@ def terminal_tables(found: Mapping[str, Any]) -> list[Table]:
     ]
     return [
         _terminal("Colocation", ("requests/s, policy", *_SHORT), rates),
+        _terminal("Capacity without training", *_capacities(found)),
         _terminal("Two speeds: attainment", *_two_speeds(found)),
     ]
 
@@ -61,7 +63,6 @@ def render(summary: Mapping[str, Any]) -> str:
         (f"{row['rate']:.2f}", percent(row["share"]), text(row["policy"]), *map(text, _cells(row)))
         for row in summary["rates"]
     ]
-    capacities = [(text(name), f"{value['rate']:.2f}") for name, value in summary["capacities"].items()]
     policies = list(dict.fromkeys(row["policy"] for row in summary["rates"]))
     keys = legend((policy, policy_color(policy)) for policy in policies)
     charts = "".join(
@@ -76,7 +77,7 @@ def render(summary: Mapping[str, Any]) -> str:
             f"Promised: {promised}. Capacity {summary['capacity_rps']:.2f} requests/s.</p>",
             f'<div class="tiles">{tiles}</div>',
             f'<h2>By rate</h2>{keys}<div class="pair">{charts}</div>{table(head, rows)}',
-            f"<h2>Capacity without training</h2>{table(('policy', 'requests/s'), capacities)}",
+            f"<h2>Capacity without training</h2>{table(*_capacities(summary))}",
             "<h2>Two speeds</h2><p>Half of the nodes are fast. Attainment with the coefficients of every node, and "
             f"with one mean set for all.</p>{table(*_two_speeds(summary))}",
             *_live(summary.get("live")),
@@ -135,8 +136,17 @@ def _two_speeds(found: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[Seque
     return ("requests/s", "training", "by node", "averaged", "points"), rows
 
 
+def _capacities(found: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    rows = [(text(name), f"{value['rate']:.2f}") for name, value in found["capacities"].items()]
+    return ("policy", "requests/s"), rows
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
     return [form(row) for form in _COLUMNS.values()]
+
+
+def _known(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _milliseconds(pair: Mapping[str, float | None]) -> str:

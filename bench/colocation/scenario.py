@@ -72,19 +72,19 @@ def run_of(config: ColocationConfig, policy: str, rate: float, seed: int, *, tra
     )
 
 
-def promise(path: Path) -> SloTarget:
-    """What every request is promised on a cluster of nodes with this profile."""
-    latency = profile(path).latency
+def promise(*paths: Path) -> SloTarget:
+    """What every request is promised on a cluster of nodes with these profiles: what the slowest of them can keep."""
+    latencies = [profile(path).latency for path in set(paths)]
     context = MEAN_PROMPT_TOKENS + MEAN_OUTPUT_TOKENS / 2
     return SloTarget(
-        PROMISE_UNITS * latency.node_s(OpKind.PREFILL, 1, MEAN_PROMPT_TOKENS),
-        PROMISE_UNITS * latency.node_s(OpKind.DECODE, 1, context),
+        PROMISE_UNITS * max(latency.node_s(OpKind.PREFILL, 1, MEAN_PROMPT_TOKENS) for latency in latencies),
+        PROMISE_UNITS * max(latency.node_s(OpKind.DECODE, 1, context) for latency in latencies),
     )
 
 
 def simulate(run: Run) -> Measured:
     """The figures of one run. Raises ValueError for a profile, trace or rate that makes no sense."""
-    slo = promise(run.profiles[0])
+    slo = promise(*run.profiles)
     core = CoreConfig(
         policy=run.policy,
         policy_options=dict(run.options),

@@ -8,8 +8,10 @@ import pytest
 from bench.colocation.capacity import find_capacity
 from bench.colocation.claims import claims
 from bench.colocation.config import ColocationConfig, ColocationError
-from bench.colocation.figures import colocated
+from bench.colocation.figures import colocated, harvest_of_most_idle
 from bench.colocation.measure import Measured, pooled
+from bench.colocation.probes import most_attained
+from bench.colocation.scenario import Run, rows, run_of
 
 OFF = Measured(
     seconds=100.0,
@@ -59,13 +61,41 @@ def test_a_latency_that_one_run_never_reached_is_no_mean():
 
 @pytest.mark.parametrize("limit", [0.3, 1.0, 7.3, 30.0])
 def test_capacity_is_the_highest_rate_that_is_served(limit):
-    found = find_capacity(lambda rate: 1.0 if rate <= limit else 0.5, 0.99, 0.03)
+    found = find_capacity(
+        lambda rate: 1.0 if rate <= 1.3 * limit else 0.5, lambda rate: float(rate <= limit), 0.99, 0.03
+    )
     assert 0.97 * limit <= found.rate <= limit
     assert all((attained >= 0.99) == (rate <= limit) for rate, attained in found.probes)
 
 
 def test_a_cluster_that_serves_nothing_has_no_capacity():
-    assert find_capacity(lambda rate: 0.5, 0.99, 0.03).rate == 0.0
+    assert find_capacity(lambda rate: 0.5, lambda rate: 0.5, 0.99, 0.03).rate == 0.0
+
+
+def test_a_rate_that_cannot_be_served_any_more_costs_no_further_runs():
+    runs = [run_of(ColocationConfig(seconds=20.0), "lemix", 5.0, seed, trains=False) for seed in range(3)]
+    num_requests = sum(len(rows(run)) for run in runs)
+    simulated = []
+
+    def missing(*missed: int) -> float:
+        simulated.clear()
+
+        def simulate(run: Run) -> Measured:
+            simulated.append(run.seed)
+            return replace(OFF, num_requests=len(rows(run)), num_kept=len(rows(run)) - missed[run.seed])
+
+        return most_attained(runs, 0.99, simulate)
+
+    assert missing(0, 1, 0) == (num_requests - 1) / num_requests
+    assert simulated == [0, 1, 2]
+    assert missing(1, num_requests // 50, 5) < 0.99
+    assert simulated == [0, 1]
+
+
+def test_harvest_of_the_most_idle_does_not_reward_who_serves_less():
+    lazy = replace(OFF, serving_s=200.0)
+    assert harvest_of_most_idle([ON], [[OFF], [lazy]]) == pytest.approx(400.0 / 600.0)
+    assert harvest_of_most_idle([ON, ON], [[OFF, OFF]]) == pytest.approx(400.0 / 500.0)
 
 
 def _row(policy, on, off, safe):
@@ -75,7 +105,7 @@ def _row(policy, on, off, safe):
 def test_claims_compare_with_the_best_policy_and_the_best_baseline():
     found = {
         "rates": [_row("lemix", 0.985, 0.99, 0.85), _row("separate", 0.97, 0.999, 0.5)],
-        "heterogeneous": {"per_node": 0.98, "averaged": 0.90},
+        "heterogeneous": {"per_node": 0.98, "averaged": 0.90, "gains": [0.07, 0.09]},
     }
     verdicts = {claim["name"]: (claim["value"], claim["verdict"]) for claim in claims(found)}
     assert verdicts["safe_harvest"] == (0.85, "held")
@@ -103,9 +133,11 @@ def test_options_that_make_no_sense_are_named(changes, reason):
 def test_a_live_run_is_judged_by_itself_and_by_its_clock():
     mine = {"slo_attainment": 0.97, "slo_attainment_off": 0.99, "safe_harvest": 0.82}
     live = {"policies": {"lemix": {"live": mine}}, "clock_slip_p99_frac": 0.015, "time_scale": 4.0}
-    found = {"rates": [], "heterogeneous": {"per_node": 1.0, "averaged": 1.0}, "live": live}
+    found = {"rates": [], "heterogeneous": {"per_node": 1.0, "averaged": 0.95, "gains": [0.0, 0.1]}, "live": live}
     verdicts = {claim["name"]: claim["verdict"] for claim in claims(found)}
     assert verdicts["live_safe_harvest"] == "held"
     assert verdicts["live_attainment_lost"] == "missed"
     assert verdicts["clock_slip"] == "held"
+    assert verdicts["time_scale"] == "held"
+    assert verdicts["per_node"] == "unresolved"
     assert verdicts["safe_harvest"] == "unresolved"

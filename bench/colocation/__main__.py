@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench.colocation import report
 from bench.colocation.claims import claims
-from bench.colocation.config import ColocationConfig, ColocationError, LiveConfig
+from bench.colocation.config import HALF, ColocationConfig, ColocationError, LiveConfig
 from bench.colocation.live_study import live_study
 from bench.colocation.measure import Measured
 from bench.colocation.scenario import Run, promise, simulate
@@ -38,7 +38,12 @@ from services.simulator.trace_file import TraceError, read_trace
 _QUICK: Mapping[str, Any] = {"seeds": (0,), "seconds": 15.0, "shares": (0.5, 1.0), "tolerance": 0.3}
 _QUICK_LIVE: Mapping[str, Any] = {"clock_seconds": 5.0, "seconds": 5.0, "large_seconds": 2.0}
 _MAX_PROBLEMS_SHOWN = 10
-_FULL: Mapping[str, Any] = {"seeds": tuple(range(5)), "seconds": 400.0, "tolerance": 0.02}
+_FULL: Mapping[str, Any] = {
+    "seeds": tuple(range(5)),
+    "seconds": 400.0,
+    "shares": (0.1, 0.25, HALF, 0.75, 1.0),
+    "tolerance": 0.02,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,7 +112,7 @@ async def run(config: ColocationConfig, console: Console) -> dict[str, Any]:
             return list(pool.map(simulate, runs))
 
         def say(line: str) -> None:
-            console.print(line, highlight=False, markup=False)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
         found = Study(config, simulate_all, say).run()
         live = None

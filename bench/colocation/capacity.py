@@ -7,6 +7,9 @@ from dataclasses import dataclass
 _LEAST_RATE = 0.125
 #: Short runs tell a capacity to within this share of it, before long ones are made.
 _COARSE = 0.15
+#: A rate counts as served by a short run that misses so much more: a few requests decide it, and attainment need not
+#: fall evenly. So the long runs come from above and meet the highest rate that is served.
+_SLACK = 0.03
 #: The next rate of the long runs is so many times higher or lower, until one is served and one is not.
 _STEP = 1.1
 
@@ -23,7 +26,7 @@ class Capacity:
 def find_capacity(
     glance_at: Callable[[float], float], attainment_at: Callable[[float], float], wanted: float, tolerance: float
 ) -> Capacity:
-    """Short runs find where the attainment falls below `wanted`, long ones around there to `tolerance` of the rate.
+    """Short runs find where the attainment falls well below `wanted`, long ones the capacity to `tolerance` of it.
 
     glance_at, attainment_at: attainment at a rate, of a short run and of long ones.
     """
@@ -33,8 +36,11 @@ def find_capacity(
         probes[rate] = attainment_at(rate)
         return probes[rate] >= wanted
 
-    low, high = _bracket(lambda rate: glance_at(rate) >= wanted, 1.0, 2.0)
-    low, high = _halved(lambda rate: glance_at(rate) >= wanted, low, high, _COARSE)
+    def may_serve(rate: float) -> bool:
+        return glance_at(rate) >= wanted - _SLACK
+
+    low, high = _bracket(may_serve, 1.0, 2.0)
+    low, high = _halved(may_serve, low, high, _COARSE)
     low, high = _bracket(serves, low or high, _STEP)
     low, _ = _halved(serves, low, high, tolerance)
     return Capacity(low, tuple(sorted(probes.items())))

@@ -103,9 +103,9 @@ class ColocationConfig:
     fast_profile: Path = FAST_PROFILE
     policies: tuple[str, ...] = (*BASELINES, SUBJECT)
     nodes: int = 4
-    shares: tuple[float, ...] = (0.1, 0.25, HALF, 0.75, 1.0)
+    shares: tuple[float, ...] = (0.25, HALF, 0.75, 1.0)
     seeds: tuple[int, ...] = (0, 1, 2)
-    seconds: float = 180.0
+    seconds: float = 120.0
     max_tokens: int = 1024
     trace: Path | None = None
     limits: Limits = Limits()

@@ -102,14 +102,19 @@ def simulate(run: Run) -> Measured:
         dispatch_s=_CALL_S,
         report_s=_CALL_S,
         transfer_s=run.training.transfer_s,
-        # A backlog never ends: without requests the run does.
-        horizon_s=run.seconds if not run.rate else 10.0 * run.seconds,
+        # A backlog never ends: without requests the run does. Whoever is not done by then has broken the promise.
+        horizon_s=run.seconds + (_longest_s(slo, run.max_tokens) if run.rate else 0.0),
         cut_overhead=run.cut_overhead,
         keep_ops=True,
     )
     training = _backlog(run.training) if run.trains else None
     result = Simulation(config, nodes, requests(run, slo), training).run()
     return measure(result, {node.node_id: node.latency for node in nodes}, slo, run.seconds, run.training)
+
+
+def _longest_s(slo: SloTarget, max_tokens: int) -> float:
+    """What a request may take at most and keep its promise."""
+    return (slo.ttft_s or 0.0) + max_tokens * (slo.tpot_s or 0.0)
 
 
 def requests(run: Run, slo: SloTarget) -> list[Request]:

@@ -68,6 +68,13 @@ def test_capacity_is_the_highest_rate_that_is_served(limit):
     assert all((attained >= 0.99) == (rate <= limit) for rate, attained in found.probes)
 
 
+def test_a_dip_at_a_low_rate_does_not_hide_a_capacity():
+    def attained(rate: float) -> float:
+        return 0.5 if rate > 20.0 else 0.98 if 4.0 < rate < 12.0 else 1.0
+
+    assert 0.97 * 20.0 <= find_capacity(attained, attained, 0.99, 0.03).rate <= 20.0
+
+
 def test_a_cluster_that_serves_nothing_has_no_capacity():
     assert find_capacity(lambda rate: 0.5, lambda rate: 0.5, 0.99, 0.03).rate == 0.0
 

@@ -16,11 +16,13 @@ _Stage = tuple[str, int]
 class Delays(NamedTuple):
     """Medians, seconds. dispatch_s: from a decision until the request's prefill could begin on an idle stage.
     handover_s: from the moment a stage could begin an operation until it began. report_s: from the end of an operation
-    until the scheduler knew of it."""
+    until the scheduler knew of it. outcome_s: from the end of a request's last operation until the scheduler knew that
+    it had ended, and of all operations before."""
 
     dispatch_s: float
     handover_s: float
     report_s: float
+    outcome_s: float
 
 
 def measure(trace: Trace, start_s: float) -> Delays:
@@ -35,7 +37,15 @@ def measure(trace: Trace, start_s: float) -> Delays:
         [told_s - op.end_s for op, told_s in zip(trace.ops, trace.told_s, strict=True) if op.end_s >= start_s]
     )
     dispatch_s = _median(_dispatches(trace, by_stage, start_s))
-    return Delays(max(0.0, dispatch_s - handover_s), max(0.0, handover_s), max(0.0, report_s))
+    outcome_s = _median(
+        [
+            request.told_end_s - request.last_token_s
+            for request in trace.requests.values()
+            if request.ok and request.told_end_s is not None and request.last_token_s is not None
+            if request.last_token_s >= start_s
+        ]
+    )
+    return Delays(max(0.0, dispatch_s - handover_s), max(0.0, handover_s), max(0.0, report_s), max(0.0, outcome_s))
 
 
 def _handovers(trace: Trace, by_stage: dict[_Stage, list[OpFinished]], start_s: float) -> list[float]:

@@ -40,6 +40,7 @@ def simulate(live: Trace, end_s: float, delays: Delays, truth: Truth) -> Trace:
         dispatch_s=delays.dispatch_s,
         handover_s=delays.handover_s,
         report_s=delays.report_s,
+        outcome_s=delays.outcome_s,
         horizon_s=end_s - began_s,
     )
     nodes = [virtual_node(spec, joins_s=live.joined_s[node_id] - began_s) for node_id, spec in live.nodes.items()]
@@ -94,6 +95,7 @@ def _on_clock_of(live: Trace, simulated: Trace) -> Trace:
         request.first_begin_s = _later(request.first_begin_s, by_s)
         request.first_token_s = _later(request.first_token_s, by_s)
         request.last_token_s = _later(request.last_token_s, by_s)
+        request.told_end_s = _later(request.told_end_s, by_s)
     simulated.ops = [op._replace(begin_s=op.begin_s + by_s, end_s=op.end_s + by_s) for op in simulated.ops]
     simulated.told_s = [told_s + by_s for told_s in simulated.told_s]
     simulated.assignments = [(at_s + by_s, node_id, task_id) for at_s, node_id, task_id in simulated.assignments]

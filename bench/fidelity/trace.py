@@ -22,7 +22,8 @@ Step = tuple[float, Event, Sequence[Command]]
 class RequestTrace:
     """One request. arrived_s: when the scheduler heard of it; it arrived at the gateway at `task.arrival_s`.
 
-    predicted_s: its time to first token as predicted when it was placed. Times None: it never came so far.
+    predicted_s: its time to first token as predicted when it was placed. told_end_s: when the scheduler heard that it
+    had ended. Times None: it never came so far.
     """
 
     task: InferenceTask
@@ -33,6 +34,7 @@ class RequestTrace:
     first_begin_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
+    told_end_s: float | None = None
     output_tokens: int = 0
     ok: bool = False
 
@@ -108,7 +110,7 @@ def _take(trace: Trace, now_s: float, event: Event) -> None:
         case TaskEnded():
             request = trace.requests.get(event.task_id)
             if request is not None:
-                request.ok, request.output_tokens = event.ok, event.output_tokens
+                request.ok, request.output_tokens, request.told_end_s = event.ok, event.output_tokens, now_s
         case NodeJoined(spec):
             trace.nodes[spec.node_id] = spec
             trace.joined_s.setdefault(spec.node_id, now_s)

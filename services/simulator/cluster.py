@@ -5,7 +5,7 @@ input gives the same run, byte for byte.
 """
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 from random import Random
@@ -30,6 +30,7 @@ from services.scheduler.core.events import (
     Event,
     NodeJoined,
     NodeLost,
+    OpFinished,
     SnapshotReady,
     SyncEnded,
     TaskArrived,
@@ -52,7 +53,7 @@ from services.simulator.types import (
     Work,
 )
 
-_OP_END, _NODE_EVENT, _TELL, _ARRIVAL, _JOIN, _LOSS, _NODE_TIMER, _TIMER, _STREAM = range(9)
+_OP_END, _NODE_EVENT, _TELL, _TELL_TRACE, _TELL_END, _ARRIVAL, _JOIN, _LOSS, _NODE_TIMER, _TIMER, _STREAM = range(11)
 #: Phases of a round of synchronisation: what its operations' subjects end with.
 SNAPSHOT, APPLY = "/snapshot", "/apply"
 
@@ -99,6 +100,9 @@ class Simulation:
         self._on_node: dict[str, str] = {}
         self._sequences: dict[str, int] = {}
         self._reports: deque[Event] = deque()
+        #: By node, traces on their way and when they were written.
+        self._traces: defaultdict[str, deque[tuple[float, OpFinished]]] = defaultdict(deque)
+        self._outcome_s = config.report_s if config.outcome_s is None else config.outcome_s
         self._timer_s = math.inf
         _check_lives(nodes)
         for node in nodes:
@@ -142,7 +146,11 @@ class Simulation:
             if a.alive:
                 self._step_node(a, b)
         elif kind == _TELL:
-            self._step_core(a)
+            self._reports.append(a)
+        elif kind == _TELL_TRACE:
+            self._told_trace(a)
+        elif kind == _TELL_END:
+            self._told_end(a, b)
         elif kind == _ARRIVAL:
             self._arrived(a)
         elif kind == _NODE_TIMER:
@@ -171,6 +179,31 @@ class Simulation:
             self._push(self._now_s + self._config.report_s, _TELL, event)
         else:
             self._reports.append(event)
+
+    def _report_trace(self, trace: OpFinished) -> None:
+        if self._config.report_s:
+            self._traces[trace.node_id].append((self._now_s, trace))
+            self._push(self._now_s + self._config.report_s, _TELL_TRACE, trace)
+        else:
+            self._reports.append(trace)
+
+    def _told_trace(self, trace: OpFinished) -> None:
+        traces = self._traces[trace.node_id]
+        if traces and traces[0][1] is trace:  # else it came along with the end of a task
+            self._reports.append(traces.popleft()[1])
+
+    def _report_end(self, ended: TaskEnded) -> None:
+        if self._outcome_s:
+            self._push(self._now_s + self._outcome_s, _TELL_END, ended, self._now_s)
+        else:
+            self._told_end(ended, self._now_s)
+
+    def _told_end(self, ended: TaskEnded, at_s: float) -> None:
+        """The traces until then come along, and first."""
+        traces = self._traces[ended.node_id]
+        while traces and traces[0][0] <= at_s:
+            self._reports.append(traces.popleft()[1])
+        self._reports.append(ended)
 
     def _tell(self) -> None:
         """What was reported in this moment reaches the core, in order; its commands may cause more of it."""
@@ -337,7 +370,7 @@ class Simulation:
         first_token = kind is OpKind.PREFILL and stage == node.top
         if first_token:
             self._journal.first_tokens(now_s, op)
-        self._report(convert.trace(node.node_id, stage, op, begin_s, now_s, first_token=first_token))
+        self._report_trace(convert.trace(node.node_id, stage, op, begin_s, now_s, first_token=first_token))
         node.end(stage)
         self._step_node(node, OpDone(stage, op.op_id, node.stopped(stage, op)))
         if kind is OpKind.WEIGHT_SYNC and stage == node.top:
@@ -355,7 +388,7 @@ class Simulation:
         node.left(task_id)
         record = self._ended(task_id, done.reason)
         output_tokens = record.work.output_tokens if isinstance(record.work, Request) else 0
-        self._report(TaskEnded(task_id, node.node_id, record.ok, output_tokens if record.ok else 0))
+        self._report_end(TaskEnded(task_id, node.node_id, record.ok, output_tokens if record.ok else 0))
 
 
 def _check_lives(nodes: Sequence[VirtualNode]) -> None:

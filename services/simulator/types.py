@@ -81,7 +81,8 @@ class SimulationConfig:
     noise: relative standard deviation of operation durations; None: each as its latency model says. cut_overhead: share
     that cutting a training operation into pieces adds to it. dispatch_s: from a decision until the node has the task.
     handover_s: from the moment a stage could begin an operation until it begins. report_s: from the end of an operation
-    or task until the scheduler knows. transfer_s: a replica's weights from one node to another. horizon_s: stop then,
+    until the scheduler knows. outcome_s: from the end of a task; what its node had to report before comes along; None:
+    `report_s`. transfer_s: a replica's weights from one node to another. horizon_s: stop then,
     whatever is unfinished. keep_ops: keep every operation (costs memory).
     """
 
@@ -92,6 +93,7 @@ class SimulationConfig:
     dispatch_s: float = 0.0
     handover_s: float = 0.0
     report_s: float = 0.0
+    outcome_s: float | None = None
     transfer_s: float = 0.0
     horizon_s: float = math.inf
     keep_ops: bool = False
@@ -99,6 +101,8 @@ class SimulationConfig:
     def __post_init__(self) -> None:
         if self.noise is not None and not self.noise >= 0.0:
             raise ValueError(f"noise must not be negative, got {self.noise}")
+        if self.outcome_s is not None and not self.outcome_s >= 0.0:
+            raise ValueError(f"outcome_s must not be negative, got {self.outcome_s}")
         for name in ("cut_overhead", "dispatch_s", "handover_s", "report_s", "transfer_s", "horizon_s"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -13,7 +13,7 @@ from services.scheduler.event_log import VERSION
 from services.simulator.types import Request
 from tests.unit.fidelity import runs
 
-NO_DELAYS = Delays(0.0, 0.0, 0.0)
+NO_DELAYS = Delays(0.0, 0.0, 0.0, 0.0)
 
 
 def test_a_request_alone_takes_what_its_operations_take():
@@ -46,7 +46,7 @@ def test_the_simulation_of_a_simulated_run_is_that_run():
 
 
 def test_delays_of_a_run_are_found_and_given_to_its_simulation():
-    given = Delays(dispatch_s=0.003, handover_s=0.001, report_s=0.002)
+    given = Delays(dispatch_s=0.003, handover_s=0.001, report_s=0.02, outcome_s=0.002)
     live = runs.trace(**given._asdict())
     found = delays.measure(live, 0.0)
     assert found == pytest.approx(given)

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bench.fidelity.ops import size_of
@@ -101,6 +102,18 @@ def compare(live: Figures, simulated: Figures) -> dict[str, float | None]:
         "ttft_p95_pct": _percent(live.ttft_p95_s, simulated.ttft_p95_s),
         "tpot_p50_pct": _percent(live.tpot_p50_s, simulated.tpot_p50_s),
         "utilisation_points": 100.0 * (simulated.utilisation - live.utilisation),
+    }
+
+
+def spread(runs: Sequence[Figures]) -> dict[str, float | None]:
+    """How far the highest of several runs is above the lowest, in the units of `compare`."""
+    kept = [run.slo_attainment for run in runs]
+    ttfts = [run.ttft_p95_s for run in runs]
+    tokens = [run.tokens_per_s for run in runs]
+    return {
+        "slo_attainment_points": 100.0 * (max(kept) - min(kept)),
+        "throughput_pct": _percent(min(tokens), max(tokens)),
+        "ttft_p95_pct": _percent(min(ttfts), max(ttfts)),
     }
 
 

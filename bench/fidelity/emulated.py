@@ -27,6 +27,8 @@ ARTIFACT = Path(__file__).resolve().parents[2] / "deploy" / "profiles" / "a100-l
 _TRAINING_TOKENS = 512
 _TRAINING_TEXTS = 32
 _SAMPLE = 4000
+#: Simulated as well with a dispatch as much longer or shorter: how far apart are runs that differ in next to nothing?
+_DISPATCH_FACTORS = (0.8, 0.9, 1.1, 1.2)
 
 
 class Outcome(NamedTuple):
@@ -64,6 +66,12 @@ class EmulatedCluster:
         end_s = done.start_s + emulated.seconds
         measured = delays.measure(live, done.start_s)
         simulated = simulate(live, done.start_s + done.wall_s, measured, Truth())
+        near = [
+            simulate(
+                live, done.start_s + done.wall_s, measured._replace(dispatch_s=factor * measured.dispatch_s), Truth()
+            )
+            for factor in _DISPATCH_FACTORS
+        ]
         both = [compare.figures(trace, done.start_s, end_s, slo) for trace in (live, simulated)]
         lost = [f"{node_id} was lost" for node_id in live.lost_before(end_s)]
         problems = [f"{workload.name}: {text}" for text in (*done.problems, *lost)]
@@ -72,6 +80,9 @@ class EmulatedCluster:
             "title": workload.title,
             "rate_rps": rate,
             **compare.compare(*both),
+            "simulated_spread": compare.spread(
+                [both[1], *(compare.figures(trace, done.start_s, end_s, slo) for trace in near)]
+            ),
             "live": both[0].to_json(),
             "simulated": both[1].to_json(),
             "slo_ms": {"ttft": 1000.0 * (slo.ttft_s or 0.0), "tpot": 1000.0 * (slo.tpot_s or 0.0)},

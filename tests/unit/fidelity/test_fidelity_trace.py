@@ -54,6 +54,15 @@ def test_delays_of_a_run_are_found_and_given_to_its_simulation():
     assert again.requests["r7"].ttft_s == pytest.approx(live.requests["r7"].ttft_s)
 
 
+def test_the_spread_of_runs_is_from_the_lowest_to_the_highest():
+    middle = compare.figures(runs.trace(), 1.0, 9.0, runs.SLO)
+    low = middle._replace(slo_attainment=0.5, ttft_p95_s=0.1, tokens_per_s=10.0)
+    high = middle._replace(slo_attainment=0.7, ttft_p95_s=0.15, tokens_per_s=12.0)
+    assert compare.spread([low, high]) == pytest.approx(
+        {"slo_attainment_points": 20.0, "throughput_pct": 20.0, "ttft_p95_pct": 50.0}
+    )
+
+
 def test_a_run_without_anything_has_no_delays():
     assert delays.measure(runs.trace(work=[]), 0.0) == NO_DELAYS
 

@@ -36,7 +36,7 @@ from services.simulator.trace_file import TraceError, read_trace
 
 #: `--quick`: enough to see that everything works, too few for figures.
 _QUICK: Mapping[str, Any] = {"seeds": (0,), "seconds": 15.0, "shares": (0.5, 1.0), "tolerance": 0.3}
-_QUICK_LIVE: Mapping[str, Any] = {"clock_seconds": 5.0, "seconds": 5.0, "large_seconds": 2.0}
+_QUICK_LIVE: Mapping[str, Any] = {"clock_real_seconds": 5.0, "real_seconds": 20.0, "large_real_seconds": 16.0}
 _MAX_PROBLEMS_SHOWN = 10
 _FULL: Mapping[str, Any] = {
     "seeds": tuple(range(5)),

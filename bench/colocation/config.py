@@ -68,20 +68,20 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveConfig:
-    """Runs on emulated clusters with all services, `time_scale` times as slow (None: the smallest that keeps time, by
-    runs of `clock_seconds` real seconds). seconds: of traffic, at scale 1.
+    """Runs on emulated clusters with all services, `time_scale` times as slow (None: the smallest that keeps time).
 
-    policies: those that run; none: nothing is run live. large_nodes, large_profile, large_seconds, large_time_scale: a
-    larger cluster under the first of them, at the same rate per node.
+    real_seconds: of traffic, as the clock on the wall goes; clock_real_seconds: of every run that tries a time scale.
+    policies: those that run; none: nothing is run live. large_nodes, large_profile, large_real_seconds,
+    large_time_scale: a larger cluster under the first of them, at the same rate per node.
     """
 
     policies: tuple[str, ...] = (SUBJECT,)
     time_scale: float | None = None
-    clock_seconds: float = 15.0
-    seconds: float = 30.0
+    clock_real_seconds: float = 15.0
+    real_seconds: float = 120.0
     large_nodes: int = 8
     large_profile: Path = LARGE_PROFILE
-    large_seconds: float = 12.0
+    large_real_seconds: float = 96.0
     large_time_scale: float = 8.0
 
     def __post_init__(self) -> None:

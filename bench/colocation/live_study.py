@@ -32,7 +32,7 @@ async def live_study(
         "time_scale": time_scale,
         "clock_slip_by_scale": {f"{scale:g}": slip for scale, slip in clock.tried.items()},
         "rate": rate,
-        "seconds": live.seconds,
+        "seconds": live.real_seconds / time_scale,
         "policies": {},
         "problems": [],
     }
@@ -40,7 +40,7 @@ async def live_study(
     for policy in live.policies:
         pairs: dict[bool, tuple[LiveRun, Measured]] = {}
         for trains in (False, True):
-            run = replace(run_of(config, policy, rate, config.seeds[0], trains=trains), seconds=live.seconds)
+            run = replace(run_of(config, policy, rate, config.seeds[0], trains=trains), seconds=found["seconds"])
             name = f"{policy}-{'on' if trains else 'off'}"
             pairs[trains] = await _both(config, name, as_emulated(run), time_scale, simulate, on_progress)
             runs.append(pairs[trains][0])
@@ -65,7 +65,7 @@ async def _clock(config: ColocationConfig, rate: float, say: Say, on_progress: O
     run = as_emulated(run_of(config, live.policies[0], rate, config.seeds[0], trains=True))
 
     async def p99_slip(time_scale: float) -> float:
-        short = replace(run, seconds=live.clock_seconds / time_scale)
+        short = replace(run, seconds=live.clock_real_seconds / time_scale)
         done = await measure_live(short, config.out / "runs" / "clock", time_scale, on_progress)
         say(f"live, {time_scale:g} times as slow: clock slip p99 {100.0 * done.clock_slip_p99:.1f} %")
         return done.clock_slip_p99
@@ -80,7 +80,7 @@ async def _large(
     run = replace(
         run_of(config, live.policies[0], rate_per_node * live.large_nodes, config.seeds[0], trains=True),
         profiles=(live.large_profile,) * live.large_nodes,
-        seconds=live.large_seconds,
+        seconds=live.large_real_seconds / live.large_time_scale,
     )
     done, simulated = await _both(config, "large", as_emulated(run), live.large_time_scale, simulate, on_progress)
     say(_line(f"{live.large_nodes} nodes", done, simulated))

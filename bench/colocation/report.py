@@ -106,8 +106,8 @@ def _live(live: Mapping[str, Any] | None) -> list[str]:
     large = live["large"]
     return [
         "<h2>On a live emulated cluster</h2><p>All services are real, the stages take the time that the profile says, "
-        f"{live['time_scale']:g} times as slow; {live['rate']:.2f} requests/s for {live['seconds']:g} s. Clock slip "
-        f"p99 {percent(live['clock_slip_p99_frac'])} of an operation.</p>",
+        f"{live['time_scale']:g} times as slow; {live['rate']:.2f} requests/s for {live['seconds']:.1f} s. Clock slip "
+        f"p99 {percent(live['clock_slip_p99_frac'])} of an operation{_tried(live['clock_slip_by_scale'])}.</p>",
         table(("policy", "", *_COLUMNS), rows),
         f"<p>{large['nodes']} nodes of {large['stages']} stages, {large['rate']:.1f} requests/s, "
         f"{large['time_scale']:g} times as slow (simulated): "
@@ -115,6 +115,12 @@ def _live(live: Mapping[str, Any] | None) -> list[str]:
         f"trained tokens/s {large['trained_tokens_per_s']:,.0f} ({large['simulated']['trained_tokens_per_s']:,.0f}), "
         f"clock slip p99 {percent(large['clock_slip_p99_frac'])}.</p>",
     ]
+
+
+def _tried(slips: Mapping[str, float]) -> str:
+    """What the time scales looked at gave."""
+    found = ", ".join(f"{percent(slip)} at {scale} times" for scale, slip in slips.items())
+    return f"; in short runs with training {found}" if found else ""
 
 
 def claim_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

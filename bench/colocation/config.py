@@ -78,10 +78,10 @@ class LiveConfig:
     policies: tuple[str, ...] = (SUBJECT,)
     time_scale: float | None = None
     clock_real_seconds: float = 15.0
-    real_seconds: float = 120.0
+    real_seconds: float = 90.0
     large_nodes: int = 8
     large_profile: Path = LARGE_PROFILE
-    large_real_seconds: float = 96.0
+    large_real_seconds: float = 40.0
     large_time_scale: float = 8.0
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class ColocationConfig:
     nodes: int = 4
     shares: tuple[float, ...] = (0.25, HALF, 0.75, 1.0)
     seeds: tuple[int, ...] = (0, 1, 2)
-    seconds: float = 120.0
+    seconds: float = 100.0
     max_tokens: int = 1024
     trace: Path | None = None
     limits: Limits = Limits()

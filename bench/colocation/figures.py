@@ -45,7 +45,8 @@ def harvest_of_most_idle(on: Sequence[Measured], off: Sequence[Sequence[Measured
 
 
 def colocated(on: Sequence[Measured], off: Sequence[Measured], most_trained_per_s: float) -> dict[str, Any]:
-    """Figures of a policy at a rate, from the same requests with training on and off."""
+    """Figures of a policy at a rate, from the same requests with training on and off. most_trained_per_s: with nothing
+    to serve; 0: not measured."""
     with_training, alone = attainment(on), attainment(off)
     kept = min(1.0, with_training / alone) if alone >= _LEAST_ATTAINMENT_OFF else None
     harvest = sum(run.trained_work_s for run in on) / sum(run.idle_s for run in off)
@@ -57,7 +58,7 @@ def colocated(on: Sequence[Measured], off: Sequence[Measured], most_trained_per_
         "attainment_kept": kept,
         "harvest": harvest,
         "safe_harvest": 0.0 if kept is None else kept * harvest,
-        "training_kept": trained / most_trained_per_s if most_trained_per_s else 0.0,
+        "training_kept": trained / most_trained_per_s if most_trained_per_s else None,
         "trained_tokens_per_s": trained,
         "idle_share_off": sum(run.idle_s for run in off) / sum(run.stage_s for run in off),
         "busy_share": sum(run.serving_s + run.training_s for run in on) / sum(run.stage_s for run in on),

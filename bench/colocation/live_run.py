@@ -29,7 +29,6 @@ from services.simulator.metrics import quantile
 
 #: Texts of the backlog, each of them a micro-batch that is trained over and over.
 _TEXTS, _EPOCHS = 64, 1000
-#: After the last arrival every answer must be there within so many seconds at scale 1.
 _DRAIN_S = 60.0
 _START_TIMEOUT_S = 180.0
 _SERVING = (OpKind.PREFILL, OpKind.DECODE)
@@ -56,8 +55,17 @@ class LiveRun:
     problems: list[str]
 
 
-async def measure_live(run: Run, directory: Path, time_scale: float, on_progress: Callable[[float], None]) -> LiveRun:
-    """Start a cluster, run traffic and training on it, stop it. Raises LiveError, ClusterError."""
+async def measure_live(
+    run: Run,
+    directory: Path,
+    time_scale: float,
+    on_progress: Callable[[float], None],
+    drain_s: float = _DRAIN_S,
+) -> LiveRun:
+    """Start a cluster, run traffic and training on it, stop it. Raises LiveError, ClusterError.
+
+    drain_s: at scale 1; after the last arrival every answer must be there within so many seconds.
+    """
     slo = _scaled(promise(*run.profiles), time_scale)
     events = directory / "events.jsonl"
     config = emulated_cluster(
@@ -77,7 +85,7 @@ async def measure_live(run: Run, directory: Path, time_scale: float, on_progress
             cluster,
             planned(run, time_scale),
             seconds=run.seconds * time_scale,
-            drain_s=_DRAIN_S * time_scale,
+            drain_s=drain_s * time_scale,
             plan=directory / "plan.jsonl",
             backlog=_backlog(run) if run.trains else None,
             on_progress=lambda at_s, counts: on_progress(at_s),

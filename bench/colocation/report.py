@@ -18,22 +18,25 @@ _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "attainment": lambda row: percent(row["slo_attainment"]),
     "without training": lambda row: percent(row["slo_attainment_off"]),
     "harvest": lambda row: f"{row['harvest']:.2f}",
-    "of the most idle": lambda row: _known(row.get("harvest_of_most_idle")),
+    "harvest, of most idle": lambda row: _known(row.get("harvest_of_most_idle")),
     "safe harvest": lambda row: f"{row['safe_harvest']:.2f}",
-    "training kept": lambda row: percent(row["training_kept"]),
+    "training kept": lambda row: "–" if row["training_kept"] is None else percent(row["training_kept"]),
     "trained tokens/s": lambda row: f"{row['trained_tokens_per_s']:,.0f}",
     "idle without training": lambda row: percent(row["idle_share_off"]),
+}
+_TIMES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "TTFT p50 / p99, ms": lambda row: _milliseconds(row["ttft_s"]),
     "TPOT p50 / p99, ms": lambda row: _milliseconds(row["tpot_s"]),
     "staleness p50 / p99, s": lambda row: _pair(row["staleness_s"], 1.0, ".1f"),
 }
 #: Those that a terminal has room for.
-_SHORT = ("attainment", "without training", "harvest", "of the most idle", "safe harvest", "training kept")
+_SHORT = ("attainment", "without training", "harvest", "harvest, of most idle", "safe harvest", "training kept")
 #: Figure -> its axis.
 _CHARTS = {
     "safe_harvest": "safe harvest",
     "slo_attainment": "SLO attainment, training on",
     "training_kept": "training kept",
+    "harvest_of_most_idle": "harvest, of the idle time of the policy that leaves most",
 }
 
 
@@ -58,11 +61,8 @@ def render(summary: Mapping[str, Any]) -> str:
     )
     slo = summary["slo"]
     promised = f"TTFT {1e3 * slo['ttft_s']:.0f} ms, TPOT {1e3 * slo['tpot_s']:.1f} ms"
-    head = ("requests/s", "share of capacity", "policy", *_COLUMNS)
-    rows = [
-        (f"{row['rate']:.2f}", percent(row["share"]), text(row["policy"]), *map(text, _cells(row)))
-        for row in summary["rates"]
-    ]
+    head = ("requests/s", "share", "policy")
+    rows = [(f"{row['rate']:.2f}", f"{100 * row['share']:.0f} %", text(row["policy"])) for row in summary["rates"]]
     policies = list(dict.fromkeys(row["policy"] for row in summary["rates"]))
     keys = legend((policy, policy_color(policy)) for policy in policies)
     charts = "".join(
@@ -76,7 +76,9 @@ def render(summary: Mapping[str, Any]) -> str:
             f"<p>{summary['config']['nodes']} nodes, in the simulator, with the production scheduler and node cores. "
             f"Promised: {promised}. Capacity {summary['capacity_rps']:.2f} requests/s.</p>",
             f'<div class="tiles">{tiles}</div>',
-            f'<h2>By rate</h2>{keys}<div class="pair">{charts}</div>{table(head, rows)}',
+            f'<h2>By rate</h2>{keys}<div class="pair">{charts}</div>',
+            "<h2>Every rate and policy</h2><p>Rates with their shares of capacity.</p>"
+            + "<br>".join(_table(head, rows, summary["rates"], columns) for columns in (_COLUMNS, _TIMES)),
             f"<h2>Capacity without training</h2>{table(*_capacities(summary))}",
             "<h2>Two speeds</h2><p>Half of the nodes are fast. Attainment with the coefficients of every node, and "
             f"with one mean set for all.</p>{table(*_two_speeds(summary))}",
@@ -98,17 +100,14 @@ def _live(live: Mapping[str, Any] | None) -> list[str]:
     """The runs on live clusters, beside the simulator's."""
     if live is None:
         return []
-    rows = [
-        (text(policy), source, *map(text, _cells(found[source])))
-        for policy, found in live["policies"].items()
-        for source in ("live", "simulated")
-    ]
+    rows = [(text(policy), source) for policy in live["policies"] for source in ("live", "simulated")]
+    measured = [found[source] for found in live["policies"].values() for source in ("live", "simulated")]
     large = live["large"]
     return [
         "<h2>On a live emulated cluster</h2><p>All services are real, the stages take the time that the profile says, "
         f"{live['time_scale']:g} times as slow; {live['rate']:.2f} requests/s for {live['seconds']:.1f} s. Clock slip "
         f"p99 {percent(live['clock_slip_p99_frac'])} of an operation{_tried(live['clock_slip_by_scale'])}.</p>",
-        table(("policy", "", *_COLUMNS), rows),
+        "<br>".join(_table(("policy", ""), rows, measured, columns) for columns in (_COLUMNS, _TIMES)),
         f"<p>{large['nodes']} nodes of {large['stages']} stages, {large['rate']:.1f} requests/s, "
         f"{large['time_scale']:g} times as slow (simulated): "
         f"attainment {percent(large['slo_attainment'])} ({percent(large['simulated']['slo_attainment'])}), "
@@ -147,8 +146,15 @@ def _capacities(found: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[Seque
     return ("policy", "requests/s"), rows
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [form(row) for form in _COLUMNS.values()]
+def _table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    measured: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, Callable[[Mapping[str, Any]], str]],
+) -> str:
+    """`columns` of what was measured, after the cells that say what it is."""
+    cells = [[text(form(row)) for form in columns.values()] for row in measured]
+    return table((*head, *columns), [(*row, *more) for row, more in zip(rows, cells, strict=True)])
 
 
 def _known(value: float | None) -> str:

@@ -112,4 +112,4 @@ async def _watched(
         return records
     finally:
         over.cancel()
-        await asyncio.gather(sending, return_exceptions=True)
+        await asyncio.gather(sending, over, return_exceptions=True)

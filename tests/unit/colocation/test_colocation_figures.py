@@ -146,5 +146,9 @@ def test_a_live_run_is_judged_by_itself_and_by_its_clock():
     assert verdicts["live_attainment_lost"] == "missed"
     assert verdicts["clock_slip"] == "held"
     assert verdicts["time_scale"] == "held"
+    late = claims({**found, "live": {**live, "clock_slip_p99_frac": 0.05}})
+    assert {claim["name"]: claim["verdict"] for claim in late}["clock_slip"] == "missed"
+    # A scale that does not keep time is no answer.
+    assert "time_scale" not in [claim["name"] for claim in late]
     assert verdicts["per_node"] == "unresolved"
     assert verdicts["safe_harvest"] == "unresolved"

@@ -112,6 +112,6 @@ def test_a_study_leaves_every_figure_and_a_page_that_stands_alone():
     }
     page = report.render(summary)
     assert_self_contained(page)
-    assert len(charts(page)) == 3
+    assert len(charts(page)) == 4
     assert len(report.terminal_tables(summary)) == 3
     assert len(report.claim_lines(summary)) == 5

@@ -31,7 +31,7 @@ def predict_ahead(
     if mirror is None:
         return response
     if not (node.inference or node.training or node.spec.max_batch_tokens):
-        return Response(response.ttft_s + mirror.delay_s, response.tpot_s, response.place_s)
+        return Response(response.ttft_s + mirror.delay_s + mirror.handover_s, response.tpot_s, response.place_s)
     ahead = _Ahead(now_s, live, node, cluster, mirror)
     first_s = ahead.first_token_s()
     if first_s is None:
@@ -46,6 +46,7 @@ class _Ahead:
         "_core",
         "_costs",
         "_ends_s",
+        "_handover_s",
         "_left",
         "_node",
         "_now_s",
@@ -72,8 +73,9 @@ class _Ahead:
         self._pending: list[tuple[float, Event]] = [*pending, (at_s, RequestArrived(node_request(live)))][::-1]
         # An operation without a trace has not ended before one could have come.
         told_s = now_s - mirror.lag_s
+        self._handover_s = mirror.handover_s
         self._ends_s = [
-            math.inf if running is None else max(told_s, running.begin_s + duration_s(self._costs, stage, running.op))
+            math.inf if running is None else max(told_s, self._end_s(stage, running))
             for stage, running in enumerate(self._running)
         ]
         #: Tokens that a request has still to produce, as far as it was looked at.
@@ -146,8 +148,11 @@ class _Ahead:
     def _perform(self, commands: Sequence[Command]) -> None:
         for command in commands:
             if type(command) is RunOp:
-                self._running[command.stage] = Running(command.op, self._now_s)
-                self._ends_s[command.stage] = self._now_s + duration_s(self._costs, command.stage, command.op)
+                running = self._running[command.stage] = Running(command.op, self._now_s)
+                self._ends_s[command.stage] = self._end_s(command.stage, running)
+
+    def _end_s(self, stage: int, running: Running) -> float:
+        return running.begin_s + self._handover_s + duration_s(self._costs, stage, running.op)
 
     def _stopped(self, op: Op) -> tuple[str, ...]:
         """Requests that are expected to end with this token."""

@@ -45,6 +45,9 @@ _MARK_EVERY = 8
 _MOST_TRIES = 8
 #: Traces that come late are remembered for so many more.
 _LAG_TRACES = 256
+#: Weight of a new observation of the hand-over, and the longest that counts: more is not the hand-over's.
+_HANDOVER_GAIN = 0.1
+_LONGEST_HANDOVER_S = 0.005
 #: So many inputs are taken in although nobody asks: who asks is in a hurry. Not at once, for the ends of requests come
 #: after the traces of their last operations.
 _MOST_INPUTS = 8
@@ -65,7 +68,7 @@ class _Input:
 
 @dataclass(slots=True)
 class Running:
-    """An operation on a stage and when it began, seconds."""
+    """An operation on a stage and when the node decided to run it, seconds; it begins `NodeMirror.handover_s` later."""
 
     op: Op
     begin_s: float
@@ -114,6 +117,7 @@ class NodeMirror:
         "_core",
         "_delay_s",
         "_given_s",
+        "_handover_s",
         "_inputs",
         "_is_lost",
         "_lag",
@@ -142,6 +146,7 @@ class NodeMirror:
         self._marks: list[_Mark] = []
         #: Shortest time from a decision until the node ran the task, and when tasks were given that have not run.
         self._delay_s = math.inf
+        self._handover_s = 0.0
         self._given_s: dict[str, float] = {}
         self._num_tasks = 0
         #: How often it had to start again.
@@ -182,7 +187,7 @@ class NodeMirror:
         for task_id in trace.task_ids:
             given_s = self._given_s.pop(task_id, None)
             if given_s is not None:
-                self._learn_delay(max(0.0, trace.begin_s - given_s))
+                self._learn_delay(max(0.0, trace.begin_s - given_s - self._handover_s))
         if trace.op not in MOVES:
             self._add(now_s, _Input(trace.end_s, trace=trace))
 
@@ -229,6 +234,11 @@ class NodeMirror:
     def delay_s(self) -> float:
         """Time that a task takes to the node: the shortest seen, 0 before any was."""
         return self._delay_s if self._delay_s < math.inf else 0.0
+
+    @property
+    def handover_s(self) -> float:
+        """Mean time from the node's decision to run an operation until that begins, 0 before any was seen."""
+        return self._handover_s
 
     @property
     def known_s(self) -> float:
@@ -339,6 +349,9 @@ class NodeMirror:
             for task_id in running.op.task_ids:
                 if task_id not in trace.task_ids:
                     self._began(at_s, self._core.step(at_s, Cancelled(task_id)))
+        if trace.begin_s >= running.begin_s:
+            seen_s = min(trace.begin_s - running.begin_s, _LONGEST_HANDOVER_S)
+            self._handover_s += _HANDOVER_GAIN * (seen_s - self._handover_s)
         self._running[trace.stage] = None
         self._began(at_s, self._core.step(at_s, OpDone(trace.stage, running.op.op_id, tuple(item.stopped))))
 

@@ -25,7 +25,7 @@ def _repetition(slower=1.0, others=0.0):
     config, steps = runs.steps_of(slower=slower, trains=True)
     samples = ops.samples(config, runs.recorded(steps))
     trace = trace_of(config, steps)
-    responses = accuracy.of_responses(trace, 0.0)
+    responses = accuracy.of_responses(trace, 0.0) | {"noise_floor": 0.1}
     points = {"responses": responses.pop("pairs_ms")}
     figures = compare.figures(trace, 1.0, 9.0, runs.SLO)
     entry = {
@@ -34,6 +34,7 @@ def _repetition(slower=1.0, others=0.0):
         **compare.compare(figures, figures._replace(slo_attainment=figures.slo_attainment - 0.03)),
         "live": figures.to_json(),
         "simulated": figures.to_json(),
+        "live_spread": {"slo_attainment_points": 4.5, "throughput_pct": 0.0, "ttft_p95_pct": None},
         "cpu_share": {"other_programs": others},
     }
     real = {
@@ -154,3 +155,11 @@ def test_capacity_is_bounded_by_the_slowest_stage():
 
 def test_every_workload_has_a_name_of_its_own():
     assert len({workload.name for workload in EMULATED}) == len(EMULATED) >= 5
+
+
+@pytest.mark.parametrize(("key", "limit"), compare.AGREEMENT.items())
+def test_runs_agree_within_every_limit(key, limit):
+    entry = {name: -bound for name, bound in compare.AGREEMENT.items()}
+    assert compare.agrees(entry)
+    assert not compare.agrees({**entry, key: 1.01 * limit})
+    assert not compare.agrees({**entry, key: None})

@@ -311,6 +311,26 @@ def test_a_trace_that_took_long_once_is_forgotten() -> None:
     assert mirror.lag_s == pytest.approx(0.02)
 
 
+def test_operations_begin_a_hand_over_after_the_one_before() -> None:
+    core = core_ahead(max_batch=1)
+    mirror = core._cluster.nodes["a"].mirror
+    assert mirror is not None
+    for index in range(100):
+        at_s = float(index)
+        for name in ("q", "r"):
+            core.step(at_s, TaskArrived(request(f"{name}{index}", ttft_s=10.0)))
+        for name, begin_s in (("q", at_s + 0.004), ("r", at_s + 0.108)):
+            trace = OpFinished(
+                "a", 0, OpKind.PREFILL, begin_s, begin_s + 0.1, (f"{name}{index}",), 100, first_token=True
+            )
+            core.step(begin_s + 0.1, trace)
+            core.step(begin_s + 0.1, TaskEnded(f"{name}{index}", "a", ok=True, output_tokens=1))
+    assert (mirror.handover_s, mirror.delay_s) == (pytest.approx(0.004, rel=0.05), pytest.approx(0.0, abs=2e-4))
+    core.step(200.0, TaskArrived(request("s")))
+    assert both(core, 200.0)[0] == pytest.approx(2 * 0.104, rel=0.01)
+    assert mirror.num_restarts == 0
+
+
 # ----------------------------------------------------------------------------- starting again
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.fidelity.compare import AGREEMENT
 from bench.report.verdict import decide
 
 Figure = Callable[[Mapping[str, Any]], float | None]
@@ -96,11 +97,17 @@ CLAIMS = (
         "simulator_attainment",
         "simulator against live cluster, attainment in the worst workload",
         _worst("slo_attainment_points"),
-        2.0,
+        AGREEMENT["slo_attainment_points"],
         "{:.1f} points",
     ),
-    Claim("simulator_throughput", "the same, tokens per second", _worst("throughput_pct"), 3.0, "{:.1f} %"),
-    Claim("simulator_ttft", "the same, TTFT p95", _worst("ttft_p95_pct"), 8.0, "{:.1f} %"),
+    Claim(
+        "simulator_throughput",
+        "the same, tokens per second",
+        _worst("throughput_pct"),
+        AGREEMENT["throughput_pct"],
+        "{:.1f} %",
+    ),
+    Claim("simulator_ttft", "the same, TTFT p95", _worst("ttft_p95_pct"), AGREEMENT["ttft_p95_pct"], "{:.1f} %"),
 )
 
 

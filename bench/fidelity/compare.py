@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bench.fidelity.ops import size_of
@@ -103,6 +103,18 @@ def compare(live: Figures, simulated: Figures) -> dict[str, float | None]:
         "tpot_p50_pct": _percent(live.tpot_p50_s, simulated.tpot_p50_s),
         "utilisation_points": 100.0 * (simulated.utilisation - live.utilisation),
     }
+
+
+#: How far simulator and live cluster may be apart, in the units of `compare`.
+AGREEMENT = {"slo_attainment_points": 2.0, "throughput_pct": 3.0, "ttft_p95_pct": 8.0}
+
+
+def agrees(entry: Mapping[str, Any]) -> bool:
+    """Whether a comparison is within all limits; one without a value is not."""
+    values = [entry[key] for key in AGREEMENT]
+    return all(
+        value is not None and abs(value) <= limit for value, limit in zip(values, AGREEMENT.values(), strict=True)
+    )
 
 
 def spread(runs: Sequence[Figures]) -> dict[str, float | None]:

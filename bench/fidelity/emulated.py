@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from bench.fidelity import compare, delays, log
 from bench.fidelity.config import FidelityConfig
-from bench.fidelity.live import MODEL_NAME, Cluster, Run, started
+from bench.fidelity.live import MODEL_NAME, Cluster, Done, Run, started
 from bench.fidelity.simulated import Truth, simulate
+from bench.fidelity.trace import Trace
 from bench.fidelity.workloads import Lengths, Workload, arrivals, capacity_rps, letters, request
 from bench.live import emulated as live_emulated
 from bench.live.requests import PlannedRequest
@@ -48,7 +49,8 @@ class EmulatedCluster:
         self._latency: NodeLatency = latency_from_profile(self._profile)
 
     async def run(self, workload: Workload, on_progress: Callable[[float], None]) -> Outcome:
-        """Live, then simulated. Raises LiveError or ClusterError when it could not be carried through."""
+        """Live, then simulated, and live again where the two differ: how far apart are two live runs? Raises LiveError
+        or ClusterError when it could not be carried through."""
         emulated = self._config.emulated
         requests, slo, rate = self._plan(workload)
         run = Run(
@@ -59,10 +61,7 @@ class EmulatedCluster:
             drain_s=self._config.drain_s,
             backlog=self._backlog() if workload.trains else None,
         )
-        async with AsyncExitStack() as stack:
-            cluster = await started(stack, self._config, self._cluster(workload, slo))
-            done = await cluster.run(run, on_progress)
-        live, _ = log.read(done.event_log)
+        done, live = await self._live(workload, run, slo, on_progress)
         end_s = done.start_s + emulated.seconds
         measured = delays.measure(live, done.start_s)
         simulated = simulate(live, done.start_s + done.wall_s, measured, Truth())
@@ -91,7 +90,21 @@ class EmulatedCluster:
             "client": done.client_figures(),
             "cpu_share": done.cpu_share,
         }
+        if not compare.agrees(entry):
+            again, trace = await self._live(workload, run, slo, on_progress)
+            figures = compare.figures(trace, again.start_s, again.start_s + emulated.seconds, slo)
+            entry["live_spread"] = compare.spread([both[0], figures])
+            problems += [f"{workload.name}, again: {text}" for text in again.problems]
         return Outcome(entry, problems)
+
+    async def _live(
+        self, workload: Workload, run: Run, slo: SloTarget, on_progress: Callable[[float], None]
+    ) -> tuple[Done, Trace]:
+        async with AsyncExitStack() as stack:
+            cluster = await started(stack, self._config, self._cluster(workload, slo))
+            done = await cluster.run(run, on_progress)
+        live, _ = log.read(done.event_log)
+        return done, live
 
     def _plan(self, workload: Workload) -> tuple[list[PlannedRequest], SloTarget, float]:
         config, emulated = self._config, self._config.emulated

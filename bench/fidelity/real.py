@@ -1,9 +1,12 @@
 """The real CPU engine: predictions of operations and responses, and the simulator beside it."""
 
+import math
 import random
 import shutil
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +15,7 @@ from bench.fidelity import accuracy, compare, delays, log, ops
 from bench.fidelity.config import FidelityConfig, RealConfig
 from bench.fidelity.live import Cluster, Done, Run, Started, started
 from bench.fidelity.simulated import Truth, simulate
+from bench.fidelity.trace import Trace
 from bench.fidelity.workloads import Lengths, arrivals, capacity_rps, letters, request
 from bench.live.requests import PlannedRequest
 from bench.live.run import Backlog
@@ -26,6 +30,9 @@ from services.simulator.trace_file import TraceRow
 SERVING, TRAINING = "serving", "training"
 #: What cutting a micro-batch into pieces adds on the real engine; the simulator's own default.
 _CUT_OVERHEAD = 0.05
+#: Mean |x| of a normal distribution, in standard deviations.
+_MEAN_DEVIATION = math.sqrt(2.0 / math.pi)
+_FLOOR_SEEDS = 4
 _TRAINING_TEXTS = 24
 _MOST_POINTS = 600
 
@@ -83,11 +90,13 @@ class RealCluster:
         simulated = simulate(live, done.start_s + done.wall_s, measured, truth)
         both = [compare.figures(trace, done.start_s, end_s, self._slo) for trace in (live, simulated)]
         responses = accuracy.of_responses(live, done.start_s)
+        predicted_ops = accuracy.of_ops(samples)
+        responses["noise_floor"] = self._response_floor(live, done, measured, predicted_ops["noise_floor"])
         points = {"responses": responses.pop("pairs_ms"), **_points(samples)}
         lost = [f"{node_id} was lost" for node_id in live.lost_before(end_s)]
         return Measured(
             {
-                "ops": accuracy.of_ops(samples),
+                "ops": predicted_ops,
                 "responses": responses,
                 "company": accuracy.by_company(samples),
                 "client": done.client_figures(),
@@ -104,6 +113,18 @@ class RealCluster:
             points,
             [f"{name}: {text}" for text in (*done.problems, *lost)],
         )
+
+    def _response_floor(self, live: Trace, done: Done, measured: delays.Delays, op_floor: float | None) -> float | None:
+        """Error of the same predictor in a simulated run whose operations differ from the scheduler's models by noise
+        alone, as much as the engine's repetitions of one size do: what no model of operations can mend."""
+        errors = []
+        for seed in range(_FLOOR_SEEDS):
+            truth = Truth(noise=(op_floor or 0.0) / _MEAN_DEVIATION, seed=seed)
+            drawn = simulate(_without_interference(live), done.start_s + done.wall_s, measured, truth)
+            error = accuracy.of_responses(drawn, done.start_s)["mape"]
+            if error is not None:
+                errors.append(error)
+        return statistics.fmean(errors) if errors else None
 
     def _plan(self, name: str, latency: NodeLatency) -> tuple[list[PlannedRequest], SloTarget]:
         real = self._config.real
@@ -155,6 +176,14 @@ def cached_model(cache: Path, *, hidden: int, layers: int, max_context_tokens: i
     if not path.is_dir():
         write_tiny_model(path, hidden=hidden, layers=layers, max_context_tokens=max_context_tokens)
     return path
+
+
+def _without_interference(live: Trace) -> Trace:
+    """The scheduler's models know none, so a simulated node without it is what they describe."""
+    nodes = {
+        node_id: replace(spec, latency=replace(spec.latency, interference=())) for node_id, spec in live.nodes.items()
+    }
+    return replace(live, nodes=nodes)
 
 
 def _grid(real: RealConfig) -> dict[str, Any]:

@@ -95,13 +95,23 @@ def _responses(runs: Mapping[str, Mapping[str, Any]]) -> str:
                 text(name),
                 f"{found['requests']}",
                 percent(found["mape"]),
+                percent(found["noise_floor"]),
                 percent(found["median_error"]),
                 percent(found["bias"]),
                 f"{later['requests']}",
                 percent(later["mape"]),
             ]
         )
-    head = ("run", "requests", "mean error", "median error", "median bias", "with later arrivals", "their mean error")
+    head = (
+        "run",
+        "requests",
+        "mean error",
+        "of it noise of operations",
+        "median error",
+        "median bias",
+        "with later arrivals",
+        "their mean error",
+    )
     return page.table(head, rows)
 
 
@@ -134,6 +144,8 @@ def _comparison(entries: Sequence[Mapping[str, Any]]) -> str:
             _pair(entry, "ttft_p95_s", 1000.0, "ms", "ttft_p95_pct"),
             _pair(entry, "tpot_p50_s", 1000.0, "ms", "tpot_p50_pct"),
             _pair(entry, "utilisation", 100.0, "%", "utilisation_points"),
+            _apart(entry.get("simulated_spread")),
+            _apart(entry.get("live_spread")),
         ]
         for entry in entries
     ]
@@ -148,8 +160,17 @@ def _comparison(entries: Sequence[Mapping[str, Any]]) -> str:
         "TTFT p95",
         "TPOT p50",
         "utilisation",
+        "simulations apart: attainment, TTFT p95",
+        "two live runs apart",
     )
     return page.table(head, rows)
+
+
+def _apart(spread: Mapping[str, Any] | None) -> str:
+    if spread is None:
+        return ""
+    values = (spread["slo_attainment_points"], spread["ttft_p95_pct"])
+    return ", ".join("∞" if value is None else f"{value:.1f}" for value in values)
 
 
 def _pair(entry: Mapping[str, Any], key: str, factor: float, unit: str, difference: str) -> str:

@@ -29,6 +29,8 @@ def prediction(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "noise_floor_with_training": training["ops"]["noise_floor"],
         "response_mape": serving["responses"]["mape"],
         "response_mape_with_training": training["responses"]["mape"],
+        "response_noise_floor": serving["responses"]["noise_floor"],
+        "response_noise_floor_with_training": training["responses"]["noise_floor"],
         "interval_coverage": statistics.fmean(known) if known else None,
     }
 

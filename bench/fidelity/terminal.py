@@ -1,5 +1,6 @@
 """What the command prints at the end."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,17 +43,36 @@ def _predictions(runs: Mapping[str, Mapping[str, Any]]) -> Table:
                 percent(found["online_coverage"]),
             )
         responses = run["responses"]
-        table.add_row(f"{name}: first token", str(responses["requests"]), percent(responses["mape"]), "", "", "")
+        table.add_row(
+            f"{name}: first token",
+            str(responses["requests"]),
+            percent(responses["mape"]),
+            "",
+            percent(responses["noise_floor"]),
+            "",
+        )
     return table
 
 
 def _distances(summary: Mapping[str, Any]) -> Table:
     table = Table(title="Simulator less live", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("", "requests", "attainment, points", "tokens/s, %", "TTFT p95, %", "utilisation, points"):
+    for title in (
+        "",
+        "requests",
+        "attainment, points",
+        "tokens/s, %",
+        "TTFT p95, %",
+        "utilisation, points",
+        "live twice",
+    ):
         table.add_column(title, justify="right" if title else "left")
     keys = ("slo_attainment_points", "throughput_pct", "ttft_p95_pct", "utilisation_points")
     real = [{**entry, "workload": f"CPU: {name}"} for name, entry in summary["simulator_vs_cpu"].items()]
     for entry in [*summary["simulator_vs_live"], *real]:
         values = ["–" if entry[key] is None else f"{entry[key]:+.1f}" for key in keys]
+        twice = entry.get("live_spread")
+        values.append(
+            "" if twice is None else f"{twice['slo_attainment_points']:.1f}, {twice['ttft_p95_pct'] or math.inf:.1f}"
+        )
         table.add_row(entry["workload"], str(entry["live"]["requests"]), *values)
     return table

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from bench.colocation.measure import Measured
 from bench.colocation.scenario import Run, promise, simulate
 from bench.colocation.study import Study
 from bench.live.errors import LiveError
+from bench.live.interrupt import run_interruptible
 from bench.report.summary import run_facts
 from bench.report.verdict import STYLES
 from deploy.local.cluster import ClusterError
@@ -135,13 +135,6 @@ async def run(config: ColocationConfig, console: Console) -> dict[str, Any]:
     return summary
 
 
-async def _interruptible(config: ColocationConfig, console: Console) -> dict[str, Any]:
-    """Like `run`; SIGTERM stops it as Ctrl-C does, clusters included."""
-    task = asyncio.ensure_future(run(config, console))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await task
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run everything; returns the exit code."""
     console = Console()
@@ -155,7 +148,7 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _fail(f"--out: {config.out}: {error.strerror}")
     try:
-        summary = asyncio.run(_interruptible(config, console))
+        summary = run_interruptible(run(config, console))
     except (LiveError, ClusterError) as error:
         print(f"colocation: {error}", file=sys.stderr)
         return 1

@@ -7,7 +7,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from bench.demo.runner import OnProgress, Runner
 from bench.demo.workload import describe, plan, read_trace
 from bench.live.client_process import Counts
 from bench.live.errors import LiveError
+from bench.live.interrupt import run_interruptible
 from bench.machine import git_commit, machine, usable_cores
 from bench.report.progress import Terminal
 from deploy.local.cluster import ClusterError
@@ -190,13 +190,6 @@ def _say_promise(screen: Terminal, config: DemoConfig, promised: Promise, worklo
     )
 
 
-async def _interruptible(config: DemoConfig, console: Console) -> dict[str, Any]:
-    """Like `run`; SIGTERM stops it as Ctrl-C does, clusters included."""
-    task = asyncio.ensure_future(run(config, console))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await task
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the demo; returns the exit code."""
     console = Console()
@@ -208,7 +201,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     try:
-        result = asyncio.run(_interruptible(config, console))
+        result = run_interruptible(run(config, console))
     except (LiveError, ClusterError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1

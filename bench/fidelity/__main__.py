@@ -7,7 +7,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from bench.fidelity.emulated import EmulatedCluster
 from bench.fidelity.real import SERVING, TRAINING, RealCluster, cached_model
 from bench.fidelity.workloads import EMULATED
 from bench.live.errors import LiveError
+from bench.live.interrupt import run_interruptible
 from bench.report.progress import Terminal
 from bench.report.summary import run_facts
 from deploy.local.cluster import ClusterError
@@ -134,13 +134,6 @@ def _on_progress(screen: Terminal, label: str) -> Callable[[float], None]:
     return lambda at_s: screen.advance(_START_S + at_s, label)
 
 
-async def _interruptible(config: FidelityConfig, repeat: int, console: Console) -> dict[str, Any]:
-    """Like `run`; SIGTERM stops it as Ctrl-C does, clusters included."""
-    task = asyncio.ensure_future(run(config, repeat, console))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await task
-
-
 def main(arguments: Sequence[str]) -> int:
     """Measure; returns the exit code."""
     console = Console()
@@ -152,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"fidelity: {error}", file=sys.stderr)
         return 2
     try:
-        result = asyncio.run(_interruptible(config, repeat, console))
+        result = run_interruptible(run(config, repeat, console))
     except (LiveError, ClusterError) as error:
         print(f"fidelity: {error}", file=sys.stderr)
         return 1

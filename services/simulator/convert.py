@@ -3,8 +3,9 @@
 import math
 
 from services.latency import MOVES, OpKind
-from services.node_agent.core.types import InferenceRequest, NodeCoreConfig, Op, TrainingMicrobatch
+from services.node_agent.core.types import InferenceRequest, Op, TrainingMicrobatch
 from services.scheduler.core.events import OpFinished
+from services.scheduler.core.node_mirror import core_config
 from services.scheduler.core.node_spec import NodeSpec
 from services.scheduler.core.tasks import InferenceTask, TrainingTask
 from services.simulator.types import Microbatch, Request, VirtualNode
@@ -86,24 +87,10 @@ def node_spec(node: VirtualNode) -> NodeSpec:
 
 def virtual_node(spec: NodeSpec, *, joins_s: float = 0.0, lost_s: float = math.inf) -> VirtualNode:
     """A node as it told of itself. What it did not tell (its memory, its host link) it has without limit."""
-    core = NodeCoreConfig(
-        num_stages=spec.num_stages,
-        max_batch=spec.max_batch,
-        max_prefill_tokens=spec.max_prefill_tokens,
-        max_batch_tokens=spec.max_batch_tokens,
-        kv_capacity_tokens=spec.kv_capacity_tokens,
-        kv_block_tokens=spec.kv_block_tokens,
-        prefix_cache_tokens=spec.prefix_cache_tokens,
-        epoch_steps=spec.epoch_steps,
-        max_inflight_training=spec.max_inflight_training,
-        weight_handling=spec.weight_handling,
-        gradient_buffers=spec.gradient_buffers,
-        training_schedule=spec.training_schedule,
-    )
     return VirtualNode(
         node_id=spec.node_id,
         latency=spec.latency,
-        core=core,
+        core=core_config(spec),
         max_inflight_inference=spec.max_inflight_inference,
         max_context_tokens=spec.max_context_tokens,
         max_training_parts=spec.max_training_parts,

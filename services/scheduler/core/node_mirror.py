@@ -134,7 +134,8 @@ class NodeMirror:
     def __init__(self, now_s: float, node: NodeState, order: node_spec.QueueOrder, default_slo: SloTarget) -> None:
         self._node = node
         self._top = node.spec.num_stages - 1
-        self._config = core_config(node.spec, QueueOrder(order.value), default_slo)
+        config = core_config(node.spec)
+        self._config = config.ordered(QueueOrder(order.value), default_slo.ttft_s, default_slo.tpot_s)
         self._core = NodeCore(self._config)
         self._running: list[Running | None] = [None] * node.spec.num_stages
         self._inputs: list[_Input] = []
@@ -424,9 +425,9 @@ def _is_same(op: Op, trace: OpFinished) -> bool:
     return op.kind is OpKind.DECODE and set(trace.task_ids) <= set(op.task_ids)
 
 
-def core_config(spec: NodeSpec, order: QueueOrder, default_slo: SloTarget) -> NodeCoreConfig:
-    """How the node's core works, as far as the node told."""
-    config = NodeCoreConfig(
+def core_config(spec: NodeSpec) -> NodeCoreConfig:
+    """How the node's core works, as far as the node told; the policy has not said in which order."""
+    return NodeCoreConfig(
         num_stages=spec.num_stages,
         max_batch=spec.max_batch,
         max_prefill_tokens=spec.max_prefill_tokens,
@@ -440,7 +441,6 @@ def core_config(spec: NodeSpec, order: QueueOrder, default_slo: SloTarget) -> No
         max_batch_tokens=spec.max_batch_tokens,
         kv_block_tokens=spec.kv_block_tokens,
     )
-    return config.ordered(order, default_slo.ttft_s, default_slo.tpot_s)
 
 
 def node_request(live: LiveInference) -> InferenceRequest:

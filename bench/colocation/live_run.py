@@ -45,12 +45,14 @@ class LiveRun:
     """What came of a run on a live cluster.
 
     clock_slip_p99: share of its own time by which the end of an operation was noticed late, 99th percentile of the
-    worst node. clock_slip: all lateness by all time. cpu_share: of the machine's CPU time, by role.
+    worst node. clock_slip: all lateness by all time. wake_priority: see `ClockSlip`. cpu_share: of the machine's CPU
+    time, by role.
     """
 
     measured: Measured
     clock_slip_p99: float
     clock_slip: float
+    wake_priority: str
     cpu_share: dict[str, float]
     problems: list[str]
 
@@ -98,7 +100,7 @@ async def measure_live(
     measured = figures(run, sent, steps, latencies, slo, time_scale)
     cpu_time_s = sent.wall_s * usable_cores()
     shares = {role: used_s / cpu_time_s for role, used_s in sorted(sent.cpu_s.items())}
-    return LiveRun(measured, slip.p99, slip.total, shares, _problems(sent.records))
+    return LiveRun(measured, slip.p99, slip.total, slip.wake_priority, shares, _problems(sent.records))
 
 
 def core_settings(run: Run, slo: SloTarget, time_scale: float) -> dict[str, Any]:

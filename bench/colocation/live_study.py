@@ -52,6 +52,7 @@ async def live_study(
             "cpu_share": pairs[True][0].cpu_share,
         }
     found["clock_slip_p99_frac"] = max(run.clock_slip_p99 for run in runs)
+    found["wake_priority"] = runs[0].wake_priority
     found["problems"] = [problem for run in runs for problem in run.problems]
     found["large"] = await _large(config, rate / config.nodes, simulate, say, on_progress)
     return found

@@ -106,7 +106,8 @@ def _live(live: Mapping[str, Any] | None) -> list[str]:
     return [
         "<h2>On a live emulated cluster</h2><p>All services are real, the stages take the time that the profile says, "
         f"{live['time_scale']:g} times as slow; {live['rate']:.2f} requests/s for {live['seconds']:.1f} s. Clock slip "
-        f"p99 {percent(live['clock_slip_p99_frac'])} of an operation{_tried(live['clock_slip_by_scale'])}.</p>",
+        f"p99 {percent(live['clock_slip_p99_frac'])} of an operation{_tried(live['clock_slip_by_scale'])}; "
+        f"wake priority of the nodes: {text(live['wake_priority'])}.</p>",
         "<br>".join(_table(("policy", ""), rows, measured, columns) for columns in (_COLUMNS, _TIMES)),
         f"<p>{large['nodes']} nodes of {large['stages']} stages, {large['rate']:.1f} requests/s, "
         f"{large['time_scale']:g} times as slow (simulated): "

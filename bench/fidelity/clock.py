@@ -178,7 +178,8 @@ def _line(time_scale: float, slip: ClockSlip, cores: dict[str, float]) -> str:
     used, others = sum(cores.values()), cores.get("other_programs", 0.0)
     shares = f"p50 {slip.p50:.2%}, p99 {slip.p99:.2%}, {slip.total:.2%} of all time, worst {1e3 * slip.worst_s:.1f} ms"
     of_machine = f"{used:.2f} of {usable_cores()} cores in use, {others:.2f} by other programs"
-    return f"time_scale {time_scale:g}: clock slip {shares}, {slip.ops} ops; {of_machine}"
+    ops = f"{slip.ops} ops, wake priority {slip.wake_priority}"
+    return f"time_scale {time_scale:g}: clock slip {shares}, {ops}; {of_machine}"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -21,13 +21,14 @@ MODEL_NAME = "llama-2-7b"
 @dataclass(frozen=True, slots=True)
 class ClockSlip:
     """How late the ends of emulated operations were noticed, as shares of the operations' own times, of all nodes:
-    quantiles of the worst node; total: all lateness by all time."""
+    quantiles of the worst node; total: all lateness by all time. wake_priority: what the kernel granted the nodes."""
 
     ops: int
     p50: float
     p99: float
     worst_s: float
     total: float
+    wake_priority: str
 
 
 def read_profile(path: Path) -> profile_pb2.Profile:
@@ -105,7 +106,8 @@ def emulated_cluster(
 
 def clock_slip(directory: Path) -> ClockSlip:
     """Of a cluster that was stopped, from its nodes' logs. Raises LiveError when a node did not tell."""
-    nodes = [_slip_of(path) for path in sorted((directory / "logs").glob("node-*.log"))]
+    logs = [_Log(path) for path in sorted((directory / "logs").glob("node-*.log"))]
+    nodes = [log.newest("clock slip") for log in logs]
     late_s = sum(node["late_s"] for node in nodes)
     busy_s = sum(node["busy_s"] for node in nodes)
     return ClockSlip(
@@ -114,12 +116,19 @@ def clock_slip(directory: Path) -> ClockSlip:
         p99=max((node["p99"] for node in nodes), default=0.0),
         worst_s=max((node["worst_s"] for node in nodes), default=0.0),
         total=late_s / busy_s if busy_s else 0.0,
+        wake_priority=", ".join(sorted({log.newest("emulated device")["wake_priority"] for log in logs})),
     )
 
 
-def _slip_of(path: Path) -> dict[str, Any]:
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        if '"clock slip"' in line:
-            found: dict[str, Any] = json.loads(line)
-            return found
-    raise LiveError(f"{path} tells no clock slip: the node did not stop in order")
+class _Log:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines = path.read_text(encoding="utf-8").splitlines()
+
+    def newest(self, event: str) -> dict[str, Any]:
+        """The last line of this event."""
+        for line in reversed(self._lines):
+            if f'"{event}"' in line:
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise LiveError(f"{self._path} tells no {event}: the node did not stop in order")

@@ -4,19 +4,26 @@ import asyncio
 import gc
 from typing import Any
 
+import structlog
+
 from services.ledger import LedgerUnavailable, open_ledger
 from services.node_agent.agent import NodeAgent
 from services.node_agent.config import NodeAgentSettings
+from services.node_agent.engine.emulated.wake_priority import wake_first
 from services.node_agent.engine_choice import load
 from services.node_agent.loop_ports import NodeBroken
 from services.runtime.app import StartupError, run
 from services.runtime.clock import SystemClock
 from services.runtime.grpc_client import open_channel
 
+_log = structlog.get_logger()
+
 
 async def main(settings: NodeAgentSettings, stop: asyncio.Event) -> None:
     """Run a node until `stop`. Raises StartupError when it cannot start or cannot go on."""
     engine, fingerprint = await load(settings)
+    if settings.engine == "emulated":
+        _log.info("emulated device", wake_priority=str(wake_first()))
     try:
         try:
             ledger = await open_ledger(settings.redis_url)

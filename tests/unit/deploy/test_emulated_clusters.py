@@ -86,10 +86,12 @@ def test_the_clock_slip_of_a_cluster_is_that_of_its_worst_node(tmp_path):
             "late_s": late_s,
             "busy_s": 100.0,
         }
-        lines = ["no json", json.dumps(told), json.dumps({"event": "stopped"})]
+        device = {"event": "emulated device", "wake_priority": "short_slice"}
+        lines = ["no json", json.dumps(device), json.dumps(told), json.dumps({"event": "stopped"})]
         (logs / f"node-{index}.log").write_text("\n".join(lines))
     slip = clock_slip(tmp_path)
     assert (slip.ops, slip.p50, slip.p99, slip.worst_s, slip.total) == (20, 0.001, 0.03, 0.5, 0.015)
+    assert slip.wake_priority == "short_slice"
     (logs / "node-2.log").write_text("killed\n")
     with pytest.raises(LiveError, match=r"node-2\.log tells no clock slip"):
         clock_slip(tmp_path)

@@ -117,6 +117,11 @@ def agrees(entry: Mapping[str, Any]) -> bool:
     )
 
 
+def median(runs: Sequence[Figures]) -> Figures:
+    """Every figure's median."""
+    return Figures(*(statistics.median(values) for values in zip(*runs, strict=True)))
+
+
 def spread(runs: Sequence[Figures]) -> dict[str, float | None]:
     """How far the highest of several runs is above the lowest, in the units of `compare`."""
     kept = [run.slo_attainment for run in runs]

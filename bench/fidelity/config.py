@@ -42,6 +42,8 @@ class EmulatedConfig:
     max_batch: int = 8
     seconds: float = 45.0
     warmup_requests: int = 8
+    #: Runs of a workload whose first run and its simulation do not agree.
+    runs_in_doubt: int = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from bench.fidelity import compare, delays, log
 from bench.fidelity.config import FidelityConfig
-from bench.fidelity.live import MODEL_NAME, Cluster, Done, Run, started
+from bench.fidelity.live import MODEL_NAME, Cluster, Run, started
 from bench.fidelity.simulated import Truth, simulate
-from bench.fidelity.trace import Trace
 from bench.fidelity.workloads import Lengths, Workload, arrivals, capacity_rps, letters, request
 from bench.live import emulated as live_emulated
 from bench.live.requests import PlannedRequest
@@ -28,14 +27,21 @@ ARTIFACT = Path(__file__).resolve().parents[2] / "deploy" / "profiles" / "a100-l
 _TRAINING_TOKENS = 512
 _TRAINING_TEXTS = 32
 _SAMPLE = 4000
-#: Simulated as well with a dispatch as much longer or shorter: how far apart are runs that differ in next to nothing?
-_DISPATCH_FACTORS = (0.8, 0.9, 1.1, 1.2)
 
 
 class Outcome(NamedTuple):
     """One workload: the entry of the summary, and what went wrong."""
 
     entry: dict[str, Any]
+    problems: list[str]
+
+
+class _Pair(NamedTuple):
+    """A live run and its simulation. details: of the live run, for the summary."""
+
+    live: compare.Figures
+    simulated: compare.Figures
+    details: dict[str, Any]
     problems: list[str]
 
 
@@ -49,8 +55,9 @@ class EmulatedCluster:
         self._latency: NodeLatency = latency_from_profile(self._profile)
 
     async def run(self, workload: Workload, on_progress: Callable[[float], None]) -> Outcome:
-        """Live, then simulated, and live again where the two differ: how far apart are two live runs? Raises LiveError
-        or ClusterError when it could not be carried through."""
+        """Live, then simulated. Where the two differ, twice more: which of two requests comes first by a millisecond
+        may decide who waits from then on, and medians say more than one run. Raises LiveError or ClusterError when it
+        could not be carried through."""
         emulated = self._config.emulated
         requests, slo, rate = self._plan(workload)
         run = Run(
@@ -61,50 +68,52 @@ class EmulatedCluster:
             drain_s=self._config.drain_s,
             backlog=self._backlog() if workload.trains else None,
         )
-        done, live = await self._live(workload, run, slo, on_progress)
-        end_s = done.start_s + emulated.seconds
-        measured = delays.measure(live, done.start_s)
-        simulated = simulate(live, done.start_s + done.wall_s, measured, Truth())
-        near = [
-            simulate(
-                live, done.start_s + done.wall_s, measured._replace(dispatch_s=factor * measured.dispatch_s), Truth()
-            )
-            for factor in _DISPATCH_FACTORS
-        ]
-        both = [compare.figures(trace, done.start_s, end_s, slo) for trace in (live, simulated)]
-        lost = [f"{node_id} was lost" for node_id in live.lost_before(end_s)]
-        problems = [f"{workload.name}: {text}" for text in (*done.problems, *lost)]
+        pairs = [await self._pair(workload, run, slo, on_progress)]
+        first = compare.compare(pairs[0].live, pairs[0].simulated)
+        if not compare.agrees(first):
+            pairs += [await self._pair(workload, run, slo, on_progress) for _ in range(emulated.runs_in_doubt - 1)]
+        live = compare.median([pair.live for pair in pairs])
+        simulated = compare.median([pair.simulated for pair in pairs])
         entry = {
             "workload": workload.name,
             "title": workload.title,
             "rate_rps": rate,
-            **compare.compare(*both),
-            "simulated_spread": compare.spread(
-                [both[1], *(compare.figures(trace, done.start_s, end_s, slo) for trace in near)]
-            ),
-            "live": both[0].to_json(),
-            "simulated": both[1].to_json(),
+            **compare.compare(live, simulated),
+            "runs": len(pairs),
+            "live": live.to_json(),
+            "simulated": simulated.to_json(),
             "slo_ms": {"ttft": 1000.0 * (slo.ttft_s or 0.0), "tpot": 1000.0 * (slo.tpot_s or 0.0)},
+            **pairs[0].details,
+        }
+        if len(pairs) > 1:
+            entry["first_run"] = first
+            entry["live_spread"] = compare.spread([pair.live for pair in pairs])
+            entry["simulated_spread"] = compare.spread([pair.simulated for pair in pairs])
+        return Outcome(entry, [problem for pair in pairs for problem in pair.problems])
+
+    async def _pair(
+        self, workload: Workload, run: Run, slo: SloTarget, on_progress: Callable[[float], None]
+    ) -> "_Pair":
+        async with AsyncExitStack() as stack:
+            cluster = await started(stack, self._config, self._cluster(workload, slo))
+            done = await cluster.run(run, on_progress)
+        live, _ = log.read(done.event_log)
+        end_s = done.start_s + self._config.emulated.seconds
+        measured = delays.measure(live, done.start_s)
+        simulated = simulate(live, done.start_s + done.wall_s, measured, Truth())
+        lost = [f"{node_id} was lost" for node_id in live.lost_before(end_s)]
+        details = {
             "delays_ms": {name: 1000.0 * value for name, value in measured._asdict().items()},
             "op_slip": compare.op_slip(live, done.start_s, end_s),
             "client": done.client_figures(),
             "cpu_share": done.cpu_share,
         }
-        if not compare.agrees(entry):
-            again, trace = await self._live(workload, run, slo, on_progress)
-            figures = compare.figures(trace, again.start_s, again.start_s + emulated.seconds, slo)
-            entry["live_spread"] = compare.spread([both[0], figures])
-            problems += [f"{workload.name}, again: {text}" for text in again.problems]
-        return Outcome(entry, problems)
-
-    async def _live(
-        self, workload: Workload, run: Run, slo: SloTarget, on_progress: Callable[[float], None]
-    ) -> tuple[Done, Trace]:
-        async with AsyncExitStack() as stack:
-            cluster = await started(stack, self._config, self._cluster(workload, slo))
-            done = await cluster.run(run, on_progress)
-        live, _ = log.read(done.event_log)
-        return done, live
+        return _Pair(
+            compare.figures(live, done.start_s, end_s, slo),
+            compare.figures(simulated, done.start_s, end_s, slo),
+            details,
+            [f"{workload.name}: {text}" for text in (*done.problems, *lost)],
+        )
 
     def _plan(self, workload: Workload) -> tuple[list[PlannedRequest], SloTarget, float]:
         config, emulated = self._config, self._config.emulated

@@ -144,8 +144,8 @@ def _comparison(entries: Sequence[Mapping[str, Any]]) -> str:
             _pair(entry, "ttft_p95_s", 1000.0, "ms", "ttft_p95_pct"),
             _pair(entry, "tpot_p50_s", 1000.0, "ms", "tpot_p50_pct"),
             _pair(entry, "utilisation", 100.0, "%", "utilisation_points"),
-            _apart(entry.get("simulated_spread")),
             _apart(entry.get("live_spread")),
+            _apart(entry.get("simulated_spread")),
         ]
         for entry in entries
     ]
@@ -160,8 +160,8 @@ def _comparison(entries: Sequence[Mapping[str, Any]]) -> str:
         "TTFT p95",
         "TPOT p50",
         "utilisation",
-        "simulations apart: attainment, TTFT p95",
-        "two live runs apart",
+        "live runs apart: attainment, points; TTFT p95, %",
+        "their simulations apart",
     )
     return page.table(head, rows)
 

@@ -63,7 +63,7 @@ def _distances(summary: Mapping[str, Any]) -> Table:
         "tokens/s, %",
         "TTFT p95, %",
         "utilisation, points",
-        "live twice",
+        "live runs apart",
     ):
         table.add_column(title, justify="right" if title else "left")
     keys = ("slo_attainment_points", "throughput_pct", "ttft_p95_pct", "utilisation_points")

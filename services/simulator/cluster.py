@@ -137,8 +137,10 @@ class Simulation:
             else:
                 self._handle(kind, a, b)
             self._tell()
+        ended_s = self._now_s
+        self._tell_the_rest(horizon_s)
         counters = {node_id: node.core.snapshot().memory for node_id, node in self._nodes.items()}
-        return journal.result(self._now_s, {name: memory for name, memory in counters.items() if memory is not None})
+        return journal.result(ended_s, {name: memory for name, memory in counters.items() if memory is not None})
 
     def _handle(self, kind: int, a: Any, b: Any) -> None:
         """Everything rarer than the end of an operation."""
@@ -210,6 +212,14 @@ class Simulation:
         reports = self._reports
         while reports:
             self._step_core(reports.popleft())
+
+    def _tell_the_rest(self, horizon_s: float) -> None:
+        """What is still on its way to the scheduler when the last task has ended."""
+        for time_s, _, kind, a, b, _ in sorted(self._heap):
+            if kind in (_TELL, _TELL_TRACE, _TELL_END) and time_s <= horizon_s:
+                self._now_s = time_s
+                self._handle(kind, a, b)
+                self._tell()
 
     # ------------------------------------------------------------- the scheduler
 

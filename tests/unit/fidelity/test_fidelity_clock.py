@@ -58,7 +58,7 @@ def test_an_overloaded_scale_does_not_keep_time(tmp_path, monkeypatch, capsys):
     async def measure(load, time_scale, directory):
         if time_scale < 8.0:
             raise Overloaded("1 of 2 requests unfinished")
-        return ClockSlip(ops=10, p50=0.001, p99=0.01, worst_s=0.001, total=0.001), {}
+        return ClockSlip(ops=10, p50=0.001, p99=0.01, worst_s=0.001, total=0.001, wake_priority="usual"), {}
 
     monkeypatch.setattr(clock, "measure", measure)
     assert clock.main(["--out", str(tmp_path)]) == 0

@@ -67,12 +67,14 @@ def test_the_end_of_a_task_is_told_before_its_time_with_what_ran_until_then() ->
     told: list[tuple[float, str]] = []
     config = SimulationConfig(core=CoreConfig(), report_s=0.5, outcome_s=0.25)
     work = [Request("r", 0.0, 100, 1, 1), Request("s", 4.0, 100, 1, 1)]
-    Simulation(
+    result = Simulation(
         config, _nodes(1), work, on_step=lambda now_s, event, _: told.append((now_s, type(event).__name__))
     ).run()
-    reports = [(at_s, name) for at_s, name in told if name in ("OpFinished", "TaskEnded") and at_s < 4.0]
-    # Its prefill is over on the first stage at 1 s and on the second one at 2 s.
-    assert reports == [(1.5, "OpFinished"), (2.25, "OpFinished"), (2.25, "TaskEnded")]
+    reports = [(at_s, name) for at_s, name in told if name in ("OpFinished", "TaskEnded")]
+    # A prefill is over on the first stage after 1 s and on the second one after 2 s.
+    first = [(1.5, "OpFinished"), (2.25, "OpFinished"), (2.25, "TaskEnded")]
+    assert reports == first + [(4.0 + at_s, name) for at_s, name in first]
+    assert result.tasks["s"].ended_s == 6.0
 
 
 def test_work_of_a_lost_node_moves_to_another() -> None:

@@ -72,6 +72,23 @@ def test_half_way_back_is_not_back() -> None:
     assert any(detector.observe(math.log(1.02), 0.02) for _ in range(100))
 
 
+def test_a_device_that_is_slow_by_turns_raises_fewer_alarms_each_time_and_patience_ends() -> None:
+    detector = DriftDetector(BAND)
+
+    def alarm_in_turn(slow: int = 150, quick: int = 450) -> bool:
+        raised = True in [detector.observe(math.log(1.3), 0.02) for _ in range(slow)]
+        quick_again = [detector.observe(0.0, 0.02) for _ in range(quick)]
+        assert (True in quick_again) == raised, "every alarm ends"
+        return raised
+
+    turns = [alarm_in_turn() for _ in range(24)]
+    assert turns[0]
+    assert turns.count(True) < len(turns) // 2
+    assert not any(detector.observe(0.0, 0.02) for _ in range(5000))
+    slow = [detector.observe(math.log(1.3), 0.02) for _ in range(100)]
+    assert slow.index(True) < 50, "as after the start"
+
+
 def test_noisy_operations_need_more_to_be_off() -> None:
     def first(sigma: float) -> int:
         detector = DriftDetector(BAND)

@@ -153,6 +153,12 @@ def _add_batch(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--train-batch", type=_whole(1), default=1, help="examples per micro-batch (default 1)")
     group.add_argument("--train-length", type=_whole(1), default=128, help="tokens per example (default 128)")
     group.add_argument("--train-accumulation", type=_whole(1), default=1, help="micro-batches per step (default 1)")
+    group.add_argument(
+        "--max-training-parts",
+        type=_whole(1, 64),
+        default=8,
+        help="pieces a node cuts a forward or backward into at most: requests get in between (default 8, like nodes)",
+    )
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:

@@ -47,6 +47,7 @@ class Node:
     max_context_tokens: int = 1 << 30
     max_inflight_inference: int = 64
     prefix_cache_tokens: int = 0
+    max_training_parts: int = 8
 
     def named(self, node_id: str) -> VirtualNode:
         """One of them."""
@@ -63,6 +64,7 @@ class Node:
             core=core,
             max_inflight_inference=self.max_inflight_inference,
             max_context_tokens=self.max_context_tokens,
+            max_training_parts=self.max_training_parts,
         )
 
 

@@ -110,6 +110,7 @@ def build(options: argparse.Namespace) -> Setting:
             kv_capacity_tokens=options.kv_tokens,
             max_context_tokens=options.max_context_tokens,
             prefix_cache_tokens=options.prefix_cache_tokens,
+            max_training_parts=options.max_training_parts,
         ),
         traffic=traffic,
         slo=_slo(options, slo_of_units(options.slo_units, profile.latency, rows)),

@@ -2,10 +2,12 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 
 from services.latency import LatencyModel, NodeLatency, OpKind
+from services.node_agent.config import NodeAgentSettings
 from services.scheduler.core.tasks import SloTarget
 from services.simulator.figures import Figures, spread
 from services.simulator.plan import Search, fewest
@@ -27,6 +29,18 @@ _SECONDS = {"prefill": 1.0, "decode": 0.1, "train_forward": 1.0, "train_backward
 _LATENCY = NodeLatency(({OpKind(kind): LatencyModel("constant", (s,)) for kind, s in _SECONDS.items()},))
 #: One prompt per prefill, as `max_prefill_tokens` holds no second one.
 _NODE = Node(latency=_LATENCY, max_prefill_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    ["max_batch", "max_prefill_tokens", "kv_capacity_tokens", "max_inflight_inference", "max_training_parts"],
+)
+def test_a_planned_node_is_limited_like_one_that_runs(limit: str) -> None:
+    assert getattr(Node(latency=_LATENCY), limit) == NodeAgentSettings.model_fields[limit].default
+
+
+def test_a_node_cuts_training_into_as_many_pieces_as_it_is_told() -> None:
+    assert replace(_NODE, max_training_parts=5).named("node").max_training_parts == 5
 
 
 def _at(*times: float, output: int = 1) -> RecordedTraffic:

@@ -7,12 +7,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deploy.local.cluster import ClusterError, LocalCluster
+from deploy.local.emulated_model import write_emulated_model
 from deploy.local.settings import LocalClusterConfig
 from deploy.local.tiny_model import write_tiny_model
 from services.arguments import parser_class
+from services.profile_artifact import read_artifact
 
 _WATCH_S = 0.5
 _MAX_PORT = 65535
@@ -20,6 +22,9 @@ _MAX_PORT = 65535
 _TINY_NAME = "tiny"
 _SYNC = ("none", "average", "checkpoint")
 _NOISE = "(the tiny model has random weights: its text is noise; --model DIR serves a real one)"
+#: Id of the model of emulated nodes.
+_EMULATED_NAME = "llama-2-7b"
+_MADE_UP = "(the nodes are emulated: they take the time of a real one and make their text up)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,7 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = parser_class("up")(prog="make up UP_ARGS=...", description="Run a LeMix cluster on this machine.")
     parser.add_argument("--model", type=Path, help="Hugging Face model directory (default: a tiny one, not trained)")
     parser.add_argument("--nodes", type=_positive, default=2, help="node agents, each with a replica (default 2)")
-    parser.add_argument("--stages", type=_positive, default=1, help="pipeline stages per node (default 1)")
+    parser.add_argument("--stages", type=_positive, help="pipeline stages per node (default 1, or the profile's)")
+    parser.add_argument(
+        "--emulate", type=Path, metavar="PROFILE", help="nodes that take the time of this profile and compute nothing"
+    )
+    parser.add_argument(
+        "--time-scale", type=float, default=1.0, help="emulated operations take so many times as long (default 1)"
+    )
     parser.add_argument("--policy", default="lemix", help="scheduling policy (default lemix)")
     parser.add_argument("--sync", choices=_SYNC, help="how replicas are kept together (default: as the policy does it)")
     parser.add_argument("--sync-every", type=int, metavar="K", help="optimizer steps of a node between; -1: by the job")
@@ -45,29 +56,29 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run until Ctrl-C. Exit code 0: stopped; 1: could not start, or a service died."""
     options = build_parser().parse_args(arguments)
-    model_name = "" if options.model is not None else _TINY_NAME
-    if options.model is None:
-        options.model = options.directory / "model"
-        if not (options.model / "config.json").is_file():
-            print(f"Writing a tiny model with random weights to {options.model} ...", flush=True)
-            try:
-                write_tiny_model(options.model)
-            except OSError as error:
-                print(f"up: cannot write {options.model}: {error.strerror}", file=sys.stderr)
-                return 1
+    try:
+        emulated = _emulated(options)
+        model = _model(options)
+    except OSError as error:
+        print(f"up: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"up: {error}", file=sys.stderr)
+        return 1
     config = LocalClusterConfig(
-        model_path=options.model,
+        model_path=model.path,
         directory=options.directory,
         num_nodes=options.nodes,
-        num_stages=options.stages,
+        num_stages=emulated.num_stages if emulated else options.stages or 1,
+        node=emulated.node if emulated else {},
         policy=options.policy,
-        model_name=model_name,
+        model_name=model.name,
         core=sync_settings(options),
         http_port=options.port,
         grpc_port=options.grpc_port,
         redis_url=options.redis_url,
         nice=options.nice,
-        pin_cpus=not options.no_pin,
+        pin_cpus=not (options.no_pin or emulated),
     )
     try:
         asyncio.run(_run(LocalCluster(config)))
@@ -75,6 +86,55 @@ def main(arguments: Sequence[str]) -> int:
         print(f"\nThe cluster stopped: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+class _Model(NamedTuple):
+    """Where it lies, and the id it is served under; empty: the directory's name."""
+
+    path: Path
+    name: str
+
+
+class _Emulated(NamedTuple):
+    num_stages: int
+    node: dict[str, Any]
+
+
+def _model(options: argparse.Namespace) -> _Model:
+    """The model directory that is named, or one that is written. Raises OSError, ValueError."""
+    if options.model is not None:
+        return _Model(options.model, "")
+    path = options.directory / ("model" if options.emulate is None else "emulated-model")
+    is_there = (path / "config.json").is_file()
+    if options.emulate is not None:
+        if not is_there:
+            print(f"Writing the shape of Llama-2-7B to {path} ...", flush=True)
+            write_emulated_model(path)
+        return _Model(path, _EMULATED_NAME)
+    if not is_there:
+        print(f"Writing a tiny model with random weights to {path} ...", flush=True)
+        write_tiny_model(path)
+    return _Model(path, _TINY_NAME)
+
+
+def _emulated(options: argparse.Namespace) -> _Emulated | None:
+    """Settings of emulated nodes, if they are asked for. Raises ValueError for a profile that does not fit, OSError."""
+    if options.emulate is None:
+        return None
+    if options.time_scale <= 0.0:
+        raise ValueError(f"--time-scale must be positive, not {options.time_scale:g}")
+    try:
+        profile = read_artifact(options.emulate.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{options.emulate} is not a profile: {error}") from error
+    if options.stages not in (None, profile.num_stages):
+        raise ValueError(f"{options.emulate} is of {profile.num_stages} stages, --stages is {options.stages}")
+    settings = {
+        "engine": "emulated",
+        "emulated_profile": str(options.emulate.resolve()),
+        "time_scale": options.time_scale,
+    }
+    return _Emulated(profile.num_stages, settings)
 
 
 def sync_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -109,6 +169,7 @@ async def _run(cluster: LocalCluster) -> None:
     finally:
         stopping.cancel()
         await cluster.stop()
+    print("Stopped.", flush=True)
 
 
 def _ready_text(cluster: LocalCluster) -> str:
@@ -118,7 +179,8 @@ def _ready_text(cluster: LocalCluster) -> str:
     chat = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
     completion = json.dumps({"model": model, "prompt": "The import statement", "max_tokens": 32})
     feedback = json.dumps({"prompt": "The capital of France is", "completion": " Paris."})
-    noise = f"\n  {_NOISE}" if config.model_name == _TINY_NAME else ""
+    remark = {_TINY_NAME: _NOISE, _EMULATED_NAME: _MADE_UP}.get(config.model_name, "")
+    noise = f"\n  {remark}" if remark else ""
     return f"""
 LeMix is ready: {config.num_nodes} node(s) x {config.num_stages} stage(s), policy {config.policy}, {cores}
 
@@ -135,7 +197,8 @@ Teach it something while it serves:
   curl {cluster.url}/v1/feedback -H 'Content-Type: application/json' \\
     -d '{feedback}'
 
-Logs and settings of every service: {config.directory}/logs, {config.directory}/config
+Profiles: .venv/bin/python -m services.profiler.profiles --address {cluster.profiler_address} list
+Logs, with the address that each service listens at, and settings: {config.directory}/logs, {config.directory}/config
 Ctrl-C stops everything."""
 
 

@@ -187,6 +187,11 @@ class LocalCluster:
         return self._known().grpc
 
     @property
+    def profiler_address(self) -> str:
+        """host:port of the profiler's gRPC API."""
+        return self._known().profiler
+
+    @property
     def redis_url(self) -> str:
         """URL of the ledger's Redis."""
         return self._known().redis_url

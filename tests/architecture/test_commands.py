@@ -16,7 +16,8 @@ SERVICES = ("gateway", "node_agent", "profiler", "scheduler")
 #: Frozen: people's scripts use these. A change here is a change of the interface.
 UP_OPTIONS = {
     "--help", "--model", "--nodes", "--stages", "--policy", "--port", "--grpc-port", "--directory", "--redis-url",
-    "--nice", "--no-pin", "--sync", "--sync-every",
+    "--nice", "--no-pin", "--sync", "--sync-every", "--emulate",
+    "--time-scale",
 }  # fmt: skip
 TARGETS = {
     "help", "install", "demo", "up", "test", "nightly", "check", "fmt", "lint", "types", "imports", "protos",

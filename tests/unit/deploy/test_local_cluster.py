@@ -5,11 +5,15 @@ import socket
 import psutil
 import pytest
 
+from deploy.local import __main__ as up
 from deploy.local import cluster as cluster_module
 from deploy.local.__main__ import build_parser, main
 from deploy.local.cluster import ClusterError, LocalCluster
 from deploy.local.directory_lock import DirectoryLock
+from deploy.local.process import ROOT
 from deploy.local.settings import LocalClusterConfig
+
+A100 = ROOT / "deploy" / "profiles" / "a100-llama-2-7b.json"
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, model, capsys)
     (tmp_path / "file").write_text("")
     directory = tmp_path / "file" / "run"
     assert main(["--directory", str(directory)]) == 1
-    assert capsys.readouterr().err == f"up: cannot write {directory}/model: Not a directory\n"
+    assert capsys.readouterr().err == f"up: cannot use {directory}: Not a directory\n"
     assert main(["--directory", str(directory), "--model", str(model)]) == 1
     assert capsys.readouterr().err == f"\nThe cluster stopped: cannot write to {directory}: Not a directory\n"
 
@@ -90,6 +94,47 @@ def test_the_services_environment(monkeypatch):
 def test_make_up_reports_what_keeps_it_from_starting(tmp_path, capsys):
     assert main(["--model", str(tmp_path), "--directory", str(tmp_path / "run")]) == 1
     assert "is not a model directory" in capsys.readouterr().err
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """The cluster that `make up` would start."""
+    found = []
+
+    class Described(ClusterError):
+        pass
+
+    def cluster(config):
+        found.append(config)
+        raise Described
+
+    monkeypatch.setattr(up, "LocalCluster", cluster)
+    return found
+
+
+def test_emulated_nodes_have_the_stages_of_their_profile_and_a_model_without_weights(tmp_path, described):
+    assert main(["--directory", str(tmp_path), "--emulate", str(A100), "--time-scale", "4"]) == 1
+    (config,) = described
+    assert config.num_stages == 2
+    assert config.node == {"engine": "emulated", "emulated_profile": str(A100), "time_scale": 4.0}
+    assert config.model_name == "llama-2-7b"
+    assert (config.model_path / "config.json").is_file()
+    assert not config.pin_cpus, "they compute nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--emulate", "README.md"], "README.md is not a profile"),
+        (["--emulate", "nowhere.json"], "cannot use nowhere.json: No such file or directory"),
+        (["--emulate", str(A100), "--stages", "3"], "is of 2 stages, --stages is 3"),
+        (["--emulate", str(A100), "--time-scale", "0"], "--time-scale must be positive, not 0"),
+    ],
+)
+def test_a_profile_that_cannot_be_emulated_is_named(tmp_path, capsys, monkeypatch, arguments, reason):
+    monkeypatch.chdir(ROOT)
+    assert main(["--directory", str(tmp_path), *arguments]) == 1
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

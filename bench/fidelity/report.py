@@ -49,11 +49,15 @@ def _header(summary: Mapping[str, Any]) -> str:
 
 
 def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
-    tiles = "".join(
-        page.tile(claim["shown"], claim["claim"], page.chip(claim["verdict"], f"{claim['direction']} {claim['limit']}"))
-        for claim in claims
-    )
-    return f'<div class="tiles">{tiles}</div>'
+    return f'<div class="tiles">{"".join(_tile(claim) for claim in claims)}</div>'
+
+
+def _tile(claim: Mapping[str, Any]) -> str:
+    # The badge of a claim that is unresolved says why; its limit moves above it.
+    below = [claim["note"], claim["limit"] if claim["reason"] else ""]
+    details = "".join(f"<span>{text(line)}</span>" for line in below if line)
+    badge = page.chip(claim["verdict"], claim["reason"] or claim["limit"])
+    return page.tile(text(claim["shown"]), claim["claim"], details + badge)
 
 
 def _ops(name: str, ops: Mapping[str, Any]) -> str:

@@ -23,7 +23,10 @@ def print_results(console: Console, summary: Mapping[str, Any]) -> None:
     for warning in summary["warnings"]:
         lines.add_row(Text("warning", "yellow"), Text(warning))
     for claim in summary["claims"]:
-        told = f"{claim['claim']}: {claim['shown']} ({claim['direction']} {claim['limit']})"
+        within = "; ".join(filter(None, (claim["note"], claim["limit"])))
+        told = f"{claim['claim']}: {claim['shown']} ({within})"
+        if claim["reason"]:
+            told += f": {claim['reason']}"
         lines.add_row(Text(claim["verdict"], STYLES[claim["verdict"]]), Text(told))
     console.print(lines)
 

@@ -61,6 +61,10 @@ def _summary(*repetitions):
     return summary.build(FidelityConfig(), facts, repetitions, STUDY, [], 12.0)
 
 
+def _claims(result):
+    return {claim["name"]: claim for claim in result["claims"]}
+
+
 def test_verdicts_follow_the_figures():
     result = _summary(_repetition())
     verdicts = {claim["name"]: claim["verdict"] for claim in result["claims"]}
@@ -71,20 +75,46 @@ def test_verdicts_follow_the_figures():
     json.dumps(result)
 
 
-def test_intervals_may_be_too_narrow_and_too_wide():
-    for coverage, missed in ((0.80, "coverage"), (0.99, "coverage_not_wider"), (0.9, "")):
-        repetition = _repetition()
-        repetition["prediction"]["interval_coverage"] = coverage
-        claims = [claim for claim in _summary(repetition)["claims"] if claim["name"].startswith("coverage")]
-        assert [claim["name"] for claim in claims if claim["verdict"] == "missed"] == [missed][: bool(missed)]
+@pytest.mark.parametrize(("coverage", "verdict"), [(0.80, "missed"), (0.99, "missed"), (0.9, "held")])
+def test_intervals_may_be_too_narrow_and_too_wide(coverage, verdict):
+    repetition = _repetition()
+    repetition["prediction"]["interval_coverage"] = coverage
+    claim = _claims(_summary(repetition))["coverage"]
+    assert (claim["verdict"], claim["shown"], claim["limit"]) == (verdict, f"{100 * coverage:.1f} %", "85 to 95 %")
+
+
+@pytest.mark.parametrize(
+    ("error", "noise", "verdict"),
+    [(0.07, None, "held"), (0.09, 0.04, "missed"), (0.144, 0.153, "held"), (0.19, 0.153, "missed")],
+)
+def test_operations_may_be_off_by_little_more_than_noise(error, noise, verdict):
+    repetition = _repetition()
+    repetition["prediction"] |= {"op_mape": error, "noise_floor": noise}
+    claim = _claims(_summary(repetition))["op_error"]
+    assert (claim["verdict"], claim["shown"]) == (verdict, f"{100 * error:.1f} %")
+    assert claim["note"] == ("" if noise is None else f"noise floor {100 * noise:.1f} %")
+
+
+def test_every_claim_reads_alone():
+    result = _summary(_repetition())
+    assert all("the same" not in claim["claim"] for claim in result["claims"])
+    assert len({claim["claim"] for claim in result["claims"]}) == len(result["claims"])
+    assert len({tuple(claim) for claim in result["claims"]}) == 1
 
 
 def test_a_figure_that_was_not_measured_decides_nothing():
     repetition = _repetition()
     repetition["simulator_vs_live"][0]["ttft_p95_pct"] = None
-    claims = {claim["name"]: claim for claim in _summary(repetition)["claims"]}
-    assert claims["simulator_ttft"]["verdict"] == "unresolved"
-    assert claims["simulator_ttft"]["shown"] == "not measured"
+    claim = _claims(_summary(repetition))["simulator_ttft"]
+    assert (claim["verdict"], claim["shown"], claim["reason"]) == ("unresolved", "not measured", "not measured")
+
+
+def test_repetitions_that_disagree_decide_nothing():
+    repetitions = [_repetition(), _repetition()]
+    repetitions[1]["prediction"]["interval_coverage"] = 0.99
+    repetitions[0]["prediction"]["interval_coverage"] = 0.9
+    claim = _claims(_summary(*repetitions))["coverage"]
+    assert (claim["verdict"], claim["reason"]) == ("unresolved", "repetitions disagree")
 
 
 def test_a_machine_that_others_use_decides_nothing():

@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -97,11 +98,20 @@ async def run(config: FidelityConfig, repeat: int, console: Console) -> dict[str
             repetitions.append(found)
             problems += wrong
         with screen.step("drawing devices that calibration learns", _CALIBRATION_S):
-            calibration = await asyncio.to_thread(calibration_study, _CALIBRATION_SEEDS)
+            calibration = await study_calibration()
     result = summary.build(config, facts, repetitions, calibration, problems, time.monotonic() - began_s)
     (config.out / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (config.out / "report.html").write_text(report.render(result, repetitions[0]["points"]), encoding="utf-8")
     return result
+
+
+async def study_calibration() -> dict[str, Any]:
+    """The study, in a thread that soon ends when the task is cancelled: the interpreter waits for it at the exit."""
+    stop = threading.Event()
+    try:
+        return await asyncio.to_thread(calibration_study, _CALIBRATION_SEEDS, stop)
+    finally:
+        stop.set()
 
 
 async def _repetition(

@@ -8,8 +8,10 @@ import argparse
 import json
 import math
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -89,24 +91,31 @@ WRONG = {
 }
 
 
-def calibration_study(num_seeds: int = 20) -> dict[str, Any]:
+class StudyStopped(Exception):
+    """The study was told to stop before it ended."""
+
+
+def calibration_study(num_seeds: int = 20, stop: threading.Event | None = None) -> dict[str, Any]:
     """Operations until coefficients that are wrong by 2 predict within 10 %, and until a device that became 30 % slower
     raises the alarm and is predicted within 10 % again.
 
     `ops_to_10pct`, `alarm_after_ops`, `followed_after_ops`: medians over seeds of the worst case; `..._max`: of all
     runs. `false_alarms`: of an unchanged device, per 10,000 operations. `cases`: the medians behind them, with their
     ranges. None: some run did not get there at all.
+
+    stop: looked at before every run, each of a second at most; once set, StudyStopped is raised.
     """
+    seeds = partial(_seeds, stop)
     learning = [
-        _summary(f"{case.name}, {name}", [ops_to_learn(case, factors, seed) for seed in range(num_seeds)])
+        _summary(f"{case.name}, {name}", [ops_to_learn(case, factors, seed) for seed in seeds(num_seeds)])
         for case in CASES
         for name, factors in WRONG.items()
         if case.model.form != "tabulated" or len(set(factors)) == 1
     ]
-    slow = {case.name: [ops_to_notice(case, seed) for seed in range(num_seeds)] for case in CASES}
+    slow = {case.name: [ops_to_notice(case, seed) for seed in seeds(num_seeds)] for case in CASES}
     alarms = [_summary(name, [alarm for alarm, _ in runs]) for name, runs in slow.items()]
     followed = [_summary(name, [follows for _, follows in runs]) for name, runs in slow.items()]
-    false_alarms = [num_false_alarms(case, seed) for case in CASES for seed in range(max(1, num_seeds // 4))]
+    false_alarms = [num_false_alarms(case, seed) for case in CASES for seed in seeds(max(1, num_seeds // 4))]
     result: dict[str, Any] = {"seeds": num_seeds, "noise": NOISE, "outlier_share": OUTLIER_SHARE, "slowdown": SLOWDOWN}
     for name, rows in (("ops_to_10pct", learning), ("alarm_after_ops", alarms), ("followed_after_ops", followed)):
         result[name] = _worst(rows, "median")
@@ -115,6 +124,13 @@ def calibration_study(num_seeds: int = 20) -> dict[str, Any]:
     result["unchanged_ops"] = len(false_alarms) * _UNCHANGED_OPS
     result["cases"] = {"ops_to_10pct": learning, "alarm_after_ops": alarms, "followed_after_ops": followed}
     return result
+
+
+def _seeds(stop: threading.Event | None, count: int) -> Iterator[int]:
+    for seed in range(count):
+        if stop is not None and stop.is_set():
+            raise StudyStopped
+        yield seed
 
 
 def ops_to_learn(case: Case, factors: Sequence[float], seed: int) -> int | None:

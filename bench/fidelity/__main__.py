@@ -50,7 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=FidelityConfig().out, help="where results go (default out/fidelity)"
     )
-    parser.add_argument("--quick", action="store_true", help="a few seconds of everything: a check, no figures")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="8 s of traffic each, a check that everything works, without verdicts: about 5 minutes with all workloads",
+    )
     return parser
 
 
@@ -68,6 +72,7 @@ def parse(arguments: Sequence[str]) -> tuple[FidelityConfig, int]:
     if options.quick:
         config = replace(
             config,
+            quick=True,
             real=replace(config.real, seconds=_QUICK_S, hidden=256, layers=4),
             emulated=replace(config.emulated, seconds=_QUICK_S),
         )

@@ -51,6 +51,8 @@ class FidelityConfig:
     """Everything the command does."""
 
     seed: int = 0
+    #: A check that everything runs: its figures decide nothing.
+    quick: bool = False
     out: Path = Path("out/fidelity")
     #: Models, the same wherever results go.
     cache: Path = Path("out/cache")

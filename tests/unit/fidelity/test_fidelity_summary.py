@@ -56,9 +56,9 @@ def _repetition(slower=1.0, others=0.0):
     }
 
 
-def _summary(*repetitions):
+def _summary(*repetitions, quick=False):
     facts = {"git_commit": "abc", "started_at": "now", "machine": {"cpu": "a", "cores": 2, "gpu": []}}
-    return summary.build(FidelityConfig(), facts, repetitions, STUDY, [], 12.0)
+    return summary.build(FidelityConfig(quick=quick), facts, repetitions, STUDY, [], 12.0)
 
 
 def _claims(result):
@@ -123,6 +123,19 @@ def test_a_machine_that_others_use_decides_nothing():
     assert "other programs used up to 50 %" in result["warnings"][0]
 
 
+def test_a_quick_run_decides_nothing():
+    repetition = _repetition(others=0.5)
+    result = _summary(repetition, quick=True)
+    assert {(claim["verdict"], claim["reason"]) for claim in result["claims"]} == {("unresolved", "a quick run")}
+    assert [warning.split()[0] for warning in result["warnings"]] == ["a", "other"]
+    assert "unresolved: a quick run" in report.render(result, repetition["points"])
+    console = Console(record=True, width=80)
+    terminal.print_results(console, result)
+    told = console.export_text()
+    assert "unresolved" in told
+    assert not {"held", "missed"} & set(told.split())
+
+
 def test_repetitions_are_combined():
     result = _summary(_repetition(), _repetition(slower=2.0))
     assert result["repetitions"] == 2
@@ -154,7 +167,9 @@ def test_options():
     config, repeat = command.parse(["--workloads", "steady, mixed", "--seed", "3", "--repeat", "2"])
     assert [workload.name for workload in config.workloads] == ["steady", "mixed"]
     assert (config.seed, repeat) == (3, 2)
-    assert command.parse(["--quick"])[0].real.seconds < FidelityConfig().real.seconds
+    quick = command.parse(["--quick"])[0]
+    assert quick.quick
+    assert quick.real.seconds < FidelityConfig().real.seconds
     with pytest.raises(LiveError, match="unknown workload 'nothing'"):
         command.parse(["--workloads", "nothing"])
     with pytest.raises(LiveError, match="--repeat"):

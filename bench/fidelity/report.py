@@ -9,6 +9,8 @@ from services.charts.svg import Chart, text
 _SIZE = (540, 340)
 _MARGINS = (26, 16, 40, 60)
 _COLOR = "#1f6fb5"
+#: Share of the points that set the scale of a chart, and by what factor others may lie beyond and still be shown.
+_USUAL, _MOST_STRETCH = 0.99, 1.25
 
 Points = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
 
@@ -21,13 +23,18 @@ def render(summary: Mapping[str, Any], points: Points) -> str:
         _claims(summary["claims"]),
         "<h2>Operations of the real engine</h2><p>Calibrated: what the scheduler would have predicted just before the "
         "operation. Error is |measured − predicted| / measured; the noise floor is that of the best predictor there "
-        "could be (median of the other repetitions of the same size). Operations that the profile expects to take "
-        "less than 5 ms are left out.</p>",
+        "could be (median of the other repetitions of the same size). Measured over profile: half of the operations "
+        "took at least so much longer than the profile says; negative: they were faster. Operations that the profile "
+        "expects to take less than 5 ms are left out, so a kind of operation may be missing.</p>",
         *(_ops(name, run["ops"]) for name, run in summary["real"].items()),
         "<h2>Responses of the real engine</h2><p>Time to first token as predicted when the request was placed, against "
         "what it was on the node. Requests after which another one was sent to the same node before their first "
-        "token are counted apart: nobody could know.</p>",
+        "token are counted apart: nobody could know. Error from noise alone: what the same predictor is off by in "
+        "simulated runs where every operation takes what the scheduler expects but for its noise; knowing operations "
+        "better would not mend that part.</p>",
         _responses(summary["real"]),
+        "<h2>Predicted and measured</h2><p>Times of the first repetition; on the dashed line they are equal. Points "
+        "far beyond the 99th percentile are left out and counted in the title.</p>",
         *(_plots(name, kinds) for name, kinds in points.items()),
         "<h2>Simulator against the emulated live cluster</h2><p>Simulated less live, in percent of live or in points. "
         "Delays of the control plane are medians measured in the live run.</p>",
@@ -40,11 +47,12 @@ def render(summary: Mapping[str, Any], points: Points) -> str:
 
 
 def _header(summary: Mapping[str, Any]) -> str:
+    repetitions = summary["repetitions"]
     return (
         "<h1>Predictions against reality</h1>"
         f'<p class="soft">{text(summary["started_at"])} · {text(summary["machine"]["cpu"])}, '
         f"{summary['machine']['cores']} cores · commit {text(summary['git_commit'])} · "
-        f"{summary['repetitions']} repetition(s) · {summary['seconds_total']:.0f} s</p>"
+        f"{repetitions} repetition{'' if repetitions == 1 else 's'} · {summary['seconds_total']:.0f} s</p>"
     )
 
 
@@ -84,7 +92,7 @@ def _ops(name: str, ops: Mapping[str, Any]) -> str:
         "noise floor",
         "in 90 % interval, calibrated",
         "in 90 % interval, profile",
-        "over the profile, median",
+        "measured over profile, median",
     )
     return page.table(head, rows)
 
@@ -110,7 +118,7 @@ def _responses(runs: Mapping[str, Mapping[str, Any]]) -> str:
         "run",
         "requests",
         "mean error",
-        "of it noise of operations",
+        "error from noise alone",
         "median error",
         "median bias",
         "with later arrivals",
@@ -120,19 +128,29 @@ def _responses(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _plots(name: str, kinds: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    charts = "".join(
-        f'<div class="figure">{_scatter(f"{name}: {kind}", found)}</div>' for kind, found in kinds.items() if found
-    )
-    return f"<h2>Predicted and measured: {text(name)}</h2><div class='pair'>{charts}</div>"
+    charts = "".join(_scatter(f"{name}: {kind}", found) for kind, found in kinds.items() if found)
+    return f'<div class="pair">{charts}</div><br>'
 
 
 def _scatter(title: str, points: Sequence[Sequence[float]]) -> str:
-    most = max(max(point) for point in points) * 1.05
-    chart = Chart.plot(*_SIZE, (0.0, most), (0.0, most), margins=_MARGINS)
-    chart.axes("measured, ms", f"{title}: predicted, ms")
-    chart.line([(0.0, 0.0), (most, most)], "var(--soft)", dashed=True)
-    chart.dots([(measured, predicted) for measured, predicted in points], _COLOR)
-    return chart.render(title)
+    most = _shown_up_to([max(point) for point in points])
+    inside = [(measured, predicted) for measured, predicted in points if max(measured, predicted) <= most]
+    chart = Chart.plot(*_SIZE, (0.0, 1.05 * most), (0.0, 1.05 * most), margins=_MARGINS)
+    chart.axes("measured, ms", "predicted, ms")
+    chart.line([(0.0, 0.0), (1.05 * most, 1.05 * most)], "var(--soft)", dashed=True)
+    chart.dots(inside, _COLOR)
+    outside = len(points) - len(inside)
+    told = f"{len(points):,} points"
+    if outside:
+        told += f", {outside} of them outside (up to {max(max(point) for point in points):,.0f} ms)"
+    return f'<div class="figure"><b>{text(title)}</b> <span class="soft">{told}</span>{chart.render(title)}</div>'
+
+
+def _shown_up_to(values: Sequence[float]) -> float:
+    """The largest value that is not far beyond the 99th percentile, so that outliers do not stretch a chart."""
+    ordered = sorted(values)
+    usual = ordered[int(_USUAL * (len(ordered) - 1))]
+    return max(value for value in ordered if value <= _MOST_STRETCH * usual)
 
 
 def _comparison(entries: Sequence[Mapping[str, Any]]) -> str:

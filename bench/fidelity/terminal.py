@@ -33,8 +33,8 @@ def print_results(console: Console, summary: Mapping[str, Any]) -> None:
 
 def _predictions(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title="Predictions, real engine", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("", "count", "calibrated", "profile", "noise floor", "in interval"):
-        table.add_column(title, justify="right" if title else "left")
+    for title in ("", "count", "error", "of profile\nalone", "noise\nfloor", "within\ninterval"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
     for name, run in runs.items():
         for kind, found in run["ops"]["kinds"].items():
             table.add_row(
@@ -61,14 +61,14 @@ def _distances(summary: Mapping[str, Any]) -> Table:
     table = Table(title="Simulator less live", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for title in (
         "",
-        "requests",
-        "attainment, points",
-        "tokens/s, %",
-        "TTFT p95, %",
-        "utilisation, points",
-        "live runs apart",
+        "count",
+        "attained\npoints",
+        "tokens/s\n%",
+        "TTFT p95\n%",
+        "utilised\npoints",
+        "live runs\napart",
     ):
-        table.add_column(title, justify="right" if title else "left")
+        table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
     keys = ("slo_attainment_points", "throughput_pct", "ttft_p95_pct", "utilisation_points")
     real = [{**entry, "workload": f"CPU: {name}"} for name, entry in summary["simulator_vs_cpu"].items()]
     for entry in [*summary["simulator_vs_live"], *real]:

@@ -155,6 +155,27 @@ def test_the_page_and_the_tables_show_everything():
     assert "attainment in the worst workload" in console.export_text()
 
 
+def test_one_outlier_does_not_stretch_a_chart():
+    repetition = _repetition()
+    usual = [[20.0 + index % 7, 21.0 + index % 5] for index in range(60)]
+    page = report.render(_summary(repetition), {"serving": {"decode": [*usual, [1840.0, 22.0]], "prefill": usual}})
+    assert "serving: decode</b> " in page
+    assert "61 points, 1 of them outside (up to 1,840 ms)" in page
+    assert "60 points</span>" in page
+    assert "1,000</text>" not in page
+    assert "1 repetition ·" in page
+
+
+def test_tables_of_the_terminal_fit_in_80_columns():
+    console = Console(record=True, width=80)
+    entry = _repetition()["simulator_vs_live"][0] | {"workload": max((w.name for w in EMULATED), key=len)}
+    terminal.print_results(console, _summary({**_repetition(), "simulator_vs_live": [entry]}))
+    told = console.export_text()
+    assert "…" not in told
+    for name in (entry["workload"], "CPU: serving", "training: train_backward"):
+        assert any(line.strip().startswith(name) for line in told.splitlines())
+
+
 def test_models_of_a_profile_are_listed():
     profile = profile_pb2.Profile(num_stages=1)
     profile.fits.add(stage=0, op=profile_pb2.OP_KIND_DECODE, model="affine", coefficients=[1, 2], mape=0.1, chosen=True)

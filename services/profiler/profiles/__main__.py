@@ -19,6 +19,7 @@ from lemix.internal.v1 import profiler_service_pb2 as profiler_pb2
 from lemix.internal.v1 import profiler_service_pb2_grpc as profiler_grpc
 from services.arguments import parser_class
 from services.profile_artifact import ArtifactError, read_artifact
+from services.profiler.compare import compare
 from services.profiler.config import ProfilerSettings
 from services.profiler.profiles import render
 from services.profiler.report.page import report
@@ -50,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="what a profile is and predicts with")
     show.add_argument("profile", help="its id, or a file")
     diff = commands.add_parser("diff", help="what two profiles predict differently")
-    diff.add_argument("base", help="id of the one that is compared with")
-    diff.add_argument("other", help="id of the other one")
+    diff.add_argument("base", help="the one that is compared with: its id, or a file")
+    diff.add_argument("other", help="the other one: its id, or a file")
     delete = commands.add_parser("delete", help="delete profiles for ever")
     delete.add_argument("profile", nargs="+", help="their ids")
     page = commands.add_parser("report", help="a page with points, fits, residuals, interference and memory")
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
             case "show":
                 _say(render.details(_profile(options.address, options.profile)))
             case "diff":
-                _diff(options.address, options.base, options.other)
+                _diff(_profile(options.address, options.base), _profile(options.address, options.other))
             case "delete":
                 _delete(options.address, options.profile)
             case "report":
@@ -134,10 +135,11 @@ def _list(address: str, fingerprint: str) -> None:
     _say(render.listing(listed))
 
 
-def _diff(address: str, base: str, other: str) -> None:
-    with _asking(address) as stub:
-        request = profiler_pb2.DiffProfilesRequest(base_id=base, other_id=other)
-        found = stub.DiffProfiles(request, timeout=_TIMEOUT_S)
+def _diff(base: profile_pb2.Profile, other: profile_pb2.Profile) -> None:
+    try:
+        found = compare(base, other)
+    except ValueError as error:
+        raise FileError(f"cannot be compared: {error}") from error
     _say(render.difference(found))
 
 

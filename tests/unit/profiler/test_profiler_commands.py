@@ -111,6 +111,23 @@ def test_a_page_is_written_from_a_file_without_any_service(whole, tmp_path, caps
     assert "beside train_forward" in shown
 
 
+def test_two_files_are_compared_without_any_service(whole, tmp_path, capsys):
+    slow = profile_pb2.Profile()
+    slow.CopyFrom(whole)
+    slow.device = "cpu slow"
+    for name, made in (("a.json", whole), ("b.json", slow)):
+        (tmp_path / name).write_text(write_artifact(made))
+    assert main(["--address", "127.0.0.1:1", "diff", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    assert capsys.readouterr().out.splitlines() == list(render.difference(compare(whole, slow)))
+
+
+def test_a_file_is_compared_with_an_id(whole, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(write_artifact(whole))
+    for pair in ([str(tmp_path / "a.json"), "f00d-1"], ["f00d-1", str(tmp_path / "a.json")]):
+        assert main(["--address", "127.0.0.1:1", "diff", *pair]) == 1
+        assert "no answer from a profiler" in capsys.readouterr().err
+
+
 def test_the_id_in_a_file_does_not_say_where_the_page_goes(whole, tmp_path, monkeypatch):
     evil = profile_pb2.Profile()
     evil.CopyFrom(whole)

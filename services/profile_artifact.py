@@ -1,13 +1,14 @@
 """Profile artifacts as they are written and read: JSON of the message, with a hash of its content."""
 
+from pathlib import Path
+
 from google.protobuf import json_format
 
 from lemix.internal.v1 import profile_pb2
 from services.latency.artifact import document_hash
+from services.profile_document import ArtifactError, NotAProfile, check_content, in_file, read_document, read_text
 
-
-class ArtifactError(ValueError):
-    """Not a profile, or one that was changed after it was written; the message is one line."""
+__all__ = ["ArtifactError", "content_hash", "load_artifact", "read_artifact", "write_artifact"]
 
 
 def content_hash(profile: profile_pb2.Profile) -> str:
@@ -23,16 +24,22 @@ def write_artifact(profile: profile_pb2.Profile) -> str:
     return json_format.MessageToJson(stored, preserving_proto_field_name=True)
 
 
-def read_artifact(text: str) -> profile_pb2.Profile:
-    """The profile in a JSON text. Raises ArtifactError; also for a hash that is not that of the content."""
+def load_artifact(path: Path) -> profile_pb2.Profile:
+    """The profile in a file. Raises ArtifactError, whose message names the file."""
+    text = read_text(path)
     try:
-        profile = json_format.Parse(text, profile_pb2.Profile())
+        return read_artifact(text)
+    except ArtifactError as error:
+        raise in_file(path, error) from error
+
+
+def read_artifact(text: str) -> profile_pb2.Profile:
+    """The profile in a JSON text. Raises ArtifactError; also without a hash, or with one that is not the content's."""
+    document = read_document(text)
+    try:
+        profile = json_format.ParseDict(document, profile_pb2.Profile())
     except json_format.ParseError as error:
-        raise ArtifactError(" ".join(str(error).split())) from error
-    if not profile.fits:
-        raise ArtifactError("holds no latency model")
-    if profile.content_hash and profile.content_hash != content_hash(profile):
-        raise ArtifactError(
-            f"the content does not match content_hash {profile.content_hash[:12]}: it was changed after it was measured"
-        )
+        # The lines after the first list every field that there is.
+        raise NotAProfile(str(error).splitlines()[0].rstrip(".")) from error
+    check_content(json_format.MessageToDict(profile, preserving_proto_field_name=True))
     return profile

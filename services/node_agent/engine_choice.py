@@ -7,7 +7,7 @@ from services.node_agent.config import NodeAgentSettings
 from services.node_agent.engine.base import Engine, EngineConfig, WorkerDied
 from services.node_agent.engine.emulated.engine import emulated_fingerprint, load_emulated_engine
 from services.node_agent.engine.emulated.timing import EmulatedTiming
-from services.profile_artifact import read_artifact
+from services.profile_artifact import ArtifactError, load_artifact
 from services.profile_messages import latency_from_profile
 from services.runtime.app import StartupError
 
@@ -66,9 +66,11 @@ def _emulated_latency(settings: NodeAgentSettings) -> NodeLatency:
         raise StartupError("set emulated_profile or emulated_latency, not both")
     path = Path(settings.emulated_profile)
     try:
-        latency = latency_from_profile(read_artifact(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise StartupError(f"emulated_profile: {path} is not a usable profile: {error}") from error
+        latency = latency_from_profile(load_artifact(path))
+    except ArtifactError as error:
+        raise StartupError(f"emulated_profile: {error}") from error
+    except ValueError as error:
+        raise StartupError(f"emulated_profile: {path}: {error}") from error
     if latency.num_stages != settings.num_stages:
         message = f"{path} is of {latency.num_stages} stages, num_stages is {settings.num_stages}"
         raise StartupError(f"emulated_profile: {message}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 
 from lemix.internal.v1 import profile_pb2
-from services.profile_artifact import ArtifactError, content_hash, read_artifact, write_artifact
+from services.profile_artifact import ArtifactError, content_hash, load_artifact, write_artifact
 
 _log = structlog.get_logger()
 
@@ -123,11 +123,9 @@ def load_profile(path: Path) -> profile_pb2.Profile:
     """Read one artifact. Raises CorruptProfile naming the file, also when it belongs to another version, when its
     content was changed, and when it has no hash that could tell."""
     try:
-        profile = read_artifact(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ArtifactError) as error:
-        raise CorruptProfile(f"{path}: {error}") from error
-    if not profile.content_hash:
-        raise CorruptProfile(f"{path}: has no content_hash")
+        profile = load_artifact(path)
+    except ArtifactError as error:
+        raise CorruptProfile(str(error)) from error
     if str(profile.version) != path.stem or profile.fingerprint != path.parent.name:
         raise CorruptProfile(f"{path}: holds version {profile.version} of {profile.fingerprint!r}")
     if not any(fit.chosen for fit in profile.fits):

@@ -1,6 +1,5 @@
 """Latency profiles from the JSON artifacts that the profiler stores (`<directory>/<fingerprint>/<version>.json`)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import yaml
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from services.latency import HostLink, Interference, LatencyModel, LatencyTable, MixedCost, NodeLatency, OpKind
-from services.latency.artifact import HASH_FIELD, document_hash
+from services.profile_document import ArtifactError, check_content, in_file, read_document, read_text
 
 _Place = tuple[int | str, ...]
 
@@ -95,7 +94,6 @@ class _Mixed(BaseModel):
 
 class _Artifact(BaseModel):
     profile_id: str = ""
-    content_hash: str = ""
     model: str = ""
     num_stages: int = Field(default=0, ge=1, le=64, validate_default=True)
     fits: tuple[_Fit, ...] = ()
@@ -106,21 +104,21 @@ class _Artifact(BaseModel):
 
 
 def read_profile(path: Path, *, model: str = "", num_stages: int = 0) -> Profile:
-    """The chosen fits. Raises ProfileError; also when the profile is of another `model` or number of stages, or was
-    changed after it was written."""
+    """The chosen fits. Raises ProfileError; also when the profile is of another `model` or number of stages, has no
+    hash, or was changed after it was written."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ProfileError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"{path}: {error}") from error
+        text = read_text(path)
+    except ArtifactError as error:
+        raise ProfileError(str(error)) from error
     try:
+        document = read_document(text)
         artifact = _Artifact.model_validate_json(text)
+        check_content(document)
+    except ArtifactError as error:
+        raise ProfileError(str(in_file(path, error))) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise _error(path, text, first["loc"], _reason(first)) from error
-    if artifact.content_hash and artifact.content_hash != document_hash(json.loads(text)):
-        raise _error(path, text, (HASH_FIELD,), "is not that of the content: it was changed after it was measured")
     if model and artifact.model != model:
         raise _error(path, text, ("model",), f"is {artifact.model!r}, asked for is {model!r}")
     if num_stages and artifact.num_stages != num_stages:

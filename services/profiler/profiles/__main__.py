@@ -18,7 +18,7 @@ from lemix.internal.v1 import profile_pb2, work_pb2
 from lemix.internal.v1 import profiler_service_pb2 as profiler_pb2
 from lemix.internal.v1 import profiler_service_pb2_grpc as profiler_grpc
 from services.arguments import parser_class
-from services.profile_artifact import ArtifactError, read_artifact
+from services.profile_artifact import ArtifactError, load_artifact
 from services.profiler.compare import compare
 from services.profiler.config import ProfilerSettings
 from services.profiler.profiles import render
@@ -171,11 +171,9 @@ def _profile(address: str, named: str) -> profile_pb2.Profile:
     path = Path(named)
     if path.suffix == ".json" or path.is_file():
         try:
-            return read_artifact(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FileError(f"{path}: {error.strerror}") from error
-        except (UnicodeDecodeError, ArtifactError) as error:
-            raise FileError(f"{path}: {error}") from error
+            return load_artifact(path)
+        except ArtifactError as error:
+            raise FileError(str(error)) from error
     with _asking(address) as stub:
         return stub.GetProfile(profiler_pb2.GetProfileRequest(profile_id=named), timeout=_TIMEOUT_S).profile
 

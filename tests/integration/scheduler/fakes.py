@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from google.protobuf import json_format
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import profile_pb2, profiler_service_pb2, profiler_service_pb2_grpc, work_pb2
@@ -17,6 +16,7 @@ from lemix.internal.v1 import scheduler_service_pb2 as pb
 from lemix.internal.v1 import scheduler_service_pb2_grpc as pb_grpc
 from lemix.v1 import types_pb2
 from services.ledger import Delivery, Ledger, LedgerUnavailable
+from services.profile_artifact import write_artifact
 from services.runtime.grpc_server import GrpcServer
 
 WAIT_S = 10.0
@@ -40,7 +40,7 @@ def profile(num_stages: int = 1) -> profile_pb2.Profile:
 
 def write_profile(path: Path) -> str:
     """The profile as a file."""
-    path.write_text(json_format.MessageToJson(profile()), encoding="utf-8")
+    path.write_text(write_artifact(profile()), encoding="utf-8")
     return str(path)
 
 

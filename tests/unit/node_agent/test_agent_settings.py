@@ -47,7 +47,10 @@ async def test_an_emulated_node_takes_its_latency_from_a_profile() -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"emulated_profile": "/nowhere.json"}, "emulated_profile: /nowhere.json is not a usable profile"),
+        (
+            {"emulated_profile": "/nowhere.json"},
+            "emulated_profile: /nowhere.json is not a profile: there is no such file",
+        ),
         ({"num_stages": 3}, "is of 2 stages, num_stages is 3"),
         ({"emulated_latency": {"decode": OpLatency()}}, "emulated_profile or emulated_latency, not both"),
     ],

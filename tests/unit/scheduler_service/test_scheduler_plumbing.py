@@ -10,7 +10,6 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from google.protobuf import json_format
 
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import profile_pb2, profiler_service_pb2, profiler_service_pb2_grpc
@@ -148,7 +147,7 @@ def profile() -> profile_pb2.Profile:
 
 async def test_a_stored_profile_serves_every_node(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
-    path.write_text(json_format.MessageToJson(profile()), encoding="utf-8")
+    path.write_text(write_artifact(profile()), encoding="utf-8")
     latency = await StoredProfile(path).latency(pb.NodeHello())
     assert latency.op_s(0, OpKind.PREFILL, 1, 1) == 0.25
     path.write_text("{", encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from services.latency.artifact import document_hash
 from services.simulator.__main__ import main
 from services.simulator.overload import queue_of
 from services.simulator.types import Request, TaskRecord
@@ -30,7 +31,7 @@ class Planner:
             for batch, length in ((1, 16), (1, 256), (16, 64))
         ]
         artifact = {"model": "tiny", "num_stages": 1, "fits": fits, "measurements": points}
-        self.profile.write_text(json.dumps(artifact))
+        self.profile.write_text(json.dumps(artifact | {"content_hash": document_hash(artifact)}))
         self.write("0,10,2", "1,20,4")
 
     def write(self, *rows: str, columns: str = "arrival_s,prompt_tokens,output_tokens") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from services.latency.artifact import document_hash
 from services.simulator.__main__ import main
 
 _GOLDEN = Path(__file__).parent / "golden" / "simulate.txt"
@@ -24,7 +25,8 @@ def profile(tmp_path: Path) -> Path:
         {"op": f"OP_KIND_{op}", "model": "constant", "coefficients": [seconds], "chosen": True}
         for op, seconds in _OPS.items()
     ]
-    path.write_text(json.dumps({"profile_id": "abc-1", "model": "tiny", "num_stages": 1, "fits": fits}))
+    whole = {"profile_id": "abc-1", "model": "tiny", "num_stages": 1, "fits": fits}
+    path.write_text(json.dumps(whole | {"content_hash": document_hash(whole)}))
     return path
 
 
@@ -198,9 +200,12 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("simulate", "--trace", "TRACE", "--workload", "hh-rlhf"), "name one of"),
     (("simulate", "--trace", "TRACE"), "--profile is missing: name a profile the profiler stored"),
     (("simulate", "--trace", "no.csv", "--profile", "PROFILE"), "simulate: no.csv: No such file or directory\n"),
-    (("simulate", "--trace", "TRACE", "--profile", "no.json"), "simulate: no.json: No such file or directory\n"),
+    (
+        ("simulate", "--trace", "TRACE", "--profile", "no.json"),
+        "simulate: no.json is not a profile: there is no such",
+    ),
     (("simulate", "--trace", "PROFILE", "--profile", "PROFILE"), "line 1: column 'arrival_s' is missing"),
-    (("simulate", "--trace", "TRACE", "--profile", "TRACE"), "Invalid JSON"),
+    (("simulate", "--trace", "TRACE", "--profile", "TRACE"), "is not a profile: it is not JSON"),
     ((*GOOD, "--model", "large"), "field 'model': is 'tiny', asked for is 'large'"),
     ((*GOOD, "--stages", "2"), "field 'num_stages': is 1, asked for are 2 stages"),
     ((*GOOD, "--nodes", "0"), "argument --nodes: must be at least 1 and at most 1024, got 0"),
@@ -255,7 +260,8 @@ def test_bad_input_is_one_line(
 
 
 def test_a_profile_beyond_reason_is_refused(profile: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    profile.write_text(profile.read_text().replace("[1.0]", "[1e300]", 1))
+    changed = json.loads(profile.read_text().replace("[1.0]", "[1e300]", 1))
+    profile.write_text(json.dumps(changed | {"content_hash": document_hash(changed)}))
     assert code_of(["simulate", "--trace", str(trace), "--profile", str(profile)]) == 2
     told = "prefill of 12 tokens on stage 0 takes 1e+300 s, which is no time of an operation"
     assert capsys.readouterr().err == f"simulate: {profile}: {told}\n"

@@ -10,6 +10,8 @@ from services.latency import OpKind
 from services.latency.artifact import document_hash
 from services.simulator.profile_file import ProfileError, read_profile
 
+_CHANGED = "the file was changed after it was written; make it again, or take the original"
+
 
 def artifact(**changes: Any) -> dict[str, Any]:
     """As protobuf's JSON has it: what is 0 or false is left out."""
@@ -39,7 +41,9 @@ def artifact(**changes: Any) -> dict[str, Any]:
 
 def write(tmp_path: Path, content: Any) -> Path:
     path = tmp_path / "1.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content, indent=2))
+    if not isinstance(content, str):
+        content = json.dumps({"content_hash": document_hash(content)} | content, indent=2)
+    path.write_text(content)
     return path
 
 
@@ -76,16 +80,16 @@ def _fit(**changes: Any) -> dict[str, Any]:
 
 
 BAD = [
-    ("{,}", r"Invalid JSON: .* line 1 column 2"),
-    ("[]", r"should be an object"),
-    (artifact(num_stages=0), r"line 5: field 'num_stages': .* got 0"),
-    (artifact(fits=[]), r"line 7: field 'fits': no fit is chosen for OP_KIND_PREFILL on stage 0"),
+    ("{,}", r"is not a profile: it is not JSON: .* at line 1 column 2"),
+    ("[]", r"is not a profile: it is JSON, but not an object"),
+    (artifact(num_stages=0), r"line 6: field 'num_stages': .* got 0"),
+    (artifact(fits=[]), r"is not a profile: it holds no latency models"),
     (artifact(num_stages=2), r"no fit is chosen for OP_KIND_PREFILL on stage 1"),
     (_fit(stage=3), r"line \d+: field 'fits\[0\].stage': is 3, of 1 stages"),
     (_fit(stage=-1), r"field 'fits\[0\].stage'"),
-    (_fit(model="cubic"), r"line 10: field 'fits\[0\].model': unknown latency form 'cubic'"),
+    (_fit(model="cubic"), r"line 11: field 'fits\[0\].model': unknown latency form 'cubic'"),
     (_fit(coefficients=[1.0]), r"field 'fits\[0\].model': form affine takes 2 coefficients, got 1"),
-    (_fit(coefficients=[1.0, "x"]), r"line 13: field 'fits\[0\].coefficients\[1\]': .* got 'x'"),
+    (_fit(coefficients=[1.0, "x"]), r"line 14: field 'fits\[0\].coefficients\[1\]': .* got 'x'"),
     (_fit(coefficients=[1.0, "NaN"]), r"field 'fits\[0\].coefficients\[1\]'"),
     (_fit(coefficients=[1.0, -1.0]), r"field 'fits\[0\].coefficients': must not be negative"),
     (_fit(op="OP_KIND_DECODE"), r"field 'fits\[2\].chosen': a second fit is chosen for OP_KIND_DECODE on stage 0"),
@@ -97,15 +101,15 @@ def test_a_bad_profile_is_one_line_naming_the_place(tmp_path: Path, content: Any
     path = write(tmp_path, content)
     with pytest.raises(ProfileError, match=message) as caught:
         read_profile(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith((f"{path}: ", f"{path} is not a profile: "))
     assert "\n" not in str(caught.value)
 
 
 def test_a_profile_of_another_model_or_cut_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, artifact())
-    with pytest.raises(ProfileError, match=r"line 6: field 'model': is 'tiny', asked for is 'large'"):
+    with pytest.raises(ProfileError, match=r"line 7: field 'model': is 'tiny', asked for is 'large'"):
         read_profile(path, model="large")
-    with pytest.raises(ProfileError, match=r"line 5: field 'num_stages': is 1, asked for are 4 stages"):
+    with pytest.raises(ProfileError, match=r"line 6: field 'num_stages': is 1, asked for are 4 stages"):
         read_profile(path, num_stages=4)
 
 
@@ -116,7 +120,7 @@ def test_a_field_is_named_without_its_line_where_yaml_cannot_read_the_json(tmp_p
 
 
 def test_a_missing_profile_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match=r"nowhere\.json"):
+    with pytest.raises(ProfileError, match=r"nowhere\.json is not a profile: there is no such file"):
         read_profile(tmp_path / "nowhere.json")
 
 
@@ -125,5 +129,10 @@ def test_an_artifact_that_was_changed_after_it_was_measured_is_refused(tmp_path:
     whole["content_hash"] = document_hash(whole)
     read_profile(write(tmp_path, whole))
     whole["fits"][0]["coefficients"] = [0.01, 0.0002]
-    with pytest.raises(ProfileError, match="field 'content_hash': is not that of the content"):
+    with pytest.raises(ProfileError, match=f"does not match content_hash .*: {_CHANGED}"):
         read_profile(write(tmp_path, whole))
+
+
+def test_an_artifact_without_a_hash_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="has no content_hash"):
+        read_profile(write(tmp_path, json.dumps(artifact())))

@@ -107,9 +107,9 @@ class ProfileStore:
         return self._directory / fingerprint
 
     def _path(self, profile_id: str) -> Path:
-        fingerprint, _, version = profile_id.rpartition("-")
-        if not _VERSION.fullmatch(version) or not _FINGERPRINT.fullmatch(fingerprint):
+        if not is_profile_id(profile_id):
             raise ValueError(f"{profile_id!r} is not a profile's id: <fingerprint>-<version>")
+        fingerprint, _, version = profile_id.rpartition("-")
         return self._folder(fingerprint) / f"{version}.json"
 
     @staticmethod
@@ -117,6 +117,12 @@ class ProfileStore:
         if not folder.is_dir():
             return []
         return [int(path.stem) for path in folder.glob("*.json") if _VERSION.fullmatch(path.stem)]
+
+
+def is_profile_id(text: str) -> bool:
+    """Whether a text has the form of an id, <fingerprint>-<version>."""
+    fingerprint, _, version = text.rpartition("-")
+    return bool(_VERSION.fullmatch(version) and _FINGERPRINT.fullmatch(fingerprint))
 
 
 def load_profile(path: Path) -> profile_pb2.Profile:

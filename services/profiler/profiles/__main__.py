@@ -23,40 +23,46 @@ from services.profiler.compare import compare
 from services.profiler.config import ProfilerSettings
 from services.profiler.profiles import render
 from services.profiler.report.page import report
+from services.profiler.store import is_profile_id
 from services.runtime.grpc_server import MAX_MESSAGE_BYTES
 
 _NAME = "profiles"
+_NAMED = "its id (asked of the profiler), or a file"
 _TIMEOUT_S = 30.0
 #: Longest measurement that is waited for.
 _RUN_TIMEOUT_S = 86_400.0
 
 
 class FileError(ValueError):
-    """A file that is no profile or cannot be written; the message names it."""
+    """A file that is no profile or cannot be written, or a name of no file and no profile; the message has it."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The sub-commands."""
     parser = parser_class(_NAME)(prog="python -m services.profiler.profiles", description=__doc__.splitlines()[0])
     address: str = ProfilerSettings.model_fields["listen"].default
-    parser.add_argument("--address", default=address, help=f"host:port of the profiler (default {address})")
+    told = f"host:port of the profiler (default {address}); files need none"
+    parser.add_argument("--address", default=address, help=told)
+    # After the sub-command, too; without a default there, which would win over the one named before it.
+    shared = parser_class(_NAME)(add_help=False)
+    shared.add_argument("--address", default=argparse.SUPPRESS, help=told)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="measure a node now")
-    run.add_argument("node", help="host:port of the node agent")
+    run = commands.add_parser("run", parents=[shared], help="measure a node now")
+    run.add_argument("node", type=_host_port, help="host:port of the node agent")
     run.add_argument("--budget-s", type=_seconds, default=0.0, help="longest time (default: as the profiler is set)")
     run.add_argument("--samples", type=Path, help="JSON lines of examples, each a list of token ids: their losses")
     run.add_argument("--allow-busy", action="store_true", help="measure between the operations of a node with work")
-    listed = commands.add_parser("list", help="the stored profiles, newest first")
+    listed = commands.add_parser("list", parents=[shared], help="the stored profiles, newest first")
     listed.add_argument("--fingerprint", default="", help="only those of this kind of node")
-    show = commands.add_parser("show", help="what a profile is and predicts with")
-    show.add_argument("profile", help="its id, or a file")
-    diff = commands.add_parser("diff", help="what two profiles predict differently")
-    diff.add_argument("base", help="the one that is compared with: its id, or a file")
-    diff.add_argument("other", help="the other one: its id, or a file")
-    delete = commands.add_parser("delete", help="delete profiles for ever")
+    show = commands.add_parser("show", parents=[shared], help="what a profile is and predicts with")
+    show.add_argument("profile", help=_NAMED)
+    diff = commands.add_parser("diff", parents=[shared], help="what two profiles predict differently")
+    diff.add_argument("base", help=f"the one that is compared with: {_NAMED}")
+    diff.add_argument("other", help=f"the other one: {_NAMED}")
+    delete = commands.add_parser("delete", parents=[shared], help="delete profiles for ever")
     delete.add_argument("profile", nargs="+", help="their ids")
-    page = commands.add_parser("report", help="a page with points, fits, residuals, interference and memory")
-    page.add_argument("profile", help="its id, or a file")
+    page = commands.add_parser("report", parents=[shared], help="a page with points, fits, interference and memory")
+    page.add_argument("profile", help=_NAMED)
     page.add_argument("--output", type=Path, help="file to write (default: <id>.html)")
     return parser
 
@@ -144,6 +150,9 @@ def _diff(base: profile_pb2.Profile, other: profile_pb2.Profile) -> None:
 
 
 def _delete(address: str, profile_ids: Sequence[str]) -> None:
+    for profile_id in profile_ids:
+        if not is_profile_id(profile_id):
+            raise FileError(f"{profile_id!r} is not a profile's id, <fingerprint>-<version>: nothing was deleted")
     with _asking(address) as stub:
         for profile_id in profile_ids:
             stub.DeleteProfile(profiler_pb2.DeleteProfileRequest(profile_id=profile_id), timeout=_TIMEOUT_S)
@@ -169,12 +178,14 @@ def _report(profile: profile_pb2.Profile, output: Path | None) -> None:
 def _profile(address: str, named: str) -> profile_pb2.Profile:
     """The profile of an id, or in a file. Raises FileError, LemixError."""
     path = Path(named)
-    if path.suffix == ".json" or path.is_file():
+    if path.is_file() or not is_profile_id(named):
+        if not path.exists() and path.suffix != ".json":
+            raise FileError(f"{named!r} is neither a file nor a profile's id, <fingerprint>-<version>")
         try:
             return load_artifact(path)
         except ArtifactError as error:
             raise FileError(str(error)) from error
-    with _asking(address) as stub:
+    with _asking(address, "; an id needs a running profiler, a file does not") as stub:
         return stub.GetProfile(profiler_pb2.GetProfileRequest(profile_id=named), timeout=_TIMEOUT_S).profile
 
 
@@ -194,7 +205,7 @@ def _samples(path: Path) -> list[work_pb2.TrainingExample]:
 
 
 @contextlib.contextmanager
-def _asking(address: str) -> "Iterator[profiler_grpc.ProfilerServiceStub]":
+def _asking(address: str, hint: str = "") -> "Iterator[profiler_grpc.ProfilerServiceStub]":
     """A profiler to ask. Raises LemixError for what it, or the way to it, answers."""
     limits = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("receive", "send")]
     with grpc.insecure_channel(address, options=limits) as channel:
@@ -203,7 +214,7 @@ def _asking(address: str) -> "Iterator[profiler_grpc.ProfilerServiceStub]":
         except grpc.RpcError as error:
             reason = LemixError.from_rpc(error)
             if not reason.answered:
-                message = f"no answer from a profiler at {address}: {reason.message} (--address names another)"
+                message = f"no answer from a profiler at {address}: {reason.message} (--address names another{hint})"
                 raise LemixError(reason.code, message) from error
             raise reason from error
 
@@ -212,6 +223,13 @@ def _say(lines: Iterable[str]) -> None:
     for line in lines:
         sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+def _host_port(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise argparse.ArgumentTypeError(f"must be host:port of a node agent, not {text!r}")
+    return text
 
 
 def _seconds(text: str) -> float:

@@ -184,6 +184,38 @@ def test_a_profiler_that_is_not_there_is_named(capsys):
     assert "no answer from a profiler at 127.0.0.1:1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["--address", "127.0.0.1:1", "list"], ["list", "--address", "127.0.0.1:1"]])
+def test_the_address_goes_before_and_after_the_command(capsys, arguments):
+    assert main(arguments) == 1
+    assert "no answer from a profiler at 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_where_no_profiler_answers_files_are_hinted_at_for_an_id(capsys):
+    assert main(["show", "f00d-1", "--address", "127.0.0.1:1"]) == 1
+    assert "an id needs a running profiler, a file does not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["show", "nonsense"], ["report", "nonsense"], ["diff", "nonsense", "f00d-1"], ["delete", "f00d-1", "nonsense"]],
+)
+def test_what_is_neither_a_file_nor_an_id_is_told_before_a_profiler_is_asked(capsys, arguments):
+    assert main(["--address", "127.0.0.1:1", *arguments]) == 2
+    assert "'nonsense' is n" in capsys.readouterr().err
+
+
+def test_a_directory_is_no_profile(tmp_path, capsys):
+    assert main(["show", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"profiles: {tmp_path} is not a profile: it is a directory\n"
+
+
+@pytest.mark.parametrize("node", ["nonsense", ":1", "h:", "h:0", "h:70000", "h:x"])
+def test_a_node_that_is_no_address_is_named(capsys, node):
+    with pytest.raises(SystemExit):
+        main(["run", node])
+    assert f"must be host:port of a node agent, not {node!r}" in capsys.readouterr().err
+
+
 def test_a_slower_node_shows_in_the_difference(whole):
     slow = profile_pb2.Profile()
     slow.CopyFrom(whole)

@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     delete.add_argument("profile", nargs="+", help="their ids")
     page = commands.add_parser("report", parents=[shared], help="a page with points, fits, interference and memory")
     page.add_argument("profile", help=_NAMED)
-    page.add_argument("--output", type=Path, help="file to write (default: <id>.html)")
+    page.add_argument("--output", type=Path, help="file to write (default: out/<id>.html)")
     return parser
 
 
@@ -161,9 +161,10 @@ def _delete(address: str, profile_ids: Sequence[str]) -> None:
 
 def _report(profile: profile_pb2.Profile, output: Path | None) -> None:
     # The id in somebody's file may have a folder in it.
-    path = output or Path(f"{Path(profile.profile_id).name or 'profile'}.html")
+    path = output or Path("out") / f"{Path(profile.profile_id).name or 'profile'}.html"
     try:
         page = report(profile)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
     except ValueError as error:
         raise FileError(str(error)) from error

@@ -6,10 +6,22 @@ from datetime import UTC, datetime
 from lemix.internal.v1 import profile_pb2
 from lemix.internal.v1 import profiler_service_pb2 as profiler_pb2
 
+#: `Profile.source` of what was timed on a node.
+_MEASURED = "measured"
+
+#: Latency form -> units of its coefficients, as `services.latency.FORMS` has its features.
+UNITS = {
+    "quadratic": ("s per token^2",),
+    "affine": ("s", "s per token"),
+    "full": ("s", "s per token", "s per token^2"),
+    "full_decode": ("s", "s per sequence", "s per token"),
+    "constant": ("s",),
+}
+
 
 def listing(listed: profiler_pb2.ListProfilesResponse) -> Iterator[str]:
     """A row per profile, newest first."""
-    head = ("profile", "measured", "model", "stages", "engine", "device", "error", "")
+    head = ("profile", "date", "model", "stages", "engine", "device", "held-out error", "")
     rows = [
         (
             item.profile_id,
@@ -30,21 +42,9 @@ def listing(listed: profiler_pb2.ListProfilesResponse) -> Iterator[str]:
 
 def details(profile: profile_pb2.Profile) -> Iterator[str]:
     """What a profile is, and the chosen fit of every operation."""
-    yield from columns(
-        [
-            ("profile", profile.profile_id),
-            ("content hash", profile.content_hash or "none"),
-            ("measured", _date(profile.created_unix_s)),
-            ("node", profile.node_id or "none"),
-            ("model", f"{profile.model}, {profile.num_stages} stages, {profile.dtype}"),
-            ("device", f"{profile.device}, {profile.threads_per_stage} threads per stage"),
-            ("engine", profile.engine),
-            ("source", profile.source),
-            ("incomplete", profile.incomplete_reason or "no"),
-        ]
-    )
+    yield from columns(list(_facts(profile)))
     yield ""
-    head = ("operation", "stage", "form", "error", "90 % interval", "coefficients, s")
+    head = ("operation", "stage", "form", "held-out error", "90 % interval", "coefficients")
     rows = [
         (
             kind(fit.op),
@@ -52,7 +52,7 @@ def details(profile: profile_pb2.Profile) -> Iterator[str]:
             fit.model,
             f"{fit.mape:.1%}",
             f"{fit.residual_p5:+.1%} to {fit.residual_p95:+.1%}",
-            " ".join(f"{value:.3g}" for value in fit.coefficients),
+            _coefficients(fit),
         )
         for fit in sorted(profile.fits, key=lambda fit: (fit.op, fit.stage))
         if fit.chosen
@@ -64,7 +64,8 @@ def details(profile: profile_pb2.Profile) -> Iterator[str]:
         rates = f"{link.offload_bytes_per_s / 1e9:.2f} GB/s offload, {link.reload_bytes_per_s / 1e9:.2f} GB/s reload"
         yield f"host link of stage {link.stage}: {rates}"
     if profile.HasField("loss"):
-        yield f"{profile.loss.count} samples: loss {profile.loss.mean:.3f}, length {profile.length.mean:.1f} on average"
+        samples = _count(profile.loss.count, "sample")
+        yield f"{samples}: loss {profile.loss.mean:.3f}, length {profile.length.mean:.1f} on average"
     for memory in profile.memory:
         yield (
             f"memory of stage {memory.stage}: {memory.fixed_bytes / 2**20:.0f} MiB fixed, "
@@ -73,11 +74,44 @@ def details(profile: profile_pb2.Profile) -> Iterator[str]:
         )
 
 
+def _facts(profile: profile_pb2.Profile) -> Iterator[tuple[str, str]]:
+    """What a profile is. What a derived one has no value of is left out."""
+    yield "profile", profile.profile_id
+    yield "content hash", profile.content_hash
+    if profile.source in ("", _MEASURED):
+        yield _MEASURED, _date(profile.created_unix_s)
+    else:
+        yield "derived", f"{_date(profile.created_unix_s)} from {profile.source.removeprefix('derived from ')}"
+    if profile.node_id:
+        yield "node", profile.node_id
+    yield "model", _listed(profile.model, _count(profile.num_stages, "stage"), profile.dtype)
+    threads = profile.threads_per_stage
+    yield "device", _listed(profile.device, f"{_count(threads, 'thread')} per stage" if threads else "")
+    yield "engine", profile.engine
+    yield "incomplete", profile.incomplete_reason or "no"
+
+
+def _coefficients(fit: profile_pb2.LatencyFit) -> str:
+    """Each with its unit; of a table its size."""
+    if fit.HasField("table"):
+        return f"table of {_count(len(fit.table.durations_s), 'duration')}"
+    units = UNITS.get(fit.model, ("",) * len(fit.coefficients))
+    return ", ".join(f"{value:.3g} {unit}".rstrip() for value, unit in zip(fit.coefficients, units, strict=False))
+
+
+def _listed(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def difference(found: profiler_pb2.DiffProfilesResponse) -> Iterator[str]:
     """A row per operation and stage: the predictions of the other over those of the base."""
     for note in found.notes:
         yield f"different {note}"
-    head = ("operation", "stage", "forms", "errors", "ratio: median", "smallest", "largest", "points")
+    head = ("operation", "stage", "forms", "held-out errors", "ratio: median", "smallest", "largest", "points")
     rows = []
     for item in found.ops:
         forms = f"{_form(item, 'base')} and {_form(item, 'other')}"

@@ -1,11 +1,15 @@
 """The operator's command line: files, usage, and the page it writes. With a running service: integration tests."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from lemix.internal.v1 import node_agent_service_pb2 as node_pb2
 from lemix.internal.v1 import profile_pb2
 from lemix.internal.v1 import profiler_service_pb2 as profiler_pb2
-from services.profile_artifact import read_artifact, write_artifact
+from services.latency.model import FORMS
+from services.profile_artifact import load_artifact, read_artifact, write_artifact
 from services.profiler.compare import compare
 from services.profiler.config import GridSettings
 from services.profiler.grid import Limits, grid_points
@@ -137,7 +141,7 @@ def test_the_id_in_a_file_does_not_say_where_the_page_goes(whole, tmp_path, monk
     monkeypatch.chdir(here)
     (here / "p.json").write_text(write_artifact(evil))
     assert main(["report", "p.json"]) == 0
-    assert (here / "evil.html").is_file()
+    assert (here / "out" / "evil.html").is_file()
 
 
 def test_points_left_out_and_points_that_the_budget_did_not_reach_are_told_apart():
@@ -214,6 +218,40 @@ def test_a_node_that_is_no_address_is_named(capsys, node):
     with pytest.raises(SystemExit):
         main(["run", node])
     assert f"must be host:port of a node agent, not {node!r}" in capsys.readouterr().err
+
+
+def test_a_measured_profile_is_shown_as_one(whole):
+    shown = "\n".join(render.details(whole))
+    assert "\nmeasured      2001-09-09 01:46\nnode          node-0\n" in shown
+    assert "derived" not in shown
+    assert "held-out error" in shown
+
+
+def test_a_derived_profile_is_not_shown_as_a_measured_one():
+    path = Path(__file__).parents[3] / "deploy" / "profiles" / "h100-llama-2-7b.json"
+    shown = "\n".join(render.details(load_artifact(path)))
+    assert re.search(r"^derived +\d{4}-\d\d-\d\d \d\d:\d\d from kernel times of A100", shown, re.MULTILINE)
+    for absent in ("measured", "threads per stage", "none"):
+        assert absent not in shown
+
+
+def test_numbers_of_things_and_units_are_written_out():
+    fits = [
+        profile_pb2.LatencyFit(op=1, model="full", coefficients=[0.5, 0.25, 0.125], chosen=True),
+        profile_pb2.LatencyFit(op=2, model="full_decode", coefficients=[0.5, 0.25, 0.125], chosen=True),
+    ]
+    one = profile_pb2.Profile(num_stages=1, threads_per_stage=1, model="m", device="cpu", dtype="float32", fits=fits)
+    shown = "\n".join(render.details(one))
+    for told in ("m, 1 stage, float32", "cpu, 1 thread per stage"):
+        assert told in shown
+    assert "0.5 s, 0.25 s per token, 0.125 s per token^2" in shown
+    assert "0.5 s, 0.25 s per sequence, 0.125 s per token" in shown
+
+
+def test_every_form_has_a_unit_for_each_coefficient():
+    assert {form: len(units) for form, units in render.UNITS.items()} == {
+        form: len(features(1.0, 1.0)) for form, features in FORMS.items()
+    }
 
 
 def test_a_slower_node_shows_in_the_difference(whole):

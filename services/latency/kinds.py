@@ -17,5 +17,14 @@ class OpKind(StrEnum):
     RELOAD = "reload"
 
 
+#: The kinds of work, for what runs with every operation: looking a member up in its class goes through the metaclass
+#: and takes ten times as long as a name of the module.
+PREFILL = OpKind.PREFILL
+DECODE = OpKind.DECODE
+TRAIN_FORWARD = OpKind.TRAIN_FORWARD
+TRAIN_BACKWARD = OpKind.TRAIN_BACKWARD
+OPTIMIZER_STEP = OpKind.OPTIMIZER_STEP
+WEIGHT_SYNC = OpKind.WEIGHT_SYNC
+
 #: Kinds that no latency model is fitted for.
 MOVES = frozenset((OpKind.OFFLOAD, OpKind.RELOAD))

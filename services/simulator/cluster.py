@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
-from services.latency import OpKind
+from services.latency import PREFILL, WEIGHT_SYNC
 from services.node_agent.core.types import (
     Cancelled,
     MicrobatchArrived,
@@ -377,13 +377,13 @@ class Simulation:
         now_s = self._now_s
         kind = op.kind
         self._journal.op_ended(node.node_id, stage, op, begin_s, now_s)
-        first_token = kind is OpKind.PREFILL and stage == node.top
+        first_token = kind is PREFILL and stage == node.top
         if first_token:
             self._journal.first_tokens(now_s, op)
         self._report_trace(convert.trace(node.node_id, stage, op, begin_s, now_s, first_token=first_token))
         node.end(stage)
         self._step_node(node, OpDone(stage, op.op_id, node.stopped(stage, op)))
-        if kind is OpKind.WEIGHT_SYNC and stage == node.top:
+        if kind is WEIGHT_SYNC and stage == node.top:
             self._sync_op_ended(node, op)
 
     def _sync_op_ended(self, node: SimNode, op: Op) -> None:

@@ -9,13 +9,13 @@ import math
 from collections.abc import Mapping
 from random import Random
 
-from services.latency import LatencyModel, OpKind
+from services.latency import DECODE, PREFILL, LatencyModel, OpKind
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.types import Op, QueueOrder
 from services.scheduler.core.costs import NodeCosts
 from services.simulator.types import SimulationConfig, VirtualNode
 
-_INFERENCE = (OpKind.PREFILL, OpKind.DECODE)
+_INFERENCE = (PREFILL, DECODE)
 #: A noisy duration stays above this share of the modelled one.
 _SHORTEST = 0.1
 
@@ -84,7 +84,7 @@ class SimNode:
             return self._move_s(stage, op)
         batch = op.batch
         if batch:
-            if op.kind is OpKind.DECODE:
+            if op.kind is DECODE:
                 tokens, cached = op.context_tokens, 0
             else:
                 tokens, cached = op.num_tokens, op.context_tokens
@@ -93,7 +93,7 @@ class SimNode:
             duration_s = self._costs.stage_s(stage, op.kind, 1, 1)
         if op.decodes:
             contexts = op.decode_context_tokens / op.decodes
-            decode_s = self._costs.stage_s(stage, OpKind.DECODE, op.decodes, contexts)
+            decode_s = self._costs.stage_s(stage, DECODE, op.decodes, contexts)
             duration_s = self.spec.latency.mixed_s(stage, duration_s, decode_s)
         if op.parts > 1:
             duration_s *= (1.0 + self._cut_overhead) / op.parts
@@ -108,7 +108,7 @@ class SimNode:
             return ()
         ended = []
         remaining = self._remaining
-        for task_id in op.task_ids if op.kind is OpKind.DECODE else op.first_ids + op.decode_ids:
+        for task_id in op.task_ids if op.kind is DECODE else op.first_ids + op.decode_ids:
             left = remaining.get(task_id, 1) - 1
             remaining[task_id] = left
             if left <= 0:

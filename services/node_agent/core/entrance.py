@@ -7,7 +7,7 @@ version of stage 0; training backwards come down to it.
 from collections.abc import Iterable
 from dataclasses import replace
 
-from services.latency import OpKind
+from services.latency import DECODE, OPTIMIZER_STEP, PREFILL, TRAIN_BACKWARD, TRAIN_FORWARD, WEIGHT_SYNC, OpKind
 from services.node_agent.core.batching import InferenceBatcher
 from services.node_agent.core.node_memory import NodeMemory
 from services.node_agent.core.running import Claim, mixed_op, prefill_op
@@ -80,9 +80,9 @@ class Entrance:
 
     def withdraw(self, task_id: str) -> None:
         """Drop the forward of this micro-batch if it waits for room."""
-        flight = self._held.get(OpKind.TRAIN_FORWARD)
+        flight = self._held.get(TRAIN_FORWARD)
         if flight is not None and task_id in flight.op.task_ids:
-            del self._held[OpKind.TRAIN_FORWARD]
+            del self._held[TRAIN_FORWARD]
 
     def refresh(self, now_s: float) -> None:
         """Work out what training could enter, after anything changed."""
@@ -136,13 +136,13 @@ class Entrance:
         drains = self._training.num_inflight and self._change_waits()
         drains = drains or (self.settles() and self._training.owes_steps)
         if self.syncs and not (drains or is_between_parts):
-            entries.append((OpKind.WEIGHT_SYNC, Claim(self.syncs[0][1], now_s, 1.0)))
+            entries.append((WEIGHT_SYNC, Claim(self.syncs[0][1], now_s, 1.0)))
         prefill = self._inference.prefill_claim(now_s)
         if prefill is not None:
-            entries.append((OpKind.PREFILL, prefill))
+            entries.append((PREFILL, prefill))
         decode = self._inference.running.decode_claim()
         if decode is not None:
-            entries.append((OpKind.DECODE, decode))
+            entries.append((DECODE, decode))
         if self._training.entry is not None and not is_between_parts:
             kind, ready_s = self._training.entry
             entries.append((kind, Claim(ready_s, ready_s, 1.0)))
@@ -159,21 +159,21 @@ class Entrance:
     def _is_between_parts(self) -> bool:
         """Whether a training forward that is cut into pieces waits on stage 0 for its next one: all of them run at one
         version, so with "drain" no weight change may enter in between. (On later stages it queues up behind it.)"""
-        return any(flight.op.part and flight.op.kind is OpKind.TRAIN_FORWARD for flight in self._stages[0].ready)
+        return any(flight.op.part and flight.op.kind is TRAIN_FORWARD for flight in self._stages[0].ready)
 
     # ------------------------------------------------------------- composing
 
     def _compose(self, now_s: float, kind: OpKind) -> Flight | None:
         """Make the op that enters stage 0, stamped with the version of stage 0; None when no prefill fits."""
-        if self._config.max_batch_tokens and (kind is OpKind.PREFILL or kind is OpKind.DECODE):
+        if self._config.max_batch_tokens and (kind is PREFILL or kind is DECODE):
             return self._compose_mixed(now_s, kind)
-        if kind is OpKind.PREFILL:
+        if kind is PREFILL:
             return self._compose_prefill(now_s)
-        if kind is OpKind.DECODE:
+        if kind is DECODE:
             return self._compose_decode()
         version = self._stages[0].version
         claim = Claim(now_s, now_s, 1.0)
-        if kind is OpKind.WEIGHT_SYNC:
+        if kind is WEIGHT_SYNC:
             sync, _ = self.syncs.pop(0)
             op = Op(
                 self.new_id(),
@@ -186,7 +186,7 @@ class Entrance:
             )
             self.refresh(now_s)
             return Flight(op, claim)
-        if kind is OpKind.OPTIMIZER_STEP:
+        if kind is OPTIMIZER_STEP:
             group = self._training.take_step()
             op = Op(
                 self.new_id(),
@@ -231,7 +231,7 @@ class Entrance:
         if not count:
             return None
         version = self._stages[0].version
-        op = Op(self.new_id(), OpKind.DECODE, task_ids, version, count, context, batch=count)
+        op = Op(self.new_id(), DECODE, task_ids, version, count, context, batch=count)
         return Flight(op, claim)
 
     def _compose_mixed(self, now_s: float, kind: OpKind) -> Flight | None:
@@ -247,7 +247,7 @@ class Entrance:
         if not pieces or prefill is None:
             return decode
         op = mixed_op(self.new_id(), version, pieces, decode.op if decode else None)
-        return Flight(op, decode.claim if decode and kind is OpKind.DECODE else prefill)
+        return Flight(op, decode.claim if decode and kind is DECODE else prefill)
 
     def _oldest_version(self) -> int:
         """Oldest weights that an op on its way will still need when the ones of stage 0 change. With "drain" none: the
@@ -259,8 +259,8 @@ class Entrance:
 def take(queue: StageQueue, training: TrainingQueue, flight: Flight) -> Flight:
     """Take a ready op out of the queue of a stage, to run it."""
     queue.ready.remove(flight)
-    if flight.op.kind is OpKind.TRAIN_BACKWARD:
+    if flight.op.kind is TRAIN_BACKWARD:
         training.backward_starts(flight.op.group, queue.stage)
-    elif flight.op.kind is OpKind.TRAIN_FORWARD:
+    elif flight.op.kind is TRAIN_FORWARD:
         training.forward_starts(flight.op.task_ids[0], queue.stage)
     return flight

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
-from services.latency import MOVES, OpKind
+from services.latency import DECODE, MOVES, OPTIMIZER_STEP, PREFILL, TRAIN_BACKWARD, TRAIN_FORWARD
 from services.node_agent.core.batching import InferenceBatcher
 from services.node_agent.core.entrance import Entrance, take
 from services.node_agent.core.node_memory import NodeMemory, stages_until_use
@@ -168,14 +168,14 @@ class NodeCore:
             raise ValueError(f"op {event.op_id} ended on stage {event.stage} of {self.config.num_stages}")
         flight = self._stages[event.stage].end(event.op_id, now_s)
         kind = flight.op.kind
-        if kind is OpKind.PREFILL or kind is OpKind.DECODE:
+        if kind is PREFILL or kind is DECODE:
             if event.failed:
                 return self._inference.fail(flight.op)
             if event.stage == self._top:
                 return self._inference.complete(now_s, flight.op, event.stopped)
-        elif kind is OpKind.TRAIN_FORWARD or kind is OpKind.TRAIN_BACKWARD:
+        elif kind is TRAIN_FORWARD or kind is TRAIN_BACKWARD:
             return self._training_op_done(now_s, event, flight)
-        elif kind is OpKind.OPTIMIZER_STEP:
+        elif kind is OPTIMIZER_STEP:
             self._travel_up(now_s, event.stage, flight)
             return self._training.step_ran(flight.op.group, event.failed)
         elif kind in MOVES:
@@ -187,7 +187,7 @@ class NodeCore:
 
     def _training_op_done(self, now_s: float, event: OpDone, flight: Flight) -> list[Command]:
         task_id = flight.op.task_ids[0]
-        is_backward = flight.op.kind is OpKind.TRAIN_BACKWARD
+        is_backward = flight.op.kind is TRAIN_BACKWARD
         if is_backward:
             self._training.backward_ran(task_id)
         ends_training = is_backward and event.stage == 0
@@ -210,7 +210,7 @@ class NodeCore:
         else:
             op = flight.op
             self._training.turned(task_id)
-            backward = op._replace(op_id=self._entrance.new_id(), kind=OpKind.TRAIN_BACKWARD)
+            backward = op._replace(op_id=self._entrance.new_id(), kind=TRAIN_BACKWARD)
             self._stages[event.stage].push(Flight(backward, flight.claim), now_s)
         return []
 
@@ -285,7 +285,7 @@ class NodeCore:
     def _fail(self, flight: Flight, detail: str) -> list[Command]:
         """End the tasks of an op that cannot run."""
         op = flight.op
-        if op.kind is OpKind.TRAIN_FORWARD or op.kind is OpKind.TRAIN_BACKWARD:
+        if op.kind is TRAIN_FORWARD or op.kind is TRAIN_BACKWARD:
             commands = self._training.drop(op.task_ids[0], failed=True)
         else:
             commands = self._inference.fail(op)

@@ -4,7 +4,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from itertools import accumulate, islice
 
-from services.latency import OpKind
+from services.latency import DECODE
 from services.node_agent.core.memory import KvLedger
 from services.node_agent.core.prefix import Prefix, PrefixCache
 from services.node_agent.core.running import Claim, RunningRequest
@@ -294,7 +294,7 @@ class RunningRequests:
 
     def _op_ended(self, op: Op) -> None:
         self._stalled = False
-        if op.kind is OpKind.DECODE or op.decodes:
+        if op.kind is DECODE or op.decodes:
             self._decodes_in_flight -= 1
 
     def _remove(self, task_id: str) -> RunningRequest:

@@ -9,17 +9,17 @@ it need not wait: the stage keeps the older weights for ops stamped with them.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from services.latency import OpKind
+from services.latency import DECODE, OPTIMIZER_STEP, PREFILL, TRAIN_BACKWARD, TRAIN_FORWARD, WEIGHT_SYNC, OpKind
 from services.node_agent.core.running import Claim
 from services.node_agent.core.types import ONE_F_ONE_B, NodeCoreConfig, Op, QueueOrder
 
 #: Smaller goes first.
 Rank = tuple[float, float, float]
 
-_INFERENCE = frozenset((OpKind.PREFILL, OpKind.DECODE))
-_MICROBATCH = frozenset((OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD))
+_INFERENCE = frozenset((PREFILL, DECODE))
+_MICROBATCH = frozenset((TRAIN_FORWARD, TRAIN_BACKWARD))
 #: A step ends tasks and frees a gradient buffer; backwards free activations and end what was begun.
-_TRAINING_ORDER = {OpKind.OPTIMIZER_STEP: 0, OpKind.TRAIN_BACKWARD: 1, OpKind.TRAIN_FORWARD: 2}
+_TRAINING_ORDER = {OPTIMIZER_STEP: 0, TRAIN_BACKWARD: 1, TRAIN_FORWARD: 2}
 #: 1f1b, after a backward.
 _FORWARD_NEXT = 0.5
 _SYNC_CLASS, _TRAINING_TURN_CLASS, _INFERENCE_CLASS, _TRAINING_CLASS = 0, 1, 2, 3
@@ -90,12 +90,12 @@ class StageQueue:
             return (claim.ready_s, 0.0, 0.0)
         if kind in _INFERENCE:
             return (_INFERENCE_CLASS, (claim.origin_s - now_s) / claim.allowance_s, claim.ready_s)
-        if kind is OpKind.WEIGHT_SYNC or (kind is OpKind.OPTIMIZER_STEP and self.stage):
+        if kind is WEIGHT_SYNC or (kind is OPTIMIZER_STEP and self.stage):
             return (_SYNC_CLASS, claim.ready_s, 0.0)
         waited_s = now_s - max(claim.ready_s, self.training_turn_s)
         is_due = waited_s >= self._max_training_wait_s
         order: float = _TRAINING_ORDER[kind]
-        if self.forward_next and kind is OpKind.TRAIN_FORWARD:
+        if self.forward_next and kind is TRAIN_FORWARD:
             order = _FORWARD_NEXT
         return (_TRAINING_TURN_CLASS if is_due else _TRAINING_CLASS, order, claim.ready_s)
 
@@ -118,7 +118,7 @@ class StageQueue:
                 continue
             if kind in _MICROBATCH and not may_train(op, self.stage):
                 continue
-            if kind is OpKind.TRAIN_BACKWARD:
+            if kind is TRAIN_BACKWARD:
                 pass
             elif op.changes_weights:
                 if op.version != self.version or stamped_here:
@@ -139,7 +139,7 @@ class StageQueue:
         """Whether an op that must run before the version rises is ready."""
         for flight in self.ready:
             op = flight.op
-            if op.version == self.version and op.kind is not OpKind.TRAIN_BACKWARD and not op.changes_weights:
+            if op.version == self.version and op.kind is not TRAIN_BACKWARD and not op.changes_weights:
                 return True
         return False
 
@@ -160,7 +160,7 @@ class StageQueue:
             self.version += 1
         if flight.op.kind in _TRAINING_ORDER:
             self.training_turn_s = now_s
-            self.forward_next = self._alternates and flight.op.kind is OpKind.TRAIN_BACKWARD
+            self.forward_next = self._alternates and flight.op.kind is TRAIN_BACKWARD
         return flight
 
     def withdraw(self, task_id: str) -> None:
@@ -203,5 +203,5 @@ class StageQueue:
 def oldest_needed(queues: Iterable[StageQueue], newest: int) -> int:
     """Oldest weights that ops on their way are stamped with, `newest` if there is none."""
     ops = (flight.op for queue in queues for flight in queue.flights())
-    kept = (op.version for op in ops if op.kind is not OpKind.TRAIN_BACKWARD and not op.changes_weights)
+    kept = (op.version for op in ops if op.kind is not TRAIN_BACKWARD and not op.changes_weights)
     return min(kept, default=newest)

@@ -11,7 +11,7 @@ from bisect import insort
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from services.latency import OpKind
+from services.latency import OPTIMIZER_STEP, TRAIN_BACKWARD, TRAIN_FORWARD, OpKind
 from services.node_agent.core.types import (
     ASYNC,
     GPIPE,
@@ -144,7 +144,7 @@ class TrainingQueue:
 
     def may_run(self, op: Op, stage: int) -> bool:
         """Whether schedule and gradient buffers let a stage run this forward or backward now."""
-        if op.kind is OpKind.TRAIN_BACKWARD:
+        if op.kind is TRAIN_BACKWARD:
             holders = self._holders[stage]
             if op.group not in holders and len(holders) >= self._config.gradient_buffers:
                 return False
@@ -212,7 +212,7 @@ class TrainingQueue:
         if self._complete_group() is not None:
             if self._step_ready_s is None:
                 self._step_ready_s = now_s
-            self.entry = (OpKind.OPTIMIZER_STEP, self._step_ready_s)
+            self.entry = (OPTIMIZER_STEP, self._step_ready_s)
         else:
             self._step_ready_s = None
         queue = None if hold_forwards else self._admitted_queue()
@@ -222,7 +222,7 @@ class TrainingQueue:
             if self._gate_open_s is None:
                 self._gate_open_s = now_s
             if self.entry is None:
-                self.entry = (OpKind.TRAIN_FORWARD, max(queue[0].ready_s, self._gate_open_s))
+                self.entry = (TRAIN_FORWARD, max(queue[0].ready_s, self._gate_open_s))
 
     def take_forward(self) -> TrainingMicrobatch:
         """Start the forward that `entry` names."""

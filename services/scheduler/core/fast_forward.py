@@ -10,7 +10,7 @@ which running ahead knows nothing.
 import math
 from collections.abc import Sequence
 
-from services.latency import OpKind
+from services.latency import DECODE, PREFILL
 from services.node_agent.core.types import Command, Event, Op, OpDone, RequestArrived, RunOp, Tick
 from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.node_mirror import NodeMirror, Running, node_request
@@ -19,7 +19,7 @@ from services.scheduler.core.state import Cluster, LiveInference, NodeState
 
 #: Events run ahead at most; a request that waits longer is predicted by arithmetic.
 MAX_EVENTS = 256
-_INFERENCE = (OpKind.PREFILL, OpKind.DECODE)
+_INFERENCE = (PREFILL, DECODE)
 
 
 def predict_ahead(
@@ -137,7 +137,7 @@ class _Ahead:
         stopped: tuple[str, ...] = ()
         if stage == self._top and op.kind in _INFERENCE:
             stopped = self._stopped(op)
-            if op.kind is OpKind.PREFILL:
+            if op.kind is PREFILL:
                 self._prefilled.update(op.first_ids)
         self._step(end_s, OpDone(stage, op.op_id, stopped))
 
@@ -157,7 +157,7 @@ class _Ahead:
     def _stopped(self, op: Op) -> tuple[str, ...]:
         """Requests that are expected to end with this token."""
         ended = []
-        for task_id in op.task_ids if op.kind is OpKind.DECODE else op.first_ids + op.decode_ids:
+        for task_id in op.task_ids if op.kind is DECODE else op.first_ids + op.decode_ids:
             left = self._left.get(task_id)
             if left is None:
                 left = self._expected_tokens(task_id)
@@ -180,12 +180,12 @@ def duration_s(costs: NodeCosts, stage: int, op: Op) -> float:
     batch = op.batch
     if not batch:
         return costs.stage_s(stage, op.kind, 1, 1, job_id=op.subject)
-    if op.kind is OpKind.DECODE:
+    if op.kind is DECODE:
         tokens, cached = op.context_tokens, 0
     else:
         tokens, cached = op.num_tokens, op.context_tokens
     op_s = costs.stage_s(stage, op.kind, batch, tokens / batch, cached / batch, op.subject) / op.parts
     if op.decodes:
-        decode_s = costs.stage_s(stage, OpKind.DECODE, op.decodes, op.decode_context_tokens / op.decodes)
+        decode_s = costs.stage_s(stage, DECODE, op.decodes, op.decode_context_tokens / op.decodes)
         return costs.mixed_s(stage, op_s, decode_s)
     return op_s

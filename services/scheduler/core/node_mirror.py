@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from services.latency import MOVES, OpKind
+from services.latency import DECODE, MOVES, OPTIMIZER_STEP
 from services.node_agent.core.node import NodeCore
 from services.node_agent.core.types import (
     Cancelled,
@@ -345,7 +345,7 @@ class NodeMirror:
         if running is None or not _is_same(running.op, trace):
             self._is_lost = True
             return
-        if running.op.kind is OpKind.DECODE and len(trace.task_ids) < len(running.op.task_ids):
+        if running.op.kind is DECODE and len(trace.task_ids) < len(running.op.task_ids):
             # The others ended before, and the report of that is on its way.
             for task_id in running.op.task_ids:
                 if task_id not in trace.task_ids:
@@ -419,10 +419,10 @@ def _is_same(op: Op, trace: OpFinished) -> bool:
     """Whether a trace tells the end of this operation, or of a decode iteration with some of its requests."""
     if op.kind is not trace.op or op.part != trace.part:
         return False
-    if op.kind is OpKind.OPTIMIZER_STEP or op.task_ids == trace.task_ids:
+    if op.kind is OPTIMIZER_STEP or op.task_ids == trace.task_ids:
         return True
     # After a new start its requests may be in another order.
-    return op.kind is OpKind.DECODE and set(trace.task_ids) <= set(op.task_ids)
+    return op.kind is DECODE and set(trace.task_ids) <= set(op.task_ids)
 
 
 def core_config(spec: NodeSpec) -> NodeCoreConfig:

@@ -7,7 +7,7 @@ prefill is to come, requests that decode together, and the training operation th
 import math
 from dataclasses import dataclass
 
-from services.latency import OpKind
+from services.latency import DECODE, PREFILL
 from services.scheduler.core.state import Cluster, LiveInference, NodeState
 
 #: A request meets a running training operation at any point of it: this share of such requests wait no longer than this
@@ -41,8 +41,8 @@ def predict_response(
     running = min(num_live + 1, slots)
     context = (node.context_tokens + task.prompt_tokens) / (num_live + 1)
     # Each stage works on its own decode batch, so a request meets the running requests of one stage.
-    iteration_s = costs.node_s(OpKind.DECODE, max(1.0, running / stages), context)
-    own_s = costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens - cached_tokens, cached_tokens)
+    iteration_s = costs.node_s(DECODE, max(1.0, running / stages), context)
+    own_s = costs.node_s(PREFILL, 1, task.prompt_tokens - cached_tokens, cached_tokens)
     demoted_s = _demoted_s(node)
     waiting_s = _blocking_s(node, iteration_s) + node.prefilling_s / stages - demoted_s
     num_leaving = _num_leaving(live, node, slots)
@@ -66,7 +66,7 @@ def predict_iteration_s(now_s: float, node: NodeState, context_tokens: float) ->
     count = len(node.inference)
     context = node.context_tokens / count if count else context_tokens
     batch = min(max(1, count), node.spec.max_batch)
-    return node.costs.node_s(OpKind.DECODE, batch, context) + _prefills_s(now_s, node)
+    return node.costs.node_s(DECODE, batch, context) + _prefills_s(now_s, node)
 
 
 def _demoted_s(node: NodeState) -> float:

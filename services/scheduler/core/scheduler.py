@@ -8,7 +8,7 @@ time (S-PP). Where it goes is the policy's decision.
 import math
 from dataclasses import replace
 
-from services.latency import NodeLatency, OpKind
+from services.latency import OPTIMIZER_STEP, NodeLatency
 from services.scheduler.core import policies, traces
 from services.scheduler.core.admission import deadline_s, refuse, refuse_overloaded, refuse_stale
 from services.scheduler.core.assignment import Assigner
@@ -239,7 +239,7 @@ class SchedulerCore:
             node.costs.changes.clear()
         if node.mirror is not None:
             node.mirror.ran(now_s, event)
-        if event.op is OpKind.OPTIMIZER_STEP and event.stage == node.costs.num_stages - 1:
+        if event.op is OPTIMIZER_STEP and event.stage == node.costs.num_stages - 1:
             self._commands += self._sync.optimizer_step(now_s, event.node_id)
 
     def _weights_told(self, node_id: str, weight_step: int, trained_s: float | None) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from services.latency import OpKind
+from services.latency import PREFILL
 from services.scheduler.core.config import CoreConfig
 from services.scheduler.core.costs import NodeCosts
 from services.scheduler.core.estimator import Arrivals, OutputLengths, RunningMoments
@@ -178,7 +178,7 @@ class NodeState:
         task = live.task
         live.node = self
         live.cached_tokens = cached_tokens
-        live.prefill_s = self.costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens - cached_tokens, cached_tokens)
+        live.prefill_s = self.costs.node_s(PREFILL, 1, task.prompt_tokens - cached_tokens, cached_tokens)
         live.has_first_token = False
         live.context_tokens = task.prompt_tokens
         self.inference[task.task_id] = live
@@ -204,7 +204,7 @@ class NodeState:
         """The prefill of one of its requests left a stage: that part of it is no longer to come."""
         if not live.has_first_token:
             cached = live.cached_tokens
-            stage_s = self.costs.stage_s(stage, OpKind.PREFILL, 1, live.task.prompt_tokens - cached, cached)
+            stage_s = self.costs.stage_s(stage, PREFILL, 1, live.task.prompt_tokens - cached, cached)
             done_s = min(live.prefill_s, stage_s)
             live.prefill_s -= done_s
             self.prefilling_s -= done_s
@@ -306,7 +306,7 @@ class Cluster:
             node.role = roles.get(node_id, NodeRole.UNUSED)
         ordered = sorted(self.nodes.values(), key=lambda node: node.node_id)
         if fastest_first:
-            ordered.sort(key=lambda node: node.costs.node_s(OpKind.PREFILL, 1, _TYPICAL_TOKENS) or math.inf)
+            ordered.sort(key=lambda node: node.costs.node_s(PREFILL, 1, _TYPICAL_TOKENS) or math.inf)
         self.serving = tuple(node for node in ordered if node.role in (NodeRole.SERVE, NodeRole.BOTH))
         self.training = tuple(node for node in ordered if node.role in (NodeRole.TRAIN, NodeRole.BOTH))
         self._recount_backlog()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from services.latency import OpKind
+from services.latency import DECODE, PREFILL
 from services.scheduler.core.commands import NodeTerms, SyncMode
 from services.scheduler.core.events import Event, NodeJoined, NodeProfiled
 from services.scheduler.core.fast_forward import predict_ahead
@@ -220,9 +220,9 @@ class LeMix:
         twice what an idle node does is."""
         ttft_s, tpot_s = self._promise(live, node, cluster)
         costs, prompt = node.costs, live.task.prompt_tokens
-        alone = costs.node_s(OpKind.PREFILL, 1, prompt) / ttft_s
+        alone = costs.node_s(PREFILL, 1, prompt) / ttft_s
         if live.task.max_tokens > 1:
-            alone = max(alone, costs.node_s(OpKind.DECODE, 1, prompt) / tpot_s)
+            alone = max(alone, costs.node_s(DECODE, 1, prompt) / tpot_s)
         return self._open_at if alone <= 1.0 else _BURST * max(alone, self._open_at)
 
     def _promise(self, live: LiveInference, node: NodeState, cluster: Cluster) -> tuple[float, float]:
@@ -231,9 +231,9 @@ class LeMix:
         ttft_s = task.slo.ttft_s if task.slo.ttft_s is not None else default.ttft_s
         tpot_s = task.slo.tpot_s if task.slo.tpot_s is not None else default.tpot_s
         if ttft_s is None:
-            ttft_s = self._slo_units * node.costs.node_s(OpKind.PREFILL, 1, task.prompt_tokens)
+            ttft_s = self._slo_units * node.costs.node_s(PREFILL, 1, task.prompt_tokens)
         if tpot_s is None:
-            tpot_s = self._slo_units * node.costs.node_s(OpKind.DECODE, 1, task.prompt_tokens)
+            tpot_s = self._slo_units * node.costs.node_s(DECODE, 1, task.prompt_tokens)
         # A promise of 0 (or none, on a node without a profile) cannot rank nodes.
         return ttft_s or math.inf, tpot_s or math.inf
 
@@ -283,7 +283,7 @@ class LeMix:
         if most == 1 or not self._cut or not cluster.prompts.count:
             return 1
         costs, prompt = node.costs, cluster.prompts.mean
-        blocked_s = self._cut * costs.node_s(OpKind.PREFILL, 1, prompt)
+        blocked_s = self._cut * costs.node_s(PREFILL, 1, prompt)
         tpot_s = cluster.config.default_slo.tpot_s
         if tpot_s is not None and cluster.outputs.mean_tokens > 1.0:
             blocked_s = min(blocked_s, tpot_s - predict_iteration_s(now_s, node, prompt))
@@ -301,8 +301,8 @@ class LeMix:
 def _saved_share(live: LiveInference, node: NodeState, cached_tokens: int) -> float:
     """Share of its prefill that a request saves on a node."""
     prompt_tokens = live.task.prompt_tokens
-    whole_s = node.costs.node_s(OpKind.PREFILL, 1, prompt_tokens)
-    rest_s = node.costs.node_s(OpKind.PREFILL, 1, prompt_tokens - cached_tokens, cached_tokens)
+    whole_s = node.costs.node_s(PREFILL, 1, prompt_tokens)
+    rest_s = node.costs.node_s(PREFILL, 1, prompt_tokens - cached_tokens, cached_tokens)
     return 1.0 - rest_s / whole_s if whole_s > 0.0 else 0.0
 
 

@@ -37,6 +37,9 @@ _PRIOR_OWN = 9.0
 _FORGETTING = 0.0004
 #: A coefficient stays within these bounds, in units of its profiled value.
 _LEAST, _MOST = 0.05, 20.0
+#: Prior variance and bounds of a coefficient that is alone, as the difference from its profiled value.
+_SINGLE_PRIOR = _PRIOR_SCALE + _PRIOR_OWN
+_SINGLE_LEAST, _SINGLE_MOST = _LEAST - 1.0, _MOST - 1.0
 #: What a coefficient that the profile found to be 0 adds to the first operation that is large for it, at most.
 _MOST_LEAP = 0.5
 #: A prediction stays above this share of the profile's.
@@ -63,6 +66,11 @@ def terms_of(model: LatencyModel | None) -> Terms:
         for position, coefficient in zip(_POSITIONS[model.form], model.coefficients, strict=True):
             terms[position] = coefficient
     return (terms[0], terms[1], terms[2], terms[3])
+
+
+def coefficients_of(model: LatencyModel) -> "Coefficients":
+    """What learns the coefficients of this form."""
+    return SingleCoefficient(model) if len(_POSITIONS.get(model.form, (0,))) == 1 else Coefficients(model)
 
 
 class Coefficients:
@@ -119,14 +127,11 @@ class Coefficients:
         if ratio < _LEAST_RATIO:
             ratio = _LEAST_RATIO
         residual = math.log(actual_s / (profiled_s * ratio))
-        most = _CLIP_SIGMAS * sigma
-        if most < _CLIP:
-            most = _CLIP
         error = residual
-        if -most <= residual <= most:
+        if -_CLIP <= residual <= _CLIP:
             self._run = 0
         else:
-            error = self._far_off(residual, most)
+            error = self._clipped(residual, sigma)
         error *= ratio  # in units of the profile's duration, like w and h
         p00, p01, p02, p11, p12, p22 = self._p
         q00, q01, q02, q11, q12, q22 = self._p0
@@ -159,16 +164,24 @@ class Coefficients:
             self.terms = (b0 + u0 * h0, b1 + u1 * h1, b2 + u2 * h2, 0.0)
         return residual
 
-    def _far_off(self, residual: float, most: float) -> float:
-        """What an error beyond the clip counts as. Several in a row, all to one side, are no outliers but a change:
-        then they count in full, and what was learnt before counts as little as the profile."""
+    def _clipped(self, residual: float, sigma: float) -> float:
+        """What an error of more than `_CLIP` counts as. Several beyond the clip in a row, all to one side, are no
+        outliers but a change: then they count in full, and what was learnt before counts as little as the profile."""
+        most = max(_CLIP, _CLIP_SIGMAS * sigma)
+        if -most <= residual <= most:
+            self._run = 0
+            return residual
         sign = 1 if residual > 0.0 else -1
         self._run = self._run + sign if self._run * sign > 0 else sign
         if abs(self._run) < _CHANGED:
             return sign * most
         if abs(self._run) == _CHANGED:
-            self._p = self._p0
+            self._doubt()
         return max(-_MOST_ERROR, min(residual, _MOST_ERROR))
+
+    def _doubt(self) -> None:
+        """The covariance is the prior's again."""
+        self._p = self._p0
 
     def _smaller_units(self, weights: tuple[float, float, float]) -> tuple[float, float, float]:
         """A coefficient without a profiled value would explain more than the whole of this operation: its unit shrinks
@@ -216,3 +229,52 @@ class Coefficients:
             _PRIOR_SCALE * s1 * s2,
             _PRIOR_SCALE * s2 * s2 + own2,
         )
+
+
+class SingleCoefficient(Coefficients):
+    """Of a form with one term: the same estimate, to the last digit, in a fraction of the time.
+
+    The term is the whole of the profiled duration, so its weight is 1 in every operation and its size does not matter.
+    """
+
+    __slots__ = ("_scale", "_unit", "_variance")
+
+    def __init__(self, model: LatencyModel) -> None:
+        super().__init__(model)
+        self._unit = sum(self.terms)
+        #: Coefficient = unit + unit * scale; and the variance of that.
+        self._scale = 0.0
+        self._variance = _SINGLE_PRIOR
+
+    def observe(
+        self, profiled_s: float, actual_s: float, sigma: float, batch: float, length: float, cached: float
+    ) -> float:
+        """See Coefficients.observe."""
+        del batch, length, cached
+        scale = self._scale
+        ratio = 1.0 + scale
+        if ratio < _LEAST_RATIO:
+            ratio = _LEAST_RATIO
+        residual = math.log(actual_s / (profiled_s * ratio))
+        error = residual
+        if -_CLIP <= residual <= _CLIP:
+            self._run = 0
+        else:
+            error = self._clipped(residual, sigma)
+        variance = self._variance
+        variance += _FORGETTING * (_SINGLE_PRIOR - variance)
+        gain = variance / (1.0 + variance)
+        self._variance = variance - gain * variance
+        scale += gain * (error * ratio)
+        scale = _SINGLE_LEAST if scale < _SINGLE_LEAST else _SINGLE_MOST if scale > _SINGLE_MOST else scale
+        self._scale = scale
+        self.ratio = ratio
+        coefficient = self._unit + self._unit * scale
+        if self._squared:
+            self.terms = (0.0, 0.0, 0.0, coefficient)
+        else:
+            self.terms = (coefficient, 0.0, 0.0, 0.0)
+        return residual
+
+    def _doubt(self) -> None:
+        self._variance = _SINGLE_PRIOR

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.latency import LatencyModel, NodeLatency, OpKind
-from services.scheduler.core.calibration import Coefficients, Terms, is_polynomial, terms_of
+from services.latency import OPTIMIZER_STEP, TRAIN_BACKWARD, TRAIN_FORWARD, LatencyModel, NodeLatency, OpKind
+from services.scheduler.core.calibration import Terms, coefficients_of, is_polynomial, terms_of
 from services.scheduler.core.drift import DriftDetector
 from services.scheduler.core.residuals import MeanError, Residuals
 
@@ -75,7 +75,7 @@ class _Learner:
     __slots__ = ("alone", "beside", "coefficients", "drift", "residuals", "table")
 
     def __init__(self, model: LatencyModel, drift_band: float) -> None:
-        self.coefficients = Coefficients(model)
+        self.coefficients = coefficients_of(model)
         self.table = None if is_polynomial(model) else model
         self.residuals = Residuals(model)
         # Where the form misses its own measurements by more than the band, being off is nothing new.
@@ -187,15 +187,15 @@ class NodeCosts:
         for stage in range(self.num_stages):
             longest = max(
                 longest,
-                self.stage_s(stage, OpKind.TRAIN_FORWARD, batch, length, job_id=job_id),
-                self.stage_s(stage, OpKind.TRAIN_BACKWARD, batch, length, job_id=job_id),
-                self.stage_s(stage, OpKind.OPTIMIZER_STEP, 1, 1, job_id=job_id),
+                self.stage_s(stage, TRAIN_FORWARD, batch, length, job_id=job_id),
+                self.stage_s(stage, TRAIN_BACKWARD, batch, length, job_id=job_id),
+                self.stage_s(stage, OPTIMIZER_STEP, 1, 1, job_id=job_id),
             )
         return longest
 
     def training_work_s(self, batch: int, length: int, job_id: str = "") -> float:
         """Mean time that a micro-batch keeps a stage busy."""
-        kinds = (OpKind.TRAIN_FORWARD, OpKind.TRAIN_BACKWARD)
+        kinds = (TRAIN_FORWARD, TRAIN_BACKWARD)
         return sum(self.node_s(kind, batch, length, job_id=job_id) for kind in kinds) / self.num_stages
 
     # ----------------------------------------------------------------- learning
@@ -265,7 +265,9 @@ class NodeCosts:
 
     def trains(self, job_id: str) -> None:
         """One of its operations ended here: from now on it is known, until it is forgotten."""
-        # The one that trained last goes to the end.
+        # The one that trained last goes to the end, where it mostly is.
+        if next(reversed(self._jobs), None) == job_id:
+            return
         self._jobs[job_id] = self._jobs.pop(job_id, {})
         if len(self._jobs) > _MAX_JOBS:
             del self._jobs[next(iter(self._jobs))]

@@ -39,10 +39,9 @@ class DriftDetector:
 
         Returns whether the alarm begins or ends.
         """
-        most = _CLIP_SIGMAS * sigma
-        if most < _CLIP:
-            most = _CLIP
-        error = most if error > most else -most if error < -most else error
+        if not -_CLIP <= error <= _CLIP:
+            most = max(_CLIP, _CLIP_SIGMAS * sigma)
+            error = max(-most, min(error, most))
         self.level += _MEAN_GAIN * (error - self.level)
         if self.active:
             if abs(self.level) > _CLEAR_SHARE * self._band:

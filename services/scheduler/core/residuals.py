@@ -10,6 +10,7 @@ _PLAIN = 50
 #: Step of the quantiles in standard deviations.
 _STEP = 0.1
 _TAIL = 0.05
+_BODY = 1.0 - _TAIL
 #: Width of the 90 % interval of a normal distribution in standard deviations.
 _WIDTH_90 = 3.29
 _LEAST_SIGMA = 0.02
@@ -50,9 +51,11 @@ class Residuals:
     def observe(self, residual: float) -> None:
         """Take one log(real / predicted) in."""
         step = _STEP * self.sigma
-        self.high += step * (1.0 - _TAIL) if residual > self.high else -step * _TAIL
-        self.low -= step * (1.0 - _TAIL) if residual < self.low else -step * _TAIL
-        if self.low > self.high:
-            self.low = self.high = 0.5 * (self.low + self.high)
-        sigma = (self.high - self.low) / _WIDTH_90
+        low, high = self.low, self.high
+        high += step * _BODY if residual > high else -step * _TAIL
+        low -= step * _BODY if residual < low else -step * _TAIL
+        if low > high:
+            low = high = 0.5 * (low + high)
+        self.low, self.high = low, high
+        sigma = (high - low) / _WIDTH_90
         self.sigma = sigma if sigma > _LEAST_SIGMA else _LEAST_SIGMA

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.latency import FORMS, LatencyModel, LatencyTable, NodeLatency, OpKind
-from services.scheduler.core.calibration import Coefficients, terms_of
+from services.scheduler.core.calibration import Coefficients, SingleCoefficient, coefficients_of, terms_of
 from services.scheduler.core.costs import NodeCosts
 
 SIGMA = 0.1
@@ -206,3 +206,20 @@ def test_records_tell_errors_with_and_without_the_other_kind_of_work() -> None:
     (record,) = costs.records()
     assert record.num_seen == 21
     assert record.error_beside == pytest.approx(0.2), "|predicted - real| / real"
+
+
+@given(
+    model=st.sampled_from([LatencyModel("quadratic", (7e-7,)), LatencyModel("constant", (0.01,))]),
+    operations=st.lists(
+        st.tuples(st.integers(1, 64), st.integers(1, 4096), st.integers(0, 4096), st.floats(0.001, 1000.0)), min_size=1
+    ),
+)
+def test_a_single_coefficient_is_estimated_to_the_last_digit_like_one_of_several(
+    model: LatencyModel, operations: list[tuple[int, int, int, float]]
+) -> None:
+    single, general = coefficients_of(model), Coefficients(model)
+    assert type(single) is SingleCoefficient
+    for batch, length, cached, factor in operations:
+        real_s = factor * single.profiled_s(batch, length, cached)
+        assert learn(single, batch, length, real_s, cached) == learn(general, batch, length, real_s, cached)
+        assert (single.terms, single.ratio) == (general.terms, general.ratio)

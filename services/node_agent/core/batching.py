@@ -254,6 +254,8 @@ class InferenceBatcher:
 
     def take_freed(self) -> list[Command]:
         """KV caches to be freed before the composed op runs: they made room for it."""
+        if not self.running.made_room:
+            return []  # as after nearly every operation
         freed: list[Command] = [FreeKv(task_id) for task_id in self.running.made_room]
         self.running.made_room.clear()
         return freed

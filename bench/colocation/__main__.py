@@ -21,8 +21,8 @@ from bench.colocation import report
 from bench.colocation.claims import claims
 from bench.colocation.config import HALF, ColocationConfig, ColocationError, LiveConfig
 from bench.colocation.live_study import live_study
-from bench.colocation.measure import Measured
-from bench.colocation.scenario import Run, promise, simulate
+from bench.colocation.pool import side_by_side
+from bench.colocation.scenario import promise, simulate
 from bench.colocation.study import Study
 from bench.live.errors import LiveError
 from bench.live.interrupt import run_interruptible
@@ -30,7 +30,6 @@ from bench.report.summary import run_facts
 from bench.report.verdict import STYLES
 from deploy.local.cluster import ClusterError
 from services.arguments import parser_class
-from services.simulator.pool import workers
 from services.simulator.profile_file import ProfileError
 from services.simulator.trace_file import TraceError, read_trace
 
@@ -106,15 +105,13 @@ def _live(options: argparse.Namespace, policies: tuple[str, ...]) -> LiveConfig:
 async def run(config: ColocationConfig, console: Console) -> dict[str, Any]:
     """Everything; writes the summary and the page and returns the former. Raises LiveError, ClusterError."""
     began_s, known = time.monotonic(), run_facts()
-    with workers(config.num_processes) as pool:
 
-        def simulate_all(runs: Sequence[Run]) -> list[Measured]:
-            return list(pool.map(simulate, runs))
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-        def say(line: str) -> None:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-        found = Study(config, simulate_all, say).run()
+    with side_by_side(simulate, config.num_processes) as simulate_all:
+        # In a thread, so that an interrupt is heard meanwhile.
+        found = await asyncio.to_thread(Study(config, simulate_all, say).run)
         live = None
         if config.live.policies:
             live = await live_study(config, found["capacity_rps"], simulate_all, say, lambda at_s: None)

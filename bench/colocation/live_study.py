@@ -1,5 +1,6 @@
 """Half of capacity on an emulated cluster with all services, beside the same runs in the simulator."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -114,7 +115,7 @@ async def _both(
 ) -> tuple[LiveRun, Measured]:
     done = await measure_live(run, config.out / "runs" / name, time_scale, on_progress)
     runs: Sequence[Run] = [run]
-    return done, simulate(runs)[0]
+    return done, (await asyncio.to_thread(simulate, runs))[0]
 
 
 def _line(name: str, live: LiveRun, simulated: Measured) -> str:

@@ -22,7 +22,7 @@ from bench.colocation.claims import claims
 from bench.colocation.config import HALF, ColocationConfig, ColocationError, LiveConfig
 from bench.colocation.live_study import live_study
 from bench.colocation.pool import side_by_side
-from bench.colocation.scenario import promise, simulate
+from bench.colocation.scenario import profile, promise, simulate
 from bench.colocation.study import Study
 from bench.live.errors import LiveError
 from bench.live.interrupt import run_interruptible
@@ -36,6 +36,7 @@ from services.simulator.trace_file import TraceError, read_trace
 #: `--quick`: enough to see that everything works, too few for figures.
 _QUICK: Mapping[str, Any] = {"seeds": (0,), "seconds": 15.0, "shares": (0.5, 1.0), "tolerance": 0.3}
 _QUICK_LIVE: Mapping[str, Any] = {"clock_real_seconds": 5.0, "real_seconds": 20.0, "large_real_seconds": 16.0}
+_QUICK_HELP = "a check that everything works, without verdicts; about 5 minutes, live clusters included"
 _MAX_PROBLEMS_SHOWN = 10
 _FULL: Mapping[str, Any] = {
     "seeds": tuple(range(5)),
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-live", action="store_true", help="the simulator alone")
     parser.add_argument("--trace", type=Path, help="CSV with arrival_s,prompt_tokens,output_tokens to follow")
     parser.add_argument("--full", action="store_true", help="more and longer simulations")
-    parser.add_argument("--quick", action="store_true", help="a few short simulations: a check, no figures")
+    parser.add_argument("--quick", action="store_true", help=_QUICK_HELP)
     parser.add_argument("--processes", type=int, default=0, help="simulations at a time (default: one per core)")
     parser.add_argument("--out", type=Path, default=defaults.out, help=f"where results go (default {defaults.out})")
     return parser
@@ -79,6 +80,7 @@ def parse(arguments: Sequence[str]) -> ColocationConfig:
         changes["seeds"] = tuple(range(options.seeds))
     config = ColocationConfig(
         live=_live(options, changes.get("policies", ColocationConfig().policies)),
+        is_quick=options.quick,
         nodes=options.nodes,
         profile=options.profile,
         fast_profile=options.fast_profile,
@@ -89,9 +91,20 @@ def parse(arguments: Sequence[str]) -> ColocationConfig:
     )
     for path in (config.profile, config.fast_profile, config.live.large_profile):
         promise(path)
+    _check_stages(config)
     if config.trace is not None:
         read_trace(config.trace)
     return config
+
+
+def _check_stages(config: ColocationConfig) -> None:
+    """Nodes of one cluster have equally many stages. Raises ColocationError."""
+    slow, fast = (profile(path).latency.num_stages for path in (config.profile, config.fast_profile))
+    if slow != fast:
+        raise ColocationError(
+            f"--profile {config.profile} has {slow} stage(s) but --fast-profile {config.fast_profile} has {fast}: "
+            "the nodes of the cluster of two speeds need equally many"
+        )
 
 
 def _live(options: argparse.Namespace, policies: tuple[str, ...]) -> LiveConfig:
@@ -125,7 +138,7 @@ async def run(config: ColocationConfig, console: Console) -> dict[str, Any]:
         "time_scale": live and live["time_scale"],
         "clock_slip_p99_frac": live and live["clock_slip_p99_frac"],
         "live": live,
-        "claims": claims({**found, "live": live}),
+        "claims": claims({**found, "live": live}, is_quick=config.is_quick),
     }
     (config.out / "summary.json").write_text(json.dumps(summary, indent=1, default=str) + "\n", encoding="utf-8")
     (config.out / "report.html").write_text(report.render(summary), encoding="utf-8")

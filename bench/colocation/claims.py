@@ -9,10 +9,17 @@ from bench.report.verdict import decide
 
 #: p99 of the clock slip of a live cluster that keeps time, % of an operation.
 MOST_SLIP = 100.0 * LIMIT
+#: Of every claim after a quick run.
+_UNDECIDED = {"verdict": "unresolved", "reason": "a quick run"}
 
 
-def claims(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every claim with its value; a value of None was not measured."""
+def claims(found: Mapping[str, Any], *, is_quick: bool = False) -> list[dict[str, Any]]:
+    """Every claim with its value; a value of None was not measured. is_quick: none is decided."""
+    judged = _judged(found)
+    return [{**claim, **_UNDECIDED} for claim in judged] if is_quick else judged
+
+
+def _judged(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     half = {row["policy"]: row for row in found["rates"] if row["share"] == HALF}
     mine = half.get(SUBJECT)
     others = [row["safe_harvest"] for name, row in half.items() if name != SUBJECT]
@@ -91,22 +98,26 @@ def _claim(
     by_seed: Sequence[float] = (),
 ) -> dict[str, Any]:
     """by_seed: decides where given: what holds with some seeds only is unresolved."""
+    verdict = decide(list(by_seed) or [value], threshold, at_least=at_least)
+    reason = "" if verdict != "unresolved" else "not measured" if value is None else "the seeds disagree"
     return {
         "name": name,
         "text": text,
         "value": value,
         "threshold": threshold,
         "at_least": at_least,
-        "verdict": decide(list(by_seed) or [value], threshold, at_least=at_least),
+        "verdict": verdict,
+        "reason": reason,
     }
 
 
 def line(claim: Mapping[str, Any]) -> str:
     """A claim in words."""
-    value = "not measured" if claim["value"] is None else f"{claim['value']:.2f}"
+    value = "–" if claim["value"] is None else f"{claim['value']:.2f}"
     return f"{claim['text']}: {value} ({limit(claim)})"
 
 
 def limit(claim: Mapping[str, Any]) -> str:
-    """What it is held against."""
-    return f"{'at least' if claim['at_least'] else 'at most'} {claim['threshold']:g}"
+    """What it is held against, and why nothing was decided."""
+    held_against = f"{'at least' if claim['at_least'] else 'at most'} {claim['threshold']:g}"
+    return ", ".join(filter(None, (held_against, claim["reason"])))

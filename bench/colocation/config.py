@@ -96,9 +96,10 @@ class ColocationConfig:
     """shares: rates, as shares of capacity. seconds: length of the traffic of one simulation.
 
     trace: requests to follow instead of the published statistics, faster or slower as a rate asks for; with every seed
-    another stretch of it, from its beginning again after its end.
+    another stretch of it, from its beginning again after its end. is_quick: too little is run for a verdict.
     """
 
+    is_quick: bool = False
     profile: Path = PROFILE
     fast_profile: Path = FAST_PROFILE
     policies: tuple[str, ...] = (*BASELINES, SUBJECT)

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from bench.colocation.__main__ import main, parse
 from bench.colocation.capacity import find_capacity
-from bench.colocation.claims import claims
+from bench.colocation.claims import claims, line
 from bench.colocation.config import ColocationConfig, ColocationError
 from bench.colocation.figures import colocated, harvest_of_most_idle
 from bench.colocation.measure import Measured, pooled
@@ -120,6 +121,30 @@ def test_claims_compare_with_the_best_policy_and_the_best_baseline():
     assert verdicts["attainment_lost"] == (pytest.approx(1.4), "missed")
     assert verdicts["over_baselines"] == (pytest.approx(1.7), "held")
     assert verdicts["per_node"] == (pytest.approx(8.0), "held")
+
+
+def test_a_quick_run_decides_nothing():
+    found = {
+        "rates": [_row("lemix", 0.99, 0.99, 0.95), _row("separate", 0.5, 0.999, 0.5)],
+        "heterogeneous": {"per_node": 0.98, "averaged": 0.90, "gains": [0.07, 0.09]},
+    }
+    quick = claims(found, is_quick=True)
+    assert {(claim["verdict"], claim["reason"]) for claim in quick} == {("unresolved", "a quick run")}
+    assert all(line(claim).endswith(", a quick run)") for claim in quick)
+    assert [claim["value"] for claim in quick] == [claim["value"] for claim in claims(found)]
+
+
+def test_profiles_of_different_numbers_of_stages_are_refused(capsys, tmp_path):
+    two, four = "deploy/profiles/a100-llama-2-7b.json", "deploy/profiles/a100-llama-2-7b-4-stages.json"
+    for arguments in (["--profile", four], ["--fast-profile", four]):
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("colocation: --profile ")
+        assert told.count("\n") == 1
+        assert f"{four} has 4" in told
+        assert "has 2" in told
+    assert not (tmp_path / "out").exists()
+    assert parse(["--profile", two, "--quick"]).is_quick
 
 
 @pytest.mark.parametrize(

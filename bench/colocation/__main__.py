@@ -165,6 +165,8 @@ def main(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("colocation: interrupted; everything is stopped", file=sys.stderr)
         return 130
+    for words in report.meanings(summary):
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
     for item in report.terminal_tables(summary):
         console.print(item)
     for verdict, words in report.claim_lines(summary):

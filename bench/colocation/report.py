@@ -7,10 +7,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bench.colocation.claims import limit, line
+from bench.colocation.config import HALF
 from bench.colocation.figures import DEFINITIONS
+from bench.colocation.scenario import WORKLOAD
 from bench.report.colors import policy_color
 from bench.report.table import percent
-from services.charts.page import chip, configuration, document, facts, table, tile
+from services.charts.page import chip, configuration, document, facts, notice, table, tile
 from services.charts.svg import Chart, legend, text
 
 #: Column -> how a row shows it.
@@ -29,21 +31,53 @@ _TIMES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "TPOT p50 / p99, ms": lambda row: _milliseconds(row["tpot_s"]),
     "staleness p50 / p99, s": lambda row: _pair(row["staleness_s"], 1.0, ".1f"),
 }
-#: Those that a terminal has room for.
-_SHORT = ("attainment", "without training", "harvest", "harvest, of most idle", "safe harvest", "training kept")
+#: Header on a terminal of 80 columns -> column.
+_SHORT = {
+    "SLO kept": "attainment",
+    "SLO alone": "without training",
+    "harvest": "harvest",
+    "of most idle": "harvest, of most idle",
+    "safe harvest": "safe harvest",
+    "training kept": "training kept",
+}
+#: What the columns mean, a line of a terminal each.
+_MEANINGS = (
+    "SLO kept: share of requests whose TTFT and TPOT were kept, training on",
+    "SLO alone: the same without training",
+    "harvest: training work done / stage time that serving alone leaves idle",
+    "of most idle: the same, idle time of the policy that leaves most of it",
+    "safe harvest: harvest x (SLO kept / SLO alone, max. 1); 0 if alone is overload",
+    "training kept: trained tokens/s / those with nothing to serve, best policy",
+)
 #: Figure -> its axis.
 _CHARTS = {
-    "safe_harvest": "safe harvest",
-    "slo_attainment": "SLO attainment, training on",
-    "training_kept": "training kept",
-    "harvest_of_most_idle": "harvest, of the idle time of the policy that leaves most",
+    "safe_harvest": "safe harvest, share of the stage time that serving leaves idle",
+    "slo_attainment": "SLO attainment with training, share of requests",
+    "training_kept": "training kept, share of the tokens/s with nothing to serve",
+    "harvest_of_most_idle": "harvest, share of the idle time of the policy that leaves most",
 }
+_QUICK = "A quick run: too few and too short simulations for figures; nothing is decided."
+#: Radius of the smallest ring and most that the largest is over it, pixels; width of the thinnest line.
+_RING_PX, _MOST_OVER_PX, _LINE_PX = 3.0, 7.5, 2.0
+
+
+def meanings(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tables on the terminal has to know, line by line."""
+    quick = [_QUICK] if summary["config"]["is_quick"] else []
+    half = f"half of capacity: {HALF * summary['capacity_rps']:.2f} requests/s, for every policy"
+    return [*quick, *_MEANINGS, _capacity(summary), half]
+
+
+def _capacity(summary: Mapping[str, Any]) -> str:
+    best = max(summary["capacities"], key=lambda policy: summary["capacities"][policy]["rate"])
+    return f"capacity, {summary['capacity_rps']:.2f} requests/s, of the best policy without training, {best}"
 
 
 def terminal_tables(found: Mapping[str, Any]) -> list[Table]:
     """A table of rates and policies, and one of the cluster of two speeds."""
     rates = [
-        (f"{row['rate']:.1f}/s, {row['policy']}", *(_COLUMNS[name](row) for name in _SHORT)) for row in found["rates"]
+        (f"{row['rate']:.1f} {row['policy']}", *(_COLUMNS[name](row) for name in _SHORT.values()))
+        for row in found["rates"]
     ]
     return [
         _terminal("Colocation", ("requests/s, policy", *_SHORT), rates),
@@ -59,8 +93,6 @@ def render(summary: Mapping[str, Any]) -> str:
         tile("–" if c["value"] is None else f"{c['value']:.2f}", c["text"], chip(c["verdict"], limit(c)))
         for c in claims
     )
-    slo = summary["slo"]
-    promised = f"TTFT {1e3 * slo['ttft_s']:.0f} ms, TPOT {1e3 * slo['tpot_s']:.1f} ms"
     head = ("requests/s", "share", "policy")
     rows = [(f"{row['rate']:.2f}", f"{100 * row['share']:.0f} %", text(row["policy"])) for row in summary["rates"]]
     policies = list(dict.fromkeys(row["policy"] for row in summary["rates"]))
@@ -72,27 +104,38 @@ def render(summary: Mapping[str, Any]) -> str:
     return document(
         "LeMix: colocation",
         [
-            "<h1>Training in what serving leaves</h1>",
-            f"<p>{summary['config']['nodes']} nodes, in the simulator, with the production scheduler and node cores. "
-            f"Promised: {promised}. Capacity {summary['capacity_rps']:.2f} requests/s.</p>",
+            _header(summary),
+            notice("No verdicts", [_QUICK] if summary["config"]["is_quick"] else []),
+            f"<h2>Definitions</h2>{facts(DEFINITIONS)}",
+            f"<h2>Claims</h2><p>Half of capacity is half of the {text(_capacity(summary))}.</p>"
             f'<div class="tiles">{tiles}</div>',
-            f'<h2>By rate</h2>{keys}<div class="pair">{charts}</div>',
+            f"<h2>By rate</h2><p>Where policies have the same value, the line of the first is the "
+            "broadest and its rings are the largest: the others show inside.</p>"
+            f'{keys}<div class="pair">{charts}</div>',
             "<h2>Every rate and policy</h2><p>Rates with their shares of capacity.</p>"
             + "<br>".join(_table(head, rows, summary["rates"], columns) for columns in (_COLUMNS, _TIMES)),
             f"<h2>Capacity without training</h2>{table(*_capacities(summary))}",
             "<h2>Two speeds</h2><p>Half of the nodes are fast. Attainment with the coefficients of every node, and "
             f"with one mean set for all.</p>{table(*_two_speeds(summary))}",
             *_live(summary.get("live")),
-            f"<h2>Definitions</h2>{facts(DEFINITIONS)}",
-            facts(
-                {
-                    "machine": summary["machine"]["cpu"],
-                    "commit": summary["git_commit"],
-                    "took": f"{summary['seconds_total']:.0f} s",
-                }
-            ),
             configuration(summary["config"]),
         ],
+    )
+
+
+def _header(summary: Mapping[str, Any]) -> str:
+    slo, config = summary["slo"], summary["config"]
+    promised = f"TTFT {1e3 * slo['ttft_s']:.0f} ms, TPOT {1e3 * slo['tpot_s']:.1f} ms"
+    seeds = ", ".join(str(seed) for seed in config["seeds"])
+    traffic = f"the trace {config['trace']}" if config["trace"] else f"the published statistics of {WORKLOAD}"
+    return (
+        "<h1>Training in what serving leaves</h1>"
+        f"<p>{config['nodes']} nodes, in the simulator, with the production scheduler and node cores. Promised: "
+        f"{promised}. Requests after {text(traffic)}, {config['seconds']:g} s of them a run; beside them a backlog of "
+        f"training, {config['training']['batch']} x {config['training']['length']} tokens a micro-batch.</p>"
+        f'<p class="soft">{text(summary["started_at"])} · {text(summary["machine"]["cpu"])}, '
+        f"{summary['machine']['cores']} cores · commit {text(summary['git_commit'])} · seeds {seeds} · "
+        f"{summary['seconds_total']:.0f} s</p>"
     )
 
 
@@ -183,9 +226,21 @@ def _terminal(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) ->
 def _chart(rows: Sequence[Mapping[str, Any]], policies: Sequence[str], figure: str, label: str) -> str:
     highest = max(1.0, *(row[figure] for row in rows))
     chart = Chart.plot(540, 280, (0.0, 1.05 * max(row["rate"] for row in rows)), (0.0, 1.02 * highest))
-    chart.axes("requests/s", label)
-    for policy in policies:
+    chart.axes("requests per second", label)
+    for index, policy in enumerate(policies):
         points = [(row["rate"], row[figure]) for row in rows if row["policy"] == policy]
-        chart.line(points, policy_color(policy))
-        chart.dots(points, policy_color(policy))
+        _nested(chart, points, policy_color(policy), 1.0 - (index + 1) / len(policies))
     return chart.render(f"{label} by rate")
+
+
+def _nested(chart: Chart, points: Sequence[tuple[float, float]], color: str, outer: float) -> None:
+    """A line with rings. outer: 0 (drawn last) to 1; the larger the broader, to be seen around those drawn later."""
+    over_px = outer * _MOST_OVER_PX
+    places = [(chart.x(x), chart.y(y)) for x, y in points]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    style = f"fill:none;stroke:{color};stroke-width"
+    chart.parts.append(f'<polyline class="line" style="{style}:{_LINE_PX + over_px:.1f}" points="{path}"/>')
+    chart.parts += [
+        f'<circle style="{style}:{_LINE_PX}" cx="{x:.1f}" cy="{y:.1f}" r="{_RING_PX + over_px:.1f}"/>'
+        for x, y in places
+    ]

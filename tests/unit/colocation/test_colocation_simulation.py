@@ -1,10 +1,12 @@
 """Short simulations of the benchmark's cluster."""
 
+import io
 import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from bench.colocation import report
 from bench.colocation.claims import claims
@@ -106,12 +108,23 @@ def test_a_study_leaves_every_figure_and_a_page_that_stands_alone():
         "claims": claims(found),
         "config": CONFIG.to_json(),
         "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
-        "machine": {"cpu": "a processor"},
+        "machine": {"cpu": "a processor", "cores": 2},
+        "started_at": "2026-01-01T00:00:00+00:00",
         "git_commit": "0" * 12,
         "seconds_total": 1.0,
     }
     page = report.render(summary)
     assert_self_contained(page)
     assert len(charts(page)) == 4
+    assert page.index("Definitions") < page.index("Claims")
+    assert "A quick run" not in page
+    assert "A quick run" in report.render({**summary, "config": {**summary["config"], "is_quick": True}})
+    best = max(found["capacities"], key=lambda policy: found["capacities"][policy]["rate"])
+    assert report.meanings(summary)[-2].endswith(best)
+    terminal = Console(width=80, record=True, file=io.StringIO())
+    for item in report.terminal_tables(summary):
+        terminal.print(item)
+    lines = [*report.meanings(summary), *terminal.export_text().splitlines()]
+    assert all(len(words) <= 80 and "…" not in words for words in lines)
     assert len(report.terminal_tables(summary)) == 3
     assert len(report.claim_lines(summary)) == 5

@@ -116,12 +116,12 @@ class Chart:
         """Text at pixels."""
         self.parts.append(f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text(content)}</text>')
 
-    def line(self, points: Sequence[Point], color: str, *, dashed: bool = False) -> None:
-        """A line through data points."""
+    def line(self, points: Sequence[Point], color: str, *, dashed: bool = False, dash_px: float = 5.0) -> None:
+        """A line through data points; dash_px: length of a dash."""
         if not points:
             return
         path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
+        dash = f' stroke-dasharray="{dash_px:g} 4"' if dashed else ""
         self.parts.append(f'<polyline class="line" style="stroke:{color}"{dash} points="{path}"/>')
 
     def area(self, points: Sequence[tuple[float, float, float]], color: str) -> None:

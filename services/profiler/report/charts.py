@@ -9,7 +9,7 @@ from services.latency import LatencyModel
 from services.profile_messages import model_from_fit
 
 _WIDTH, _HEIGHT = 540, 300
-_COLORS = ("#1f6fb5", "#d3622a", "#1b9e77", "#a05cc0", "#b58900", "#c2588f", "#4a4a4a")
+_COLORS = ("#1f6fb5", "#d3622a", "#1b9e77", "#a05cc0", "#b58900", "#c2588f", "#17a2b8", "#7a8288")
 FORM_COLORS = {
     "quadratic": "#d3622a",
     "affine": "#1b9e77",
@@ -34,9 +34,10 @@ def durations(points: Sequence[profile_pb2.Measurement], fit: profile_pb2.Latenc
     for index, batch in enumerate(batches):
         here = [point for point in points if point.batch == batch]
         ends = min(point.length for point in here), max(point.length for point in here)
-        chart.line(_line(model, batch, *ends), _color(index))
+        dash_px = _dash_px(index)
+        chart.line(_line(model, batch, *ends), _color(index), dashed=dash_px > 0.0, dash_px=dash_px)
         chart.dots([(point.length, 1000.0 * median(point.durations_s)) for point in here], _color(index))
-    keys = [(f"batch {batch}", _color(index)) for index, batch in enumerate(batches)]
+    keys = [(f"batch {batch}", _key(index)) for index, batch in enumerate(batches)]
     return f'<div class="figure">{legend(keys)}{chart.render(title)}</div>'
 
 
@@ -96,3 +97,16 @@ def _line(model: LatencyModel, batch: int, low: int, high: int) -> list[Point]:
 
 def _color(index: int) -> str:
     return _COLORS[index % len(_COLORS)]
+
+
+def _dash_px(index: int) -> float:
+    """Series of one colour differ by their dashes; 0: a solid line."""
+    return 3.0 * (index // len(_COLORS))
+
+
+def _key(index: int) -> str:
+    """What fills the key of a series in the legend."""
+    color, dash_px = _color(index), _dash_px(index)
+    if not dash_px:
+        return color
+    return f"repeating-linear-gradient(90deg,{color} 0 {dash_px:g}px,transparent {dash_px:g}px {dash_px + 2:g}px)"

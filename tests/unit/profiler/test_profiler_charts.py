@@ -1,0 +1,32 @@
+"""What the charts of a profile's page show of their points."""
+
+import re
+
+from lemix.internal.v1 import profile_pb2
+from services.profiler.report.charts import durations
+
+
+def fit(model, *coefficients):
+    return profile_pb2.LatencyFit(
+        op=profile_pb2.OP_KIND_DECODE,
+        model=model,
+        coefficients=coefficients,
+        chosen=True,
+        residual_p5=-0.1,
+        residual_p95=0.1,
+    )
+
+
+def point(batch, length, *durations_s):
+    return profile_pb2.Measurement(
+        op=profile_pb2.OP_KIND_DECODE, batch=batch, length=length, durations_s=durations_s or [0.01]
+    )
+
+
+def test_no_two_batches_of_a_chart_look_alike():
+    points = [point(batch, length) for batch in range(1, 30) for length in (16, 64)]
+    figure = durations(points, fit("affine", 0.001, 1e-5), "decode")
+    lines = re.findall(r'<polyline class="line" style="([^"]*)"( stroke-dasharray="[^"]*")?', figure)
+    keys = re.findall(r'<i style="([^"]*)"', figure)
+    assert len(lines) == len(keys) == 29
+    assert len(set(lines)) == len(set(keys)) == 29

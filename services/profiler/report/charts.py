@@ -26,18 +26,21 @@ _MOST_RESIDUAL = 1.0
 def durations(points: Sequence[profile_pb2.Measurement], fit: profile_pb2.LatencyFit, title: str) -> str:
     """Medians of the points alone, by batch, with what the chosen form predicts for them; x: tokens per sequence."""
     model = model_from_fit(fit)
-    batches = sorted({point.batch for point in points})
+    marks: dict[int, list[Point]] = {batch: [] for batch in sorted({point.batch for point in points})}
+    for point in points:
+        marks[point.batch].append((float(point.length), 1000.0 * median(point.durations_s)))
+    lines = {
+        batch: _line(model, batch, min(x for x, _ in here), max(x for x, _ in here)) for batch, here in marks.items()
+    }
+    top_ms = max(y for shapes in (marks, lines) for here in shapes.values() for _, y in here)
     longest = max(point.length for point in points)
-    top_ms = 1000.0 * max(median(point.durations_s) for point in points)
     chart = Chart.plot(_WIDTH, _HEIGHT, (0.0, float(longest)), (0.0, 1.1 * top_ms))
     chart.axes("tokens per sequence", "ms")
-    for index, batch in enumerate(batches):
-        here = [point for point in points if point.batch == batch]
-        ends = min(point.length for point in here), max(point.length for point in here)
+    for index, batch in enumerate(marks):
         dash_px = _dash_px(index)
-        chart.line(_line(model, batch, *ends), _color(index), dashed=dash_px > 0.0, dash_px=dash_px)
-        chart.dots([(point.length, 1000.0 * median(point.durations_s)) for point in here], _color(index))
-    keys = [(f"batch {batch}", _key(index)) for index, batch in enumerate(batches)]
+        chart.line(lines[batch], _color(index), dashed=dash_px > 0.0, dash_px=dash_px)
+        chart.dots(marks[batch], _color(index))
+    keys = [(f"batch {batch}", _key(index)) for index, batch in enumerate(marks)]
     return f'<div class="figure">{legend(keys)}{chart.render(title)}</div>'
 
 
@@ -89,7 +92,7 @@ def _residuals(points: Sequence[profile_pb2.Measurement], model: LatencyModel) -
     return [(x, max(-_MOST_RESIDUAL, min(y, _MOST_RESIDUAL))) for x, y in marks]
 
 
-def _line(model: LatencyModel, batch: int, low: int, high: int) -> list[Point]:
+def _line(model: LatencyModel, batch: int, low: float, high: float) -> list[Point]:
     step = (high - low) / _LINE_POINTS
     lengths = [low + index * step for index in range(_LINE_POINTS + 1)]
     return [(length, 1000.0 * model.predict_s(batch, length)) for length in lengths]

@@ -30,3 +30,9 @@ def test_no_two_batches_of_a_chart_look_alike():
     keys = re.findall(r'<i style="([^"]*)"', figure)
     assert len(lines) == len(keys) == 29
     assert len(set(lines)) == len(set(keys)) == 29
+
+
+def test_predictions_above_every_measurement_stay_inside_the_chart():
+    figure = durations([point(1, 16, 0.001), point(1, 64, 0.001)], fit("affine", 0.0, 1e-3), "decode")
+    heights = [float(pair.split(",")[1]) for pair in re.findall(r'points="([^"]*)"', figure)[0].split()]
+    assert len(set(heights)) == len(heights)

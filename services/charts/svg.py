@@ -138,6 +138,15 @@ class Chart:
         if path:
             self.parts.append(f'<path class="dots" style="stroke:{color}" d="{path}"/>')
 
+    def beyond(self, points: Iterable[Point], color: str) -> None:
+        """Triangles at the upper or lower edge of the plot, for data points that lie outside its y range."""
+        path = ""
+        for x, y in points:
+            at, edge, inward = self.x(x), self.y(y), 8.0 if y > self.y.high else -8.0
+            path += f"M{at:.1f} {edge:.1f}l-4 {inward:.1f}h8z"
+        if path:
+            self.parts.append(f'<path class="beyond" style="fill:{color}" d="{path}"/>')
+
     def rule(self, value: float, *, strong: bool = False) -> None:
         """A horizontal line at a data value."""
         left, right, at = self.x.from_px, self.x.to_px, self.y(value)

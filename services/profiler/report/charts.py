@@ -1,10 +1,10 @@
 """Charts of one operation on one stage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from lemix.internal.v1 import profile_pb2
-from services.charts.svg import Chart, Point, legend
+from services.charts.svg import Chart, Point, legend, text
 from services.latency import LatencyModel
 from services.profile_messages import model_from_fit
 
@@ -19,7 +19,7 @@ FORM_COLORS = {
     "constant": "#1f6fb5",
 }
 _LINE_POINTS = 60
-#: Residuals beyond this are drawn on the edge.
+#: Residuals beyond this are triangles at the edge.
 _MOST_RESIDUAL = 1.0
 
 
@@ -57,9 +57,10 @@ def residuals(points: Sequence[profile_pb2.Measurement], fits: Sequence[profile_
     chart.rule(0.0, strong=True)
     chart.area([(x, chosen.residual_p5, chosen.residual_p95) for x in (low, high)], form_color(chosen.model))
     for form, marks in found.items():
-        chart.dots(marks, form_color(form))
+        chart.dots([(x, y) for x, y in marks if abs(y) <= edge], form_color(form))
+        chart.beyond([(x, y) for x, y in marks if abs(y) > edge], form_color(form))
     keys = [(fit.model + (" (chosen)" if fit.chosen else ""), form_color(fit.model)) for fit in fits]
-    return f'<div class="figure">{legend(keys)}{chart.render(title)}</div>'
+    return f'<div class="figure">{legend(keys)}{chart.render(title)}{_outside(found, edge)}</div>'
 
 
 def peaks(points: Sequence[profile_pb2.Measurement], memory: profile_pb2.StageMemory, title: str) -> str:
@@ -89,7 +90,14 @@ def _residuals(points: Sequence[profile_pb2.Measurement], model: LatencyModel) -
         predicted_s = model.predict_s(point.batch, point.length, point.cached_tokens)
         if predicted_s > 0.0:
             marks += [(1000.0 * duration, duration / predicted_s - 1.0) for duration in point.durations_s]
-    return [(x, max(-_MOST_RESIDUAL, min(y, _MOST_RESIDUAL))) for x, y in marks]
+    return marks
+
+
+def _outside(found: Mapping[str, Sequence[Point]], edge: float) -> str:
+    """How many residuals of each form lie beyond the edge of the chart; nothing without any."""
+    counts = {form: sum(abs(y) > edge for _, y in marks) for form, marks in found.items()}
+    named = ", ".join(f"{form} {count} of {len(found[form])}" for form, count in counts.items() if count)
+    return f'<p class="soft">Triangles: beyond {100.0 * edge:.0f} % ({text(named)}).</p>' if named else ""
 
 
 def _line(model: LatencyModel, batch: int, low: float, high: float) -> list[Point]:

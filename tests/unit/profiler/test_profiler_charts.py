@@ -3,7 +3,7 @@
 import re
 
 from lemix.internal.v1 import profile_pb2
-from services.profiler.report.charts import durations
+from services.profiler.report.charts import durations, residuals
 
 
 def fit(model, *coefficients):
@@ -36,3 +36,17 @@ def test_predictions_above_every_measurement_stay_inside_the_chart():
     figure = durations([point(1, 16, 0.001), point(1, 64, 0.001)], fit("affine", 0.0, 1e-3), "decode")
     heights = [float(pair.split(",")[1]) for pair in re.findall(r'points="([^"]*)"', figure)[0].split()]
     assert len(set(heights)) == len(heights)
+
+
+def test_residuals_beyond_the_edge_are_marked_and_counted():
+    points = [point(1, 16, 0.016, 0.05, 0.07), point(1, 64, 0.064)]
+    figure = residuals(points, [fit("affine", 0.0, 1e-3)], "decode")
+    assert "beyond 100 % (affine 2 of 4)" in figure
+    assert re.findall(r'class="beyond"[^>]* d="([^"]*)"', figure)[0].count("M") == 2
+    assert re.findall(r'class="dots"[^>]* d="([^"]*)"', figure)[0].count("M") == 2
+
+
+def test_a_chart_that_holds_every_residual_speaks_of_no_triangles():
+    figure = residuals([point(1, 16, 0.016), point(1, 64, 0.064)], [fit("affine", 0.0, 1e-3)], "decode")
+    assert "Triangles" not in figure
+    assert "beyond" not in figure

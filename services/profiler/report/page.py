@@ -10,6 +10,7 @@ from services.charts.svg import number, text
 from services.latency import MOVES, NodeLatency, OpKind
 from services.profile_messages import KIND_OF_PROTO, latency_from_profile
 from services.profiler.report import charts
+from services.profiler.report.forms import choice, passed_over
 
 _MS = 1000.0
 
@@ -67,6 +68,7 @@ def _operations(profile: profile_pb2.Profile) -> list[str]:
         "<p class='soft'>Dots are medians (left) and repetitions (right); lines are predictions of the chosen form. "
         "Errors and the 90 % interval (band) are those of points that the fit did not see, the residuals drawn those "
         "of the final fits.</p>",
+        choice(profile.fits),
     ]
     for op in sorted({fit.op for fit in profile.fits}):
         for stage in range(profile.num_stages):
@@ -101,7 +103,7 @@ def _operation(
         for fit in fits
     ]
     parts.append(table(("form", "coefficients, s", "held-out error", "R²", "90 % interval"), rows))
-    return parts
+    return [*parts, passed_over(fits)]
 
 
 def _table_size(fit: profile_pb2.LatencyFit) -> str:

@@ -4,6 +4,7 @@ import re
 
 from lemix.internal.v1 import profile_pb2
 from services.profiler.report.charts import durations, residuals
+from services.profiler.report.forms import choice, passed_over
 
 
 def fit(model, *coefficients):
@@ -50,3 +51,18 @@ def test_a_chart_that_holds_every_residual_speaks_of_no_triangles():
     figure = residuals([point(1, 16, 0.016), point(1, 64, 0.064)], [fit("affine", 0.0, 1e-3)], "decode")
     assert "Triangles" not in figure
     assert "beyond" not in figure
+
+
+def test_a_form_of_smaller_error_that_is_not_chosen_is_explained():
+    used = profile_pb2.LatencyFit(model="full", mape=0.075, chosen=True)
+    table = profile_pb2.LatencyFit(model="tabulated", mape=0.064)
+    worse = profile_pb2.LatencyFit(model="quadratic", mape=0.7)
+    assert "error: tabulated. The gain over full" in passed_over([worse, used, table])
+    assert not passed_over([worse, used])
+
+
+def test_every_form_in_use_is_explained_and_no_other():
+    forms = {"quadratic", "affine", "full", "full_decode", "constant", "tabulated"}
+    for form in forms:
+        explained = set(re.findall(r"<dt>(.*?)</dt>", choice([profile_pb2.LatencyFit(model=form)])))
+        assert explained == {form}

@@ -44,8 +44,13 @@ def durations(points: Sequence[profile_pb2.Measurement], fit: profile_pb2.Latenc
     return f'<div class="figure">{legend(keys)}{chart.render(title)}</div>'
 
 
-def residuals(points: Sequence[profile_pb2.Measurement], fits: Sequence[profile_pb2.LatencyFit], title: str) -> str:
-    """Every repetition against what each form predicts for it, with the chosen form's 90 % interval as a band."""
+def residuals(
+    points: Sequence[profile_pb2.Measurement], fits: Sequence[profile_pb2.LatencyFit], title: str, seen: str
+) -> str:
+    """Every duration against what each form predicts for it, with the chosen form's 90 % interval as a band.
+
+    seen: what the durations are, "measured" or "derived".
+    """
     found = {fit.model: _residuals(points, model_from_fit(fit)) for fit in fits}
     chosen = next((fit for fit in fits if fit.chosen), fits[0])
     edge = max((abs(y) for marks in found.values() for _, y in marks), default=0.0)
@@ -53,7 +58,7 @@ def residuals(points: Sequence[profile_pb2.Measurement], fits: Sequence[profile_
     times = [1000.0 * duration for point in points for duration in point.durations_s]
     low, high = min(times), max(times)
     chart = Chart.plot(_WIDTH, _HEIGHT, (low, max(high, 1.01 * low)), (-edge, edge), log_x=True)
-    chart.axes("measured, ms", "measured / predicted - 1", y_percent=True)
+    chart.axes(f"{seen}, ms", f"{seen} / predicted - 1", y_percent=True)
     chart.rule(0.0, strong=True)
     chart.area([(x, chosen.residual_p5, chosen.residual_p95) for x in (low, high)], form_color(chosen.model))
     for form, marks in found.items():

@@ -21,6 +21,7 @@ def report(profile: profile_pb2.Profile) -> str:
     parts = [
         f"<h1>Profile {text(profile.profile_id)}</h1>",
         notice("Incomplete", [profile.incomplete_reason] if profile.incomplete_reason else []),
+        _derivation(profile),
         facts(_facts(profile)),
         _tiles(profile),
         *_operations(profile),
@@ -33,6 +34,21 @@ def report(profile: profile_pb2.Profile) -> str:
     return document(f"Profile {profile.profile_id}", parts)
 
 
+def _seen(profile: profile_pb2.Profile) -> str:
+    """What the durations of the profile are."""
+    return "measured" if profile.source in ("", "measured") else "derived"
+
+
+def _derivation(profile: profile_pb2.Profile) -> str:
+    """Where a profile comes from that nobody measured; nothing for one that was."""
+    if _seen(profile) == "measured":
+        return ""
+    return (
+        f'<div class="warn"><b>Derived from published tables, not measured.</b> Source: {text(profile.source)}. Nothing '
+        "ran on the device that it names.</div>"
+    )
+
+
 def _facts(profile: profile_pb2.Profile) -> dict[str, object]:
     created = datetime.fromtimestamp(profile.created_unix_s, tz=UTC)
     return {
@@ -40,32 +56,44 @@ def _facts(profile: profile_pb2.Profile) -> dict[str, object]:
         "node": profile.node_id or "none",
         "engine": profile.engine or "unknown",
         "device": f"{profile.device or 'unknown'}, {profile.threads_per_stage} threads per stage",
-        "measured": created.strftime("%Y-%m-%d %H:%M UTC"),
+        _seen(profile): created.strftime("%Y-%m-%d %H:%M UTC"),
         "source": profile.source or "unknown",
         "content hash": profile.content_hash or "none",
     }
 
 
 def _tiles(profile: profile_pb2.Profile) -> str:
-    chosen = [fit for fit in profile.fits if fit.chosen]
-    repetitions = sum(len(item.durations_s) for item in profile.measurements)
+    seen = _seen(profile)
+    chosen = [fit for fit in profile.fits if fit.chosen and not _is_given(fit, seen)]
+    durations = sum(len(item.durations_s) for item in profile.measurements)
     outliers = sum(item.outliers for item in profile.measurements)
-    worst = max(chosen, key=lambda fit: fit.mape)
-    where = f"{_kind(worst.op)}, stage {worst.stage}"
-    tiles = [
-        tile(_percent(sum(fit.mape for fit in chosen) / len(chosen)), "mean held-out error of the chosen forms", ""),
-        tile(_percent(worst.mape), f"largest of them: {where}", ""),
-        tile(str(len(profile.measurements)), f"points with {repetitions} repetitions", ""),
-        tile(str(outliers), "repetitions left out as outliers", ""),
+    tiles = []
+    if chosen:
+        worst = max(chosen, key=lambda fit: fit.mape)
+        mean = sum(fit.mape for fit in chosen) / len(chosen)
+        tiles += [
+            tile(_percent(mean), "mean held-out error of the chosen forms", ""),
+            tile(_percent(worst.mape), f"largest of them: {_kind(worst.op)}, stage {worst.stage}", ""),
+        ]
+    tiles += [
+        tile(
+            str(len(profile.measurements)),
+            f"points with {durations} {'repetitions' if seen == 'measured' else 'durations from the tables'}",
+            "",
+        ),
     ]
+    if seen == "measured":
+        tiles.append(tile(str(outliers), "repetitions left out as outliers", ""))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
 def _operations(profile: profile_pb2.Profile) -> list[str]:
     """Every operation of every stage: durations, residuals of every form, and the forms."""
+    seen = _seen(profile)
+    drawn = "repetitions" if seen == "measured" else "all durations of the tables (smallest, median and largest)"
     parts = [
         "<h2>Operations alone</h2>",
-        "<p class='soft'>Dots are medians (left) and repetitions (right); lines are predictions of the chosen form. "
+        f"<p class='soft'>Dots are medians (left) and {drawn} (right); lines are predictions of the chosen form. "
         "Errors and the 90 % interval (band) are those of points that the fit did not see, the residuals drawn those "
         "of the final fits.</p>",
         choice(profile.fits),
@@ -79,31 +107,37 @@ def _operations(profile: profile_pb2.Profile) -> list[str]:
                 if item.op == op and item.stage == stage and not (item.busy or item.decodes)
             ]
             if fits:
-                parts += _operation(f"{_kind(op)}, stage {stage}", fits, points)
+                parts += _operation(f"{_kind(op)}, stage {stage}", fits, points, seen)
     return parts
 
 
 def _operation(
-    name: str, fits: Sequence[profile_pb2.LatencyFit], points: Sequence[profile_pb2.Measurement]
+    name: str, fits: Sequence[profile_pb2.LatencyFit], points: Sequence[profile_pb2.Measurement], seen: str
 ) -> list[str]:
     parts = [f"<h3>{text(name)}</h3>"]
     plain = [point for point in points if not point.cached_tokens]
     chosen = next((fit for fit in fits if fit.chosen), fits[0])
     if len({point.length for point in plain}) > 1:
         drawn = charts.durations(plain, chosen, f"{name}: durations")
-        parts.append(f'<div class="pair">{drawn}{charts.residuals(points, fits, f"{name}: residuals")}</div>')
+        beside = charts.residuals(points, fits, f"{name}: residuals", seen)
+        parts.append(f'<div class="pair">{drawn}{beside}</div>')
     rows = [
         [
             f"<b>{text(fit.model)}</b>" if fit.chosen else text(fit.model),
             text(", ".join(f"{value:.3g}" for value in fit.coefficients) or _table_size(fit)),
-            _percent(fit.mape),
-            f"{fit.r2:.4f}",
-            f"{_signed(fit.residual_p5)} to {_signed(fit.residual_p95)}",
+            "-" if _is_given(fit, seen) else _percent(fit.mape),
+            "-" if fit.model == "constant" else f"{fit.r2:.4f}",
+            "-" if _is_given(fit, seen) else f"{_signed(fit.residual_p5)} to {_signed(fit.residual_p95)}",
         ]
         for fit in fits
     ]
     parts.append(table(("form", "coefficients, s", "held-out error", "R²", "90 % interval"), rows))
     return [*parts, passed_over(fits)]
+
+
+def _is_given(fit: profile_pb2.LatencyFit, seen: str) -> bool:
+    """Whether the form is one number that was computed: it has no error to speak of."""
+    return fit.model == "constant" and seen == "derived"
 
 
 def _table_size(fit: profile_pb2.LatencyFit) -> str:
@@ -135,7 +169,8 @@ def _behind_and_mixed(profile: profile_pb2.Profile, latency: NodeLatency) -> lis
                 error,
             ]
         )
-    head = ("stage", "prefill", "behind", "decodes", "measured, ms", "predicted, ms", "measured / predicted - 1")
+    seen = _seen(profile)
+    head = ("stage", "prefill", "behind", "decodes", f"{seen}, ms", "predicted, ms", f"{seen} / predicted - 1")
     return ["<h2>Prefills behind cached tokens, and with decodes</h2>", table(head, rows)]
 
 
@@ -168,7 +203,7 @@ def _host_links(profile: profile_pb2.Profile) -> list[str]:
         [str(item.stage), _kind(item.op), number(item.num_bytes / 2**20), _ms(median(item.durations_s))]
         for item in moves
     ]
-    return [*parts, table(("stage", "move", "MiB", "measured, ms"), rows)] if rows else parts
+    return [*parts, table(("stage", "move", "MiB", f"{_seen(profile)}, ms"), rows)] if rows else parts
 
 
 def _memory(profile: profile_pb2.Profile) -> list[str]:

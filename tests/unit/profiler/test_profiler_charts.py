@@ -41,14 +41,14 @@ def test_predictions_above_every_measurement_stay_inside_the_chart():
 
 def test_residuals_beyond_the_edge_are_marked_and_counted():
     points = [point(1, 16, 0.016, 0.05, 0.07), point(1, 64, 0.064)]
-    figure = residuals(points, [fit("affine", 0.0, 1e-3)], "decode")
+    figure = residuals(points, [fit("affine", 0.0, 1e-3)], "decode", "measured")
     assert "beyond 100 % (affine 2 of 4)" in figure
     assert re.findall(r'class="beyond"[^>]* d="([^"]*)"', figure)[0].count("M") == 2
     assert re.findall(r'class="dots"[^>]* d="([^"]*)"', figure)[0].count("M") == 2
 
 
 def test_a_chart_that_holds_every_residual_speaks_of_no_triangles():
-    figure = residuals([point(1, 16, 0.016), point(1, 64, 0.064)], [fit("affine", 0.0, 1e-3)], "decode")
+    figure = residuals([point(1, 16, 0.016), point(1, 64, 0.064)], [fit("affine", 0.0, 1e-3)], "decode", "measured")
     assert "Triangles" not in figure
     assert "beyond" not in figure
 

@@ -96,6 +96,21 @@ def test_the_page_of_an_incomplete_profile_says_so_first():
     assert_self_contained(page)
 
 
+def test_a_derived_profile_says_so_and_claims_no_measurement(whole):
+    derived = profile_pb2.Profile()
+    derived.CopyFrom(whole)
+    derived.source = "derived from <tables>"
+    page = report(derived)
+    assert "Derived from published tables, not measured." in page
+    assert "Source: derived from &lt;tables&gt;" in page
+    assert "repetitions" not in page
+    assert "measured, ms" not in page
+    assert "measured /" not in page
+    assert "Derived from published tables" not in report(whole)
+    for constant in re.findall(r"<tr><td><b>constant</b></td>.*?</tr>", page):
+        assert constant.count("<td>-</td>") == 3
+
+
 def test_names_in_the_page_are_escaped(whole):
     evil = profile_pb2.Profile()
     evil.CopyFrom(whole)

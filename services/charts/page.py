@@ -29,6 +29,7 @@ th:first-child,td:first-child{text-align:left;white-space:normal}tr:last-child t
 td small{display:block;color:var(--soft);font-size:11px;font-weight:400}td.best{font-weight:700}
 .figure{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:14px;margin:8px 0}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:12px}.pair .figure{margin:0}
+.pair.even{grid-template-columns:repeat(auto-fill,minmax(380px,1fr))}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font:12px system-ui,sans-serif;
 paint-order:stroke;stroke:var(--card);stroke-width:3px}
 svg .cell{stroke:none}svg .name{fill:var(--ink);font-size:12.5px}svg .strong{font-weight:600;fill:var(--ink)}

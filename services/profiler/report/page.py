@@ -44,8 +44,8 @@ def _derivation(profile: profile_pb2.Profile) -> str:
     if _seen(profile) == "measured":
         return ""
     return (
-        f'<div class="warn"><b>Derived from published tables, not measured.</b> Source: {text(profile.source)}. Nothing '
-        "ran on the device that it names.</div>"
+        f'<div class="warn"><b>Derived from published tables, not measured.</b> Source: '
+        f"{text(profile.source)}. Nothing ran on the device that it names.</div>"
     )
 
 
@@ -175,14 +175,15 @@ def _behind_and_mixed(profile: profile_pb2.Profile, latency: NodeLatency) -> lis
 
 
 def _interference(profile: profile_pb2.Profile) -> list[str]:
+    heading = "<h2>Interference</h2>"
     if not profile.interference:
-        return []
+        return [heading, "<p class='soft'>Not measured: an operation is taken to last as long beside busy stages.</p>"]
     rows = [
         [_kind(item.op), str(item.stage), _kind(item.busy), _signed(item.slowdown), _percent(item.std)]
         for item in profile.interference
     ]
     head = ("operation", "stage", "other stages run", "takes longer by", "standard deviation")
-    return ["<h2>Interference</h2>", table(head, rows)]
+    return [heading, table(head, rows)]
 
 
 def _host_links(profile: profile_pb2.Profile) -> list[str]:
@@ -209,6 +210,7 @@ def _host_links(profile: profile_pb2.Profile) -> list[str]:
 def _memory(profile: profile_pb2.Profile) -> list[str]:
     if not profile.memory:
         return []
+    figures = [charts.peaks(points, item, f"stage {item.stage}: peak memory") for item, points in _peaks(profile)]
     rows = [
         [
             str(item.stage),
@@ -216,30 +218,32 @@ def _memory(profile: profile_pb2.Profile) -> list[str]:
             number(item.fixed_bytes / 2**20) if item.fixed_bytes else "-",
             number(item.activation_bytes_per_token / 2**10) if item.fixed_bytes else "-",
             number(item.kv_bytes_per_token / 2**10),
-            _percent(item.mape) if item.fixed_bytes else "-",
+            _percent(item.mape) if item.fixed_bytes and figures else "-",
         ]
         for item in profile.memory
     ]
     head = ("stage", "weights, MiB", "fixed, MiB", "activations, KiB/token", "KV cache, KiB/token", "error of the line")
+    dots = "Dots are the largest memory of a stage while it trained." if figures else "Peak memory was not measured."
     parts = [
         "<h2>Memory</h2>",
-        "<p class='soft'>M_peak = fixed + activations x tokens in flight + KV cache x tokens of context. Dots are the "
-        "largest memory of a stage while it trained.</p>",
+        "<p class='soft'>M_peak, the most memory that a stage takes at any moment, = fixed (what it takes with nothing "
+        f"in flight, weights included) + activations x tokens in flight + KV cache x tokens of context. {dots}</p>",
         table(head, rows),
     ]
-    figures = []
-    for item in profile.memory:
-        points = [
-            point
-            for point in profile.measurements
-            if point.stage == item.stage
-            and point.op == profile_pb2.OP_KIND_TRAIN_FORWARD
-            and point.peak_bytes
-            and not point.busy
-        ]
-        if points and item.fixed_bytes:
-            figures.append(charts.peaks(points, item, f"stage {item.stage}: peak memory"))
-    return [*parts, f'<div class="pair">{"".join(figures)}</div>'] if figures else parts
+    return [*parts, f'<div class="pair even">{"".join(figures)}</div>'] if figures else parts
+
+
+def _peaks(
+    profile: profile_pb2.Profile,
+) -> list[tuple[profile_pb2.StageMemory, list[profile_pb2.Measurement]]]:
+    """Fitted stages, each with its training points that tell a peak; without those that have none."""
+    training = [
+        point
+        for point in profile.measurements
+        if point.op == profile_pb2.OP_KIND_TRAIN_FORWARD and point.peak_bytes and not point.busy
+    ]
+    found = [(item, [point for point in training if point.stage == item.stage]) for item in profile.memory]
+    return [(item, points) for item, points in found if points and item.fixed_bytes]
 
 
 def _samples(profile: profile_pb2.Profile) -> list[str]:

@@ -107,8 +107,23 @@ def test_a_derived_profile_says_so_and_claims_no_measurement(whole):
     assert "measured, ms" not in page
     assert "measured /" not in page
     assert "Derived from published tables" not in report(whole)
-    for constant in re.findall(r"<tr><td><b>constant</b></td>.*?</tr>", page):
-        assert constant.count("<td>-</td>") == 3
+    constants = re.findall(r"<tr><td><b>constant</b></td>.*?</tr>", page)
+    assert constants
+    assert all(row.count("<td>-</td>") == 3 for row in constants)
+
+
+def test_what_was_not_measured_is_not_described_as_if_it_were(whole):
+    bare = profile_pb2.Profile()
+    bare.CopyFrom(whole)
+    del bare.interference[:]
+    for item in bare.measurements:
+        item.peak_bytes = 0
+    page = report(bare)
+    assert "Not measured: an operation is taken" in page
+    assert "Peak memory was not measured." in page
+    assert "Dots are the largest memory" not in page
+    assert "Dots are the largest memory" in report(whole)
+    assert "ot measured" not in report(whole)
 
 
 def test_names_in_the_page_are_escaped(whole):

@@ -35,7 +35,7 @@ def durations(points: Sequence[profile_pb2.Measurement], fit: profile_pb2.Latenc
     top_ms = max(y for shapes in (marks, lines) for here in shapes.values() for _, y in here)
     longest = max(point.length for point in points)
     chart = Chart.plot(_WIDTH, _HEIGHT, (0.0, float(longest)), (0.0, 1.1 * top_ms))
-    chart.axes("tokens per sequence", "ms")
+    chart.axes("context, tokens per sequence" if fit.op == profile_pb2.OP_KIND_DECODE else "tokens per sequence", "ms")
     for index, batch in enumerate(marks):
         dash_px = _dash_px(index)
         chart.line(lines[batch], _color(index), dashed=dash_px > 0.0, dash_px=dash_px)

@@ -13,6 +13,8 @@ from services.profiler.report import charts
 from services.profiler.report.forms import choice, passed_over
 
 _MS = 1000.0
+#: An error beyond this is told as "more than".
+_MOST_ERROR = 10.0
 
 
 def report(profile: profile_pb2.Profile) -> str:
@@ -170,8 +172,21 @@ def _behind_and_mixed(profile: profile_pb2.Profile, latency: NodeLatency) -> lis
             ]
         )
     seen = _seen(profile)
-    head = ("stage", "prefill", "behind", "decodes", f"{seen}, ms", "predicted, ms", f"{seen} / predicted - 1")
-    return ["<h2>Prefills behind cached tokens, and with decodes</h2>", table(head, rows)]
+    head = (
+        "stage",
+        "prefill, sequences x tokens",
+        "cached, tokens",
+        "decodes, sequences x context",
+        f"{seen}, ms",
+        "predicted, ms",
+        f"{seen} / predicted - 1",
+    )
+    return [
+        "<h2>Prefills behind cached tokens, and with decodes</h2>",
+        "<p class='soft'>One step that prefills sequences x tokens, either behind tokens of each sequence that are in "
+        "the KV cache already, or while it decodes sequences x tokens of context, too.</p>",
+        table(head, rows),
+    ]
 
 
 def _interference(profile: profile_pb2.Profile) -> list[str]:
@@ -183,7 +198,7 @@ def _interference(profile: profile_pb2.Profile) -> list[str]:
         for item in profile.interference
     ]
     head = ("operation", "stage", "other stages run", "takes longer by", "standard deviation")
-    return [heading, table(head, rows)]
+    return [heading, table(head, rows, words=(0, 2))]
 
 
 def _host_links(profile: profile_pb2.Profile) -> list[str]:
@@ -204,7 +219,7 @@ def _host_links(profile: profile_pb2.Profile) -> list[str]:
         [str(item.stage), _kind(item.op), number(item.num_bytes / 2**20), _ms(median(item.durations_s))]
         for item in moves
     ]
-    return [*parts, table(("stage", "move", "MiB", f"{_seen(profile)}, ms"), rows)] if rows else parts
+    return [*parts, table(("stage", "move", "MiB", f"{_seen(profile)}, ms"), rows, words=(0, 1))] if rows else parts
 
 
 def _memory(profile: profile_pb2.Profile) -> list[str]:
@@ -270,4 +285,6 @@ def _percent(fraction: float) -> str:
 
 
 def _signed(fraction: float) -> str:
+    if fraction > _MOST_ERROR:
+        return f"&gt; {100.0 * _MOST_ERROR:+,.0f} %"
     return f"{100.0 * fraction:+.1f} %"

@@ -66,3 +66,10 @@ def test_every_form_in_use_is_explained_and_no_other():
     for form in forms:
         explained = set(re.findall(r"<dt>(.*?)</dt>", choice([profile_pb2.LatencyFit(model=form)])))
         assert explained == {form}
+
+
+def test_the_length_of_a_decode_is_called_its_context():
+    used = fit("affine", 0.0, 1e-3)
+    assert "context, tokens per sequence" in durations([point(1, 16), point(1, 64)], used, "decode")
+    used.op = profile_pb2.OP_KIND_PREFILL
+    assert "context" not in durations([point(1, 16), point(1, 64)], used, "prefill")

@@ -126,6 +126,13 @@ def test_what_was_not_measured_is_not_described_as_if_it_were(whole):
     assert "ot measured" not in report(whole)
 
 
+def test_an_error_beyond_all_measure_is_told_as_such(whole):
+    wide = profile_pb2.Profile()
+    wide.CopyFrom(whole)
+    wide.fits[0].residual_p5, wide.fits[0].residual_p95 = -0.337, 10999.6
+    assert "-33.7 % to &gt; +1,000 %" in report(wide)
+
+
 def test_names_in_the_page_are_escaped(whole):
     evil = profile_pb2.Profile()
     evil.CopyFrom(whole)

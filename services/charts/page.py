@@ -26,7 +26,7 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--edge);white-space:nowrap}
 th{font-weight:600;font-size:13px;color:var(--soft);vertical-align:bottom;white-space:normal}
 th:first-child,td:first-child{text-align:left;white-space:normal}tr:last-child td{border-bottom:0}
-th.words,td.words{text-align:left}.scroll+.scroll{margin-top:12px}
+th.words,td.words{text-align:left}:is(.scroll,.pair)+.scroll{margin-top:12px}
 td small{display:block;color:var(--soft);font-size:11px;font-weight:400}td.best{font-weight:700}
 .figure{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:14px;margin:8px 0}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:12px}.pair .figure{margin:0}
@@ -64,13 +64,14 @@ def notice(title: str, lines: Sequence[str]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: Collection[int] = ()) -> str:
     """A table from cells that are HTML already. words: indices of columns of text, aligned to the left."""
-    css = [' class="words"' if index in words else "" for index in range(len(head))]
-    titles = "".join(f"<th{kind}>{name}</th>" for kind, name in zip(css, head, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(css, row, strict=True)) + "</tr>"
-        for row in rows
-    )
+    titles = _cells("th", head, words)
+    body = "".join(f"<tr>{_cells('td', row, words)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cells(tag: str, cells: Sequence[str], words: Collection[int]) -> str:
+    css = (' class="words"' if index in words else "" for index in range(len(cells)))
+    return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(css, cells, strict=True))
 
 
 def tile(value: str, label: str, extra: str) -> str:

@@ -12,7 +12,7 @@ from deploy.local.emulated_model import write_emulated_model
 from deploy.local.process import ROOT
 from deploy.local.settings import LocalClusterConfig
 from lemix.internal.v1 import profile_pb2
-from services.profile_artifact import read_artifact, write_artifact
+from services.profile_artifact import ArtifactError, load_artifact, write_artifact
 
 PROFILES = ROOT / "deploy" / "profiles"
 MODEL_NAME = "llama-2-7b"
@@ -34,9 +34,9 @@ class ClockSlip:
 def read_profile(path: Path) -> profile_pb2.Profile:
     """An artifact. Raises LiveError when it is none."""
     try:
-        return read_artifact(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LiveError(f"{path} is not a profile: {error}") from error
+        return load_artifact(path)
+    except ArtifactError as error:
+        raise LiveError(str(error)) from error
 
 
 def scaled_profile(profile: profile_pb2.Profile, factor: float) -> profile_pb2.Profile:

@@ -14,7 +14,7 @@ from deploy.local.emulated_model import write_emulated_model
 from deploy.local.settings import LocalClusterConfig
 from deploy.local.tiny_model import write_tiny_model
 from services.arguments import parser_class
-from services.profile_artifact import read_artifact
+from services.profile_artifact import load_artifact
 
 _WATCH_S = 0.5
 _MAX_PORT = 65535
@@ -118,15 +118,12 @@ def _model(options: argparse.Namespace) -> _Model:
 
 
 def _emulated(options: argparse.Namespace) -> _Emulated | None:
-    """Settings of emulated nodes, if they are asked for. Raises ValueError for a profile that does not fit, OSError."""
+    """Settings of emulated nodes, if they are asked for. Raises ValueError for a profile that does not fit."""
     if options.emulate is None:
         return None
     if options.time_scale <= 0.0:
         raise ValueError(f"--time-scale must be positive, not {options.time_scale:g}")
-    try:
-        profile = read_artifact(options.emulate.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{options.emulate} is not a profile: {error}") from error
+    profile = load_artifact(options.emulate)
     if options.stages not in (None, profile.num_stages):
         raise ValueError(f"{options.emulate} is of {profile.num_stages} stages, --stages is {options.stages}")
     settings = {

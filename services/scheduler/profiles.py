@@ -9,7 +9,7 @@ import structlog
 from lemix.errors import ErrorCode, LemixError
 from lemix.internal.v1 import profile_pb2, profiler_service_pb2, profiler_service_pb2_grpc, scheduler_service_pb2
 from services.latency import NodeLatency, OpKind
-from services.profile_artifact import ArtifactError, read_artifact
+from services.profile_artifact import ArtifactError, load_artifact
 from services.profile_messages import KIND_OF_PROTO, latency_from_profile
 from services.runtime.app import StartupError
 
@@ -41,10 +41,12 @@ class StoredProfile:
     def __init__(self, path: Path) -> None:
         """Raises StartupError when the file is not a usable profile."""
         try:
-            self._profile = read_artifact(path.read_text(encoding="utf-8"))
+            self._profile = load_artifact(path)
             self._latency = latency_from_profile(self._profile)
-        except (OSError, ValueError, ArtifactError) as error:
-            raise StartupError(f"profile_path: {path} is not a usable profile: {error}") from error
+        except ArtifactError as error:
+            raise StartupError(f"profile_path: {error}") from error
+        except ValueError as error:
+            raise StartupError(f"profile_path: {path} is not a profile: {error}") from error
 
     async def latency(self, hello: scheduler_service_pb2.NodeHello) -> NodeLatency:
         """The stored models. Raises LemixError CONFLICT for a node that serves another model."""

@@ -1,13 +1,10 @@
 """Profiles as text for a terminal."""
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 
 from lemix.internal.v1 import profile_pb2
 from lemix.internal.v1 import profiler_service_pb2 as profiler_pb2
-
-#: `Profile.source` of what was timed on a node.
-_MEASURED = "measured"
+from services.profiler.facts import counted, date_text, facts_of
 
 #: Latency form -> units of its coefficients, as `services.latency.FORMS` has its features.
 UNITS = {
@@ -25,7 +22,7 @@ def listing(listed: profiler_pb2.ListProfilesResponse) -> Iterator[str]:
     rows = [
         (
             item.profile_id,
-            _date(item.created_unix_s),
+            date_text(item.created_unix_s),
             item.model,
             str(item.num_stages),
             item.engine,
@@ -42,7 +39,7 @@ def listing(listed: profiler_pb2.ListProfilesResponse) -> Iterator[str]:
 
 def details(profile: profile_pb2.Profile) -> Iterator[str]:
     """What a profile is, and the chosen fit of every operation."""
-    yield from columns(list(_facts(profile)))
+    yield from columns(list(facts_of(profile)))
     yield ""
     head = ("operation", "stage", "form", "held-out error", "90 % interval", "coefficients")
     rows = [
@@ -64,7 +61,7 @@ def details(profile: profile_pb2.Profile) -> Iterator[str]:
         rates = f"{link.offload_bytes_per_s / 1e9:.2f} GB/s offload, {link.reload_bytes_per_s / 1e9:.2f} GB/s reload"
         yield f"host link of stage {link.stage}: {rates}"
     if profile.HasField("loss"):
-        samples = _count(profile.loss.count, "sample")
+        samples = counted(profile.loss.count, "sample")
         yield f"{samples}: loss {profile.loss.mean:.3f}, length {profile.length.mean:.1f} on average"
     for memory in profile.memory:
         yield (
@@ -74,37 +71,12 @@ def details(profile: profile_pb2.Profile) -> Iterator[str]:
         )
 
 
-def _facts(profile: profile_pb2.Profile) -> Iterator[tuple[str, str]]:
-    """What a profile is. What a derived one has no value of is left out."""
-    yield "profile", profile.profile_id
-    yield "content hash", profile.content_hash
-    if profile.source in ("", _MEASURED):
-        yield _MEASURED, _date(profile.created_unix_s)
-    else:
-        yield "derived", f"{_date(profile.created_unix_s)} from {profile.source.removeprefix('derived from ')}"
-    if profile.node_id:
-        yield "node", profile.node_id
-    yield "model", _listed(profile.model, _count(profile.num_stages, "stage"), profile.dtype)
-    threads = profile.threads_per_stage
-    yield "device", _listed(profile.device, f"{_count(threads, 'thread')} per stage" if threads else "")
-    yield "engine", profile.engine
-    yield "incomplete", profile.incomplete_reason or "no"
-
-
 def _coefficients(fit: profile_pb2.LatencyFit) -> str:
     """Each with its unit; of a table its size."""
     if fit.HasField("table"):
-        return f"table of {_count(len(fit.table.durations_s), 'duration')}"
+        return f"table of {counted(len(fit.table.durations_s), 'duration')}"
     units = UNITS.get(fit.model, ("",) * len(fit.coefficients))
     return ", ".join(f"{value:.3g} {unit}".rstrip() for value, unit in zip(fit.coefficients, units, strict=False))
-
-
-def _listed(*parts: str) -> str:
-    return ", ".join(part for part in parts if part)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def difference(found: profiler_pb2.DiffProfilesResponse) -> Iterator[str]:
@@ -138,7 +110,3 @@ def kind(op: profile_pb2.OpKind) -> str:
 def _form(item: profiler_pb2.OpDifference, side: str) -> str:
     fit = item.base if side == "base" else item.other
     return fit.model if item.HasField("base" if side == "base" else "other") else "none"
-
-
-def _date(unix_s: float) -> str:
-    return datetime.fromtimestamp(unix_s, tz=UTC).strftime("%Y-%m-%d %H:%M")

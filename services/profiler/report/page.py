@@ -1,7 +1,6 @@
 """The page of one profile: a single file without any outside resource."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from statistics import median
 
 from lemix.internal.v1 import profile_pb2
@@ -9,6 +8,7 @@ from services.charts.page import document, facts, notice, table, tile
 from services.charts.svg import number, text
 from services.latency import MOVES, NodeLatency, OpKind
 from services.profile_messages import KIND_OF_PROTO, latency_from_profile
+from services.profiler.facts import facts_of, is_measured
 from services.profiler.report import charts
 from services.profiler.report.forms import choice, passed_over
 
@@ -24,7 +24,7 @@ def report(profile: profile_pb2.Profile) -> str:
         f"<h1>Profile {text(profile.profile_id)}</h1>",
         notice("Incomplete", [profile.incomplete_reason] if profile.incomplete_reason else []),
         _derivation(profile),
-        facts(_facts(profile)),
+        facts(dict(facts_of(profile))),
         _tiles(profile),
         *_operations(profile),
         *_behind_and_mixed(profile, latency),
@@ -38,30 +38,17 @@ def report(profile: profile_pb2.Profile) -> str:
 
 def _seen(profile: profile_pb2.Profile) -> str:
     """What the durations of the profile are."""
-    return "measured" if profile.source in ("", "measured") else "derived"
+    return "measured" if is_measured(profile) else "derived"
 
 
 def _derivation(profile: profile_pb2.Profile) -> str:
     """Where a profile comes from that nobody measured; nothing for one that was."""
-    if _seen(profile) == "measured":
+    if is_measured(profile):
         return ""
     return (
         f'<div class="warn"><b>Derived from published tables, not measured.</b> Source: '
         f"{text(profile.source)}. Nothing ran on the device that it names.</div>"
     )
-
-
-def _facts(profile: profile_pb2.Profile) -> dict[str, object]:
-    created = datetime.fromtimestamp(profile.created_unix_s, tz=UTC)
-    return {
-        "model": f"{profile.model}, {profile.num_stages} stages, {profile.dtype or 'number format unknown'}",
-        "node": profile.node_id or "none",
-        "engine": profile.engine or "unknown",
-        "device": f"{profile.device or 'unknown'}, {profile.threads_per_stage} threads per stage",
-        _seen(profile): created.strftime("%Y-%m-%d %H:%M UTC"),
-        "source": profile.source or "unknown",
-        "content hash": profile.content_hash or "none",
-    }
 
 
 def _tiles(profile: profile_pb2.Profile) -> str:

@@ -126,7 +126,7 @@ def test_emulated_nodes_have_the_stages_of_their_profile_and_a_model_without_wei
     ("arguments", "reason"),
     [
         (["--emulate", "README.md"], "README.md is not a profile"),
-        (["--emulate", "nowhere.json"], "cannot use nowhere.json: No such file or directory"),
+        (["--emulate", "nowhere.json"], "nowhere.json is not a profile: there is no such file"),
         (["--emulate", str(A100), "--stages", "3"], "is of 2 stages, --stages is 3"),
         (["--emulate", str(A100), "--time-scale", "0"], "--time-scale must be positive, not 0"),
     ],

@@ -29,3 +29,15 @@ def test_none_left_is_an_error(monkeypatch):
     monkeypatch.setattr(ports, "is_free", lambda port: False)
     with pytest.raises(RuntimeError, match="no 2 free ports"):
         ports.pick_free(2)
+
+
+def test_a_port_is_not_chosen_twice_though_nobody_listens_yet(monkeypatch):
+    first = ports.pick_free(3)
+
+    class Random:
+        def sample(self, population, k):
+            return [*first, 31_999, 31_998]
+
+    monkeypatch.setattr(ports.random, "SystemRandom", Random)
+    monkeypatch.setattr(ports, "is_free", lambda port: True)
+    assert ports.pick_free(2) == [31_999, 31_998]

@@ -77,7 +77,7 @@ class LiveConfig:
 
     policies: tuple[str, ...] = (SUBJECT,)
     time_scale: float | None = None
-    clock_real_seconds: float = 15.0
+    clock_real_seconds: float = 40.0
     real_seconds: float = 90.0
     large_nodes: int = 8
     large_profile: Path = LARGE_PROFILE

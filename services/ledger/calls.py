@@ -47,6 +47,7 @@ class RedisCalls:
 
     async def call(self, operation: Callable[[], Awaitable[T]], *, extra_s: float = 0.0) -> T:
         """Run with bounded retries. Raises LedgerUnavailable after the operation timeout (plus `extra_s`)."""
+        first: Exception | None = None
         try:
             async with asyncio.timeout(self._timeout_s + extra_s):
                 try:
@@ -54,9 +55,12 @@ class RedisCalls:
                 except (OSError, redis.exceptions.RedisError) as error:
                     if not _is_transient(error):
                         raise
+                    first = error
                 return await self._retry(operation)
         except TimeoutError as error:
             self._channel.drop()
+            if first is not None:
+                raise LedgerUnavailable(f"cannot reach the ledger at {self._name}: {first}") from error
             raise LedgerUnavailable(f"no answer from the ledger at {self._name} in {self._timeout_s:g} s") from error
         except (OSError, redis.exceptions.RedisError) as error:
             if not _is_transient(error):

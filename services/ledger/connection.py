@@ -146,6 +146,9 @@ class RedisChannel:
         *queued, executed = connection.send_all((("MULTI",), *commands, ("EXEC",)))
         try:
             replies = await executed
+        except redis.exceptions.ResponseError as error:
+            # Why is in the reply to a command: that the server still loads its data, say, which passes.
+            raise _first_error(queued) or error from None
         finally:
             for future in queued:
                 future.cancel()
@@ -191,6 +194,11 @@ def _digest(script: str) -> str:
     if digest is None:
         digest = _digests[script] = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
     return digest
+
+
+def _first_error(replies: Sequence[asyncio.Future[Any]]) -> BaseException | None:
+    errors = [reply.exception() for reply in replies if reply.done() and not reply.cancelled()]
+    return next((error for error in errors if error is not None), None)
 
 
 def _reply_error(text: str) -> Exception:

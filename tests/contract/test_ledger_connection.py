@@ -101,6 +101,7 @@ async def test_an_error_inside_a_transaction_is_raised(channel: RedisChannel) ->
     await channel.command("SET", "text", "a")
     with pytest.raises(redis.exceptions.ResponseError, match="not an integer"):
         await channel.transaction(("GET", "text"), ("INCR", "text"))
-    with pytest.raises(redis.exceptions.ResponseError, match="EXECABORT"):
+    # A server that still loads its data refuses the commands like this one, and then to execute them.
+    with pytest.raises(redis.exceptions.ResponseError, match="wrong number of arguments"):
         await channel.transaction(("GET",))
     assert await channel.command("GET", "text") == b"a"

@@ -14,6 +14,7 @@ from bench.fidelity.workloads import Lengths, Workload, arrivals, capacity_rps, 
 from bench.live import emulated as live_emulated
 from bench.live.requests import PlannedRequest
 from bench.live.run import Backlog
+from deploy.local.emulated_model import emulated_node
 from lemix.internal.v1 import profile_pb2
 from services.latency import NodeLatency
 from services.profile_artifact import write_artifact
@@ -149,9 +150,7 @@ class EmulatedCluster:
             core={"default_slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}, "sync": "none"},
             scheduler={"profile_path": str(profile.resolve())},
             node={
-                "engine": "emulated",
-                "emulated_profile": str(ARTIFACT),
-                "time_scale": emulated.time_scale,
+                **emulated_node(ARTIFACT, emulated.time_scale),
                 # With the profile's spread two runs of either differ by 9 % in TTFT p95: what is compared is the rest.
                 "emulated_noise": False,
                 "max_batch": emulated.max_batch,

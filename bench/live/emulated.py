@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.live.errors import LiveError
-from deploy.local.emulated_model import write_emulated_model
+from deploy.local.emulated_model import MODEL_NAME, emulated_node, write_emulated_model
 from deploy.local.process import ROOT
 from deploy.local.settings import LocalClusterConfig
 from lemix.internal.v1 import profile_pb2
 from services.profile_artifact import ArtifactError, load_artifact, write_artifact
 
 PROFILES = ROOT / "deploy" / "profiles"
-MODEL_NAME = "llama-2-7b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,6 @@ def emulated_cluster(
         raise LiveError(f"the profiles of a cluster must have equal numbers of stages, not {sorted(stages)}")
     model = directory / "model"
     write_emulated_model(model)
-    emulated = {"engine": "emulated", "time_scale": time_scale, "log": {"format": "json"}}
     common: dict[str, Any] = {}
     if len(set(profiles)) == 1:
         path = directory / "scaled-profile.json"
@@ -97,8 +95,8 @@ def emulated_cluster(
         model_name=MODEL_NAME,
         core=core or {},
         scheduler={**common, **(scheduler or {})},
-        node={**emulated, **(node or {})},
-        each_node=[{"emulated_profile": str(path.resolve())} for path in profiles],
+        node={"log": {"format": "json"}, **(node or {})},
+        each_node=[emulated_node(path, time_scale) for path in profiles],
         pin_cpus=False,
         **settings,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deploy.local.cluster import ClusterError, LocalCluster
-from deploy.local.emulated_model import write_emulated_model
+from deploy.local.emulated_model import MODEL_NAME, emulated_node, write_emulated_model
 from deploy.local.settings import LocalClusterConfig
 from deploy.local.tiny_model import write_tiny_model
 from services.arguments import parser_class
@@ -22,8 +22,6 @@ _MAX_PORT = 65535
 _TINY_NAME = "tiny"
 _SYNC = ("none", "average", "checkpoint")
 _NOISE = "(the tiny model has random weights: its text is noise; --model DIR serves a real one)"
-#: Id of the model of emulated nodes.
-_EMULATED_NAME = "llama-2-7b"
 _MADE_UP = "(the nodes are emulated: they take the time of a real one and make their text up)"
 
 
@@ -110,7 +108,7 @@ def _model(options: argparse.Namespace) -> _Model:
         if not is_there:
             print(f"Writing the shape of Llama-2-7B to {path} ...", flush=True)
             write_emulated_model(path)
-        return _Model(path, _EMULATED_NAME)
+        return _Model(path, MODEL_NAME)
     if not is_there:
         print(f"Writing a tiny model with random weights to {path} ...", flush=True)
         write_tiny_model(path)
@@ -126,12 +124,7 @@ def _emulated(options: argparse.Namespace) -> _Emulated | None:
     profile = load_artifact(options.emulate)
     if options.stages not in (None, profile.num_stages):
         raise ValueError(f"{options.emulate} is of {profile.num_stages} stages, --stages is {options.stages}")
-    settings = {
-        "engine": "emulated",
-        "emulated_profile": str(options.emulate.resolve()),
-        "time_scale": options.time_scale,
-    }
-    return _Emulated(profile.num_stages, settings)
+    return _Emulated(profile.num_stages, emulated_node(options.emulate, options.time_scale))
 
 
 def sync_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -176,7 +169,7 @@ def _ready_text(cluster: LocalCluster) -> str:
     chat = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
     completion = json.dumps({"model": model, "prompt": "The import statement", "max_tokens": 32})
     feedback = json.dumps({"prompt": "The capital of France is", "completion": " Paris."})
-    remark = {_TINY_NAME: _NOISE, _EMULATED_NAME: _MADE_UP}.get(config.model_name, "")
+    remark = {_TINY_NAME: _NOISE, MODEL_NAME: _MADE_UP}.get(config.model_name, "")
     noise = f"\n  {remark}" if remark else ""
     return f"""
 LeMix is ready: {config.num_nodes} node(s) x {config.num_stages} stage(s), policy {config.policy}, {cores}

@@ -1,4 +1,5 @@
-"""A model directory for emulated nodes: the shape of a real model and a tokenizer, without weights."""
+"""What emulated nodes are given: their settings, and a model directory with the shape of a real model and a tokenizer,
+without weights."""
 
 import json
 import os
@@ -12,6 +13,13 @@ from deploy.local.tiny_model import write_tokenizer
 
 #: config.json of Llama-2-7B, the model of the profiles in `deploy/profiles`.
 LLAMA_2_7B = ROOT / "deploy" / "models" / "llama-2-7b" / "config.json"
+#: Id that it is served under, as those profiles have it.
+MODEL_NAME = "llama-2-7b"
+
+
+def emulated_node(profile: Path, time_scale: float) -> dict[str, Any]:
+    """Settings of a node agent that takes the time of a profile, `time_scale` times as long."""
+    return {"engine": "emulated", "emulated_profile": str(profile.resolve()), "time_scale": time_scale}
 
 
 def write_emulated_model(path: Path, config_path: Path = LLAMA_2_7B) -> None:
